@@ -1,0 +1,28 @@
+"""Mamba's selective_state_update for JAX, Torch and NumPy arrays, zero-copy and in place."""
+
+from ssu_bridge.arrays import QuantizedState, to_jax, to_torch
+from ssu_bridge.check import Report, check
+from ssu_bridge.config import Backend, SSUConfig, add_cli_args, get_config, set_config, using
+from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, UnsupportedError
+from ssu_bridge.update import explain, update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BackendNotAvailableError",
+    "NotInPlaceError",
+    "QuantizedState",
+    "Report",
+    "SSUConfig",
+    "UnsupportedError",
+    "add_cli_args",
+    "check",
+    "explain",
+    "get_config",
+    "set_config",
+    "to_jax",
+    "to_torch",
+    "update",
+    "using",
+]

@@ -1,0 +1,122 @@
+"""Arrays of any framework: whose they are, what they are, and handing them across without a copy.
+
+Nothing here imports a framework: an array of one can only arrive where that framework has been imported already.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class ArrayInfo(NamedTuple):
+    """What :class:`ssu_bridge.problem.Problem` needs to know of one array.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype by NumPy's name, "bfloat16" and "float8_e4m3fn" included.
+        strides: in elements; None for a dense row-major array.
+        device: of any spelling, as long as two arrays on one device have the same. None: not placed yet.
+        writeable: whether it may be written in place.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...] | None = None
+    device: str | None = None
+    writeable: bool = True
+
+
+class QuantizedState(NamedTuple):
+    """A state stored in few bits: ``values * scale`` is the state, with one scale for each row along dstate.
+
+    In JAX it is a pytree, as every named tuple is.
+
+    Attributes:
+        values: (slots, nheads, headdim, dstate), int16, int8 or float8_e4m3fn.
+        scale: (slots, nheads, headdim), float32.
+    """
+
+    values: Any
+    scale: Any
+
+
+def framework_of(array: object) -> str | None:
+    """Return "jax" (tracers too), "torch" or "numpy" for an array of that framework, None for anything else."""
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, jax.Array):
+        return "jax"
+    return None
+
+
+def to_jax(tensor: Any) -> Any:
+    """Return a ``jax.Array`` over the memory of a Torch tensor, without a copy.
+
+    Args:
+        tensor: a dense (row-major, contiguous) ``torch.Tensor`` on the CPU or a CUDA device that does not require
+            grad. On the CPU its memory must be aligned as XLA asks, to 64 bytes: a fresh tensor is, a slice may not be.
+
+    Returns:
+        An array of the same shape, dtype, device and address.
+
+    Raises:
+        TypeError: ``tensor`` is not a Torch tensor.
+        ValueError: it has gaps, it requires grad, or JAX could only copy it.
+
+    Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
+    more while the array, or a computation on it that has not finished, is alive. Streams: what Torch's current stream
+    was given before is done before JAX reads the array. JAX did not allocate this memory and so does not donate it:
+    ``update`` gives such a state new memory.
+    """
+    if framework_of(tensor) != "torch":
+        raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.requires_grad:
+        raise ValueError("tensor: expected one that does not require grad, got one that does; pass tensor.detach()")
+    if not tensor.is_contiguous():
+        raise ValueError(f"tensor: expected a dense row-major tensor, got strides {tuple(tensor.stride())}")
+    import jax
+
+    array = jax.dlpack.from_dlpack(tensor)
+    if array.size and array.unsafe_buffer_pointer() != tensor.data_ptr():
+        raise ValueError(
+            f"tensor: expected memory aligned to 64 bytes, got address {tensor.data_ptr():#x}: JAX copies it"
+        )
+    return array
+
+
+def to_torch(array: Any) -> Any:
+    """Return a ``torch.Tensor`` over the memory of a ``jax.Array``, without a copy.
+
+    Args:
+        array: a ``jax.Array`` on one CPU or CUDA device, not a tracer and not deleted.
+
+    Returns:
+        A tensor of the same shape, dtype, device and address. Do not write to it unless the array is no longer used.
+
+    Raises:
+        TypeError: ``array`` is not a JAX array.
+        ValueError: it was deleted (donated), is being traced, or lies on several devices.
+
+    Lifetime: the tensor keeps the array's memory alive until the tensor and every view of it are collected *on the
+    host*. XLA's allocator may then hand the memory out again, even while a kernel that reads it waits on a Torch
+    stream: call ``torch.cuda.synchronize()``, or wait for an event recorded after the last use, before dropping the
+    tensor. While it lives, JAX does not donate the array: ``update`` gives such a state new memory. Streams: Torch's
+    current stream waits for the array to be computed; a later JAX computation does not wait for Torch.
+    """
+    if framework_of(array) != "jax":
+        raise TypeError(f"array: expected a jax.Array, got {type(array).__name__}")
+    import jax
+    import torch.utils.dlpack
+
+    if isinstance(array, jax.core.Tracer):
+        raise ValueError("array: expected a concrete array, got a tracer; hand arrays across outside of jit")
+    if array.is_deleted():
+        raise ValueError("array: expected a live array, got one that was deleted (donated to an earlier call)")
+    if len(array.devices()) != 1:
+        raise ValueError(f"array: expected one device, got {len(array.devices())}; hand its shards across one by one")
+    return torch.utils.dlpack.from_dlpack(array)

@@ -1,0 +1,107 @@
+"""The table of backends, and the choice of one for a Problem before anything is launched."""
+
+import importlib
+import logging
+from typing import NamedTuple
+
+from ssu_bridge.backends.base import BackendModule, Kernel
+from ssu_bridge.config import Backend
+from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
+from ssu_bridge.problem import Problem
+
+# In the order in which auto asks them; the reference is for checking and is never taken unasked.
+AUTOMATIC = (Backend.CPU, Backend.XLA)
+BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
+
+_log = logging.getLogger("ssu_bridge")
+_logged: set[tuple[Backend, str]] = set()
+
+
+class Answer(NamedTuple):
+    """What a backend says to a Problem: ``refusal`` is None where it would run it, else the reason in a sentence."""
+
+    backend: Backend
+    refusal: str | None
+
+
+class Choice(NamedTuple):
+    """The backend taken for a Problem (None: all refuse), and the answer of every backend that was asked."""
+
+    problem: Problem
+    backend: Backend | None
+    answers: tuple[Answer, ...]
+
+    def error(self) -> UnsupportedError | BackendNotAvailableError:
+        """Return what to raise when no backend was taken."""
+        asked = self.problem.options.config.backend
+        reasons = "; ".join(f"{answer.backend}: {answer.refusal}" for answer in self.answers if answer.refusal)
+        if asked is Backend.AUTO:
+            return UnsupportedError(f"no backend can do this call. {reasons}")
+        if missing := module(asked).missing(self.problem.framework):
+            return BackendNotAvailableError(f"backend {asked!s}: {missing}")
+        able = [str(name) for name in BACKENDS if name is not asked and answer(name, self.problem).refusal is None]
+        instead = f"backend={' or '.join(map(repr, able))} can do it" if able else "no other backend can do it either"
+        return UnsupportedError(f"backend {reasons}; {instead}")
+
+
+class Explanation(NamedTuple):
+    """What :func:`ssu_bridge.explain` returns: a choice for each platform that the call could run on."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend taken on the first platform: that of the arrays, or while JAX traces the process's default."""
+        return self.choices[0].backend
+
+    def __str__(self) -> str:
+        lines = []
+        for choice in self.choices:
+            lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
+            for backend, refusal in choice.answers:
+                verdict = "taken" if backend is choice.backend else "would do" if refusal is None else "refuses: "
+                lines.append(f"  {backend:<12}{verdict}{refusal or ''}")
+        return "\n".join(lines)
+
+
+def module(backend: Backend) -> BackendModule:
+    """Return the module of a backend. Importing one imports no framework."""
+    return importlib.import_module(f"ssu_bridge.backends.{backend}")
+
+
+def answer(backend: Backend, problem: Problem) -> Answer:
+    """Ask one backend whether it would run a Problem."""
+    asked = module(backend)
+    return Answer(backend, asked.missing(problem.framework) or asked.refusal(problem))
+
+
+def consider_problem(problem: Problem) -> Choice:
+    """Ask the backends that the configuration allows, and take the first that does not refuse; raise nothing."""
+    asked = problem.options.config.backend
+    names = AUTOMATIC if asked is Backend.AUTO else (asked,)
+    answers = tuple(answer(name, problem) for name in names)
+    return Choice(problem, next((a.backend for a in answers if a.refusal is None), None), answers)
+
+
+def load(problem: Problem) -> Kernel:
+    """Return the kernel for a Problem, of the backend taken for it, ready to be launched.
+
+    Raises:
+        UnsupportedError: the backend asked for refuses it, or under ``auto`` every backend does.
+        BackendNotAvailableError: the backend asked for is not installed.
+    """
+    choice = consider_problem(problem)
+    if choice.backend is None:
+        raise choice.error()
+    for passed in choice.answers:
+        if passed.backend is choice.backend:
+            break
+        _log_once(passed, choice.backend)
+    return module(choice.backend).load(problem)
+
+
+def _log_once(passed: Answer, taken: Backend) -> None:
+    key = (passed.backend, passed.refusal or "")
+    if key not in _logged:
+        _logged.add(key)
+        _log.info("backend %s passed over for %s: %s", passed.backend, taken, passed.refusal)

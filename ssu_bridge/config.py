@@ -1,0 +1,181 @@
+"""The configuration: what it holds, where the one in force comes from, and its command-line arguments."""
+
+import argparse
+import contextlib
+import dataclasses
+import enum
+import functools
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, Self
+
+ALGORITHMS = ("auto", "simple", "vertical", "horizontal")
+
+
+class Backend(enum.StrEnum):
+    """Who computes the step. ``auto`` takes the best backend that does not refuse the call."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    XLA = "xla"
+    REFERENCE = "reference"
+
+    # Enum's own hash is a Python function, and the configuration is hashed in every call.
+    __hash__ = str.__hash__
+
+    @classmethod
+    def parse(cls, name: "str | Backend") -> "Backend":
+        """Return the backend of that name, whatever its case.
+
+        Raises:
+            ValueError: there is none of that name; the message lists those there are.
+            TypeError: ``name`` is not a string.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"backend: expected a string or a Backend, got {type(name).__name__}")
+        try:
+            return cls(name.lower())
+        except ValueError:
+            raise ValueError(f"backend: expected one of {', '.join(cls)}; got {name!r}") from None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SSUConfig:
+    """What a caller may choose, apart from the arguments of the step itself.
+
+    Attributes:
+        backend: a :class:`Backend` or its name in any case.
+        algorithm: FlashInfer's choice of kernel: auto, simple, vertical or horizontal. The other backends have one
+            kernel each and ignore it.
+        stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
+        philox_rounds: rounds of the Philox generator; 0 means 10.
+        strict_in_place: raise :class:`NotInPlaceError` where JAX could not update the state in place, instead of
+            warning once.
+
+    Raises:
+        ValueError, TypeError: a field has an unknown or impossible value.
+    """
+
+    backend: Backend = Backend.AUTO
+    algorithm: str = "auto"
+    stochastic_rounding: bool = False
+    philox_rounds: int = 10
+    strict_in_place: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "backend", Backend.parse(self.backend))
+        if not isinstance(self.algorithm, str) or self.algorithm.lower() not in ALGORITHMS:
+            raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}")
+        object.__setattr__(self, "algorithm", self.algorithm.lower())
+        for name in ("stochastic_rounding", "strict_in_place"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if not isinstance(self.philox_rounds, int) or self.philox_rounds < 0:
+            raise ValueError(f"philox_rounds: expected an int >= 0 (0 means 10), got {self.philox_rounds!r}")
+        object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
+
+    @classmethod
+    def from_args(cls, namespace: argparse.Namespace) -> Self:
+        """Return the configuration that :func:`add_cli_args`'s arguments, once parsed, ask for."""
+        return cls(
+            backend=namespace.mamba_backend,
+            algorithm=namespace.mamba_ssu_algorithm,
+            stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,
+            philox_rounds=namespace.mamba_cache_philox_rounds,
+        )
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that serving engines use for this step; :meth:`SSUConfig.from_args` reads them.
+
+    Their defaults are those of the configuration in force when this is called.
+    """
+    default = get_config()
+    group = parser.add_argument_group("selective_state_update")
+    group.add_argument("--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend)
+    group.add_argument("--mamba-ssu-algorithm", type=str.lower, choices=ALGORITHMS, default=default.algorithm)
+    group.add_argument(
+        "--enable-mamba-cache-stochastic-rounding",
+        action=argparse.BooleanOptionalAction,
+        default=default.stochastic_rounding,
+    )
+    group.add_argument("--mamba-cache-philox-rounds", type=int, default=default.philox_rounds, metavar="ROUNDS")
+
+
+def _from_environment() -> SSUConfig:
+    config = SSUConfig()
+    for field, variable in (("backend", "SSU_BRIDGE_BACKEND"), ("algorithm", "SSU_BRIDGE_ALGORITHM")):
+        if value := os.environ.get(variable):
+            change: dict[str, Any] = {field: value}
+            try:
+                config = dataclasses.replace(config, **change)
+            except ValueError as error:
+                raise ValueError(f"environment variable {variable}: {error}") from None
+    return config
+
+
+# Read once: looking up two environment variables in every call would cost more than the rest of the configuration.
+_process_config: SSUConfig | None = None
+_local_config: ContextVar[SSUConfig | None] = ContextVar("ssu_bridge_config", default=None)
+
+
+def get_config() -> SSUConfig:
+    """Return the configuration in force here.
+
+    That of the innermost :func:`using`, else that of :func:`set_config`, else what the environment variables
+    ``SSU_BRIDGE_BACKEND`` and ``SSU_BRIDGE_ALGORITHM`` said when the process first asked, else the default.
+    """
+    global _process_config
+    local = _local_config.get()
+    if local is not None:
+        return local
+    if _process_config is None:
+        _process_config = _from_environment()
+    return _process_config
+
+
+def set_config(config: SSUConfig) -> None:
+    """Put a configuration in force for the whole process, all threads included."""
+    global _process_config
+    if not isinstance(config, SSUConfig):
+        raise TypeError(f"config: expected an SSUConfig, got {type(config).__name__}")
+    _process_config = config
+
+
+@contextlib.contextmanager
+def using(config: SSUConfig | None = None, /, **fields: Any) -> Iterator[SSUConfig]:
+    """Put a configuration in force inside a ``with`` block, for this thread (or asyncio task) only.
+
+    Args:
+        config: the configuration; absent: the one in force.
+        **fields: fields of :class:`SSUConfig` to replace in it, as in ``using(backend="xla")``.
+
+    Under ``jax.jit`` the configuration counts that is in force while the function is traced.
+    """
+    base = get_config() if config is None else config
+    if not isinstance(base, SSUConfig):
+        raise TypeError(f"config: expected an SSUConfig, got {type(base).__name__}")
+    token = _local_config.set(dataclasses.replace(base, **fields))
+    try:
+        yield get_config()
+    finally:
+        _local_config.reset(token)
+
+
+@functools.lru_cache(maxsize=256)
+def _replaced(config: SSUConfig, backend: str | None, algorithm: str | None) -> SSUConfig:
+    fields: dict[str, Any] = {"backend": backend, "algorithm": algorithm}
+    return dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
+
+
+def in_force(backend: str | None, algorithm: str | None) -> SSUConfig:
+    """Return the configuration of a call that was given these arguments (None: not given)."""
+    config = get_config()
+    if backend is None and algorithm is None:
+        return config
+    try:
+        return _replaced(config, backend, algorithm)
+    except TypeError:  # an unhashable argument, which no name is: say what was expected instead
+        Backend.parse(backend if backend is not None else config.backend)
+        raise TypeError(f"algorithm: expected a string, got {type(algorithm).__name__}") from None

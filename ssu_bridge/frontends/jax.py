@@ -1,0 +1,229 @@
+"""The JAX frontend: one primitive, lowered to the kernel that is chosen for the platform, and its eager call.
+
+Tracing checks the call and binds the primitive; lowering knows the platform, chooses the backend, loads its kernel and
+registers it as an XLA FFI target. An eager call is a jitted function around the same, with the state donated.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from ssu_bridge.arrays import ArrayInfo
+from ssu_bridge.backends.base import HostKernel, TracedKernel
+from ssu_bridge.choose import Choice, consider_problem, load
+from ssu_bridge.config import Backend
+from ssu_bridge.errors import NotInPlaceError, UnsupportedError
+from ssu_bridge.frontends import Arrays, require_one_framework
+from ssu_bridge.frontends.jax_targets import register
+from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
+
+_NAMES = tuple(ARGUMENTS)
+
+
+def update(arrays: Arrays, options: Options) -> tuple[Any, Any]:
+    """Run or trace the step; eagerly, the state's memory is donated to the new state."""
+    state = arrays[0]
+    if arrays[-1] is not None:
+        raise TypeError("out: expected None with JAX arrays, whose results are always new arrays; got an array")
+    if isinstance(state, jax.core.Tracer):
+        require_one_framework(arrays)
+        return _trace(options, *arrays[:-1])
+    if options.config.backend is Backend.REFERENCE:
+        return _run_on_host(arrays, options)
+    try:
+        before = _address(state)
+        results: tuple[Any, Any] = _compiled(options)(*arrays[:-1])
+    except Exception:
+        _explain_failure(arrays)
+        raise
+    if options.donate and _address(results[1]) != before:
+        _report_copy(state, results, options)
+    return results
+
+
+def consider(arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+    """Return the choice for the arrays' platform; while tracing, for each platform of the process."""
+    _explain_failure(arrays)
+    state = arrays[0]
+    traced = isinstance(state, jax.core.Tracer)
+    platforms = _platforms().items() if traced else [_platform(next(iter(state.devices())))]
+    problem = _describe(options, arrays)
+    return tuple(consider_problem(problem.on(*platform)) for platform in platforms)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """Return a NumPy copy. A view would keep JAX from donating the array."""
+    return np.array(array)
+
+
+def from_host(array: np.ndarray, like: Any = None) -> Any:
+    """Return a JAX array with a copy of the values."""
+    return jnp.array(array) if like is None else jax.device_put(np.array(array), like.sharding)
+
+
+# --- Tracing ---
+
+
+def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
+    problem = _describe(options, (*arrays, None))
+    choices = [consider_problem(problem.on(*platform)) for platform in _platforms().items()]
+    if all(choice.backend is None for choice in choices):
+        raise choices[0].error()
+    if all(choice.backend is Backend.XLA for choice in choices):
+        # Traced in place rather than behind the primitive, it can be differentiated and batched.
+        kernel = load(choices[0].problem)
+        assert isinstance(kernel, TracedKernel)
+        return kernel.function({n: a for n, a in zip(_NAMES[:-1], arrays, strict=True) if a is not None})
+    out, state = _step.bind(  # type: ignore[no-untyped-call]
+        *[array for array in arrays if array is not None], problem=problem
+    )
+    return out, state
+
+
+def _describe(options: Options, arrays: Arrays) -> Problem:
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    infos = {name: _info(name, a) for name, a in zip(_NAMES, arrays, strict=True) if a is not None}
+    return describe(infos, options, framework="jax", platform=None, traced=traced)
+
+
+def _info(name: str, array: Any) -> ArrayInfo:
+    if name == "rand_seed" and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return ArrayInfo(array.shape, jnp.dtype(array.dtype).name)
+
+
+def _platforms() -> dict[str, tuple[int, int] | None]:
+    """Return the platforms of this process, the default first, each with the capability of its first device."""
+    return dict(map(_platform, (jax.devices()[0], jax.devices("cpu")[0])))
+
+
+def _platform(device: Any) -> tuple[str, tuple[int, int] | None]:
+    """Return a device's platform by the name that lowering has for it, and its compute capability."""
+    if device.platform != "gpu":
+        return device.platform, None
+    major, dot, minor = str(device.compute_capability).partition(".")
+    return ("cuda", (int(major), int(minor))) if dot else ("rocm", None)
+
+
+# --- The primitive ---
+
+_step = Primitive("ssu_bridge_update")
+_step.multiple_results = True
+
+
+@_step.def_abstract_eval  # type: ignore[untyped-decorator]
+def _result_types(state: Any, x: Any, *_: Any, problem: Problem) -> tuple[Any, Any]:
+    return x.update(weak_type=False), state.update(weak_type=False)
+
+
+def _lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = None) -> Any:
+    platform = platform or ctx.module_context.platforms[0]
+    on_platform = problem.on(platform, _platforms().get(platform))
+    kernel = load(on_platform)
+    if isinstance(kernel, TracedKernel):
+        function = functools.partial(_by_name, kernel.function, problem.names)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+    assert not isinstance(kernel, HostKernel)
+    # Operand 0 is the state, result 1 the new state: one buffer. XLA puts a copy before it if it may not be changed.
+    lowering = jax.ffi.ffi_lowering(register(kernel, platform), operand_output_aliases={0: 1})
+    return lowering(ctx, *operands)
+
+
+def _by_name(function: Callable[..., Any], names: tuple[str, ...], *arrays: Any) -> Any:
+    return function(dict(zip(names, arrays, strict=True)))
+
+
+mlir.register_lowering(_step, _lower)
+for _name in ("cpu", "cuda"):
+    mlir.register_lowering(_step, functools.partial(_lower, platform=_name), platform=_name)
+
+
+def _refuse_gradient(*_: Any, **__: Any) -> Any:
+    raise UnsupportedError('a gradient through this backend is not to be had; backend="xla" can be differentiated')
+
+
+def _refuse_batching(*_: Any, **__: Any) -> Any:
+    raise UnsupportedError('jax.vmap of this backend is not to be had yet; use jax.lax.map, or backend="xla"')
+
+
+ad.primitive_jvps[_step] = _refuse_gradient
+batching.primitive_batchers[_step] = _refuse_batching
+
+
+# --- Eager calls ---
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(options: Options) -> Callable[..., Any]:
+    """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced."""
+    return jax.jit(functools.partial(_trace, options), donate_argnums=0 if options.donate else ())
+
+
+def _address(array: Any) -> Any:
+    """Return where an array lies: a number, or several for one that is sharded. None: it is being traced."""
+    try:
+        return array.unsafe_buffer_pointer()
+    except (ValueError, RuntimeError, AttributeError, jax.errors.JAXTypeError):
+        if isinstance(array, jax.core.Tracer):
+            return None
+        return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+def _explain_failure(arrays: Arrays) -> None:
+    """Raise the error that names the argument, if an argument is why a call failed."""
+    require_one_framework(arrays)
+    state = arrays[0]
+    for name, array in zip(_NAMES, arrays, strict=True):
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            continue
+        if array.is_deleted():
+            raise ValueError(f"{name}: expected a live array, got one that was deleted (donated to an earlier call)")
+        if array.committed and state.committed and array.devices() != state.devices():
+            raise ValueError(
+                f"{name}: expected an array on {_spell(state.devices())}, where the state is, "
+                f"got one on {_spell(array.devices())}"
+            )
+
+
+def _spell(devices: Any) -> str:
+    return ", ".join(sorted(map(str, devices)))
+
+
+_warned = False
+
+
+def _report_copy(state: Any, results: tuple[Any, Any], options: Options) -> None:
+    """Say that the new state has new memory: as an error if the configuration is strict, else as a warning, once."""
+    global _warned
+    if isinstance(results[1], jax.core.Tracer):
+        return
+    message = (
+        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
+        "somebody else still views (a live np.asarray, Torch or DLPack view)"
+    )
+    if options.config.strict_in_place:
+        raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)
+    if not _warned:
+        _warned = True
+        warnings.warn(f"ssu_bridge: {message}. This is said once.", RuntimeWarning, stacklevel=4)
+
+
+def _run_on_host(arrays: Arrays, options: Options) -> tuple[Any, Any]:
+    _explain_failure(arrays)
+    device = next(iter(arrays[0].devices()))
+    kernel = load(_describe(options, arrays).on(*_platform(device)))
+    assert isinstance(kernel, HostKernel)
+    host = {name: to_host(array) for name, array in zip(_NAMES, arrays, strict=True) if array is not None}
+    out = np.empty(host["x"].shape, host["x"].dtype)
+    kernel.function(host, out)
+    results = from_host(out, arrays[0]), from_host(host["state"], arrays[0])
+    if options.donate:
+        arrays[0].delete()
+    return results

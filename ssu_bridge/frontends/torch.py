@@ -1,0 +1,116 @@
+"""The Torch frontend: tensors go to the kernel as they are, through DLPack's C exchange."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ssu_bridge.arrays import ArrayInfo
+from ssu_bridge.backends.base import DeviceKernel, HostKernel
+from ssu_bridge.choose import Choice, consider_problem, load
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends import Arrays, require_one_framework
+from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
+
+_NAMES = tuple(ARGUMENTS)
+# The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
+_NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
+
+# Shape, dtype, strides, device and requires_grad of each tensor: all that the check of a call looks at.
+Key = tuple[Any, ...]
+
+
+class _Plan(NamedTuple):
+    """What a call comes down to once its arguments are checked."""
+
+    kernel: DeviceKernel | HostKernel
+    inputs: Callable[[Arrays], tuple[torch.Tensor, ...]]
+
+
+def update(arrays: Arrays, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the step; out is new unless it was given, the state is changed in place."""
+    plan = _plan(_key(arrays), torch.is_grad_enabled(), options)
+    state, out = arrays[0], arrays[-1]
+    if out is None:
+        out = torch.empty(arrays[1].shape, dtype=arrays[1].dtype, device=arrays[1].device)
+    if isinstance(plan.kernel, HostKernel):
+        _run_on_host(plan.kernel, arrays, out)
+    else:
+        plan.kernel.function(*plan.inputs(arrays), out, state)
+    # Autograd must know of a write that it did not see, or it would use a saved tensor that has changed.
+    torch.autograd.graph.increment_version((out, state))
+    return out, state
+
+
+def consider(arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+    """Return the choice for the device that the tensors are on."""
+    return (consider_problem(_describe(_key(arrays), options)),)
+
+
+def to_host(tensor: torch.Tensor) -> np.ndarray:
+    """Return a NumPy copy."""
+    host = tensor.detach().to("cpu", copy=True)
+    if host.dtype == torch.bfloat16:  # Torch knows no NumPy dtype for it
+        return host.view(torch.int16).numpy().view("bfloat16")
+    return host.numpy()
+
+
+def from_host(array: np.ndarray, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a tensor with a copy of the values."""
+    copy = np.array(array)
+    host = (
+        torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
+        if copy.dtype == "bfloat16"
+        else torch.from_numpy(copy)
+    )
+    return host if like is None else host.to(like.device)
+
+
+def _key(arrays: Arrays) -> Key:
+    try:
+        return tuple([None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.requires_grad) for a in arrays])
+    except (AttributeError, RuntimeError, TypeError):
+        require_one_framework(arrays)
+        for name, array in zip(_NAMES, arrays, strict=True):
+            if isinstance(array, torch.Tensor) and array.layout != torch.strided:
+                raise ValueError(f"{name}: expected a strided tensor, got layout {array.layout}") from None
+        if isinstance(arrays[_NAMES.index("rand_seed")], int):
+            return _key(tuple(torch.tensor(a) if isinstance(a, int) else a for a in arrays))
+        raise
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
+    problem = _describe(key, options)
+    given = [(i, name, entry) for i, (name, entry) in enumerate(zip(_NAMES, key, strict=True)) if entry is not None]
+    for _, name, (*_, requires_grad) in given:
+        if grad_enabled and requires_grad and name in _NO_GRAD:
+            raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
+    kernel = load(problem)
+    assert isinstance(kernel, DeviceKernel | HostKernel)
+    return _Plan(kernel, operator.itemgetter(*[i for i, name, _ in given if name != "out"]))
+
+
+def _describe(key: Key, options: Options) -> Problem:
+    infos = {
+        name: ArrayInfo(tuple(shape), str(dtype).removeprefix("torch."), strides, str(device))
+        for name, (shape, dtype, strides, device, _) in zip(
+            _NAMES, [entry or (None,) * 5 for entry in key], strict=True
+        )
+        if shape is not None
+    }
+    device = key[0][3] if key[0] else torch.device("cpu")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return describe(infos, options, framework="torch", platform=device.type, capability=capability)
+
+
+def _run_on_host(kernel: HostKernel, arrays: Arrays, out: torch.Tensor) -> None:
+    host = {name: to_host(a) for name, a in zip(_NAMES, arrays, strict=True) if a is not None and name != "out"}
+    host_out = np.empty(tuple(out.shape), host["x"].dtype)
+    kernel.function(host, host_out)
+    with torch.no_grad():
+        out.copy_(from_host(host_out))
+        arrays[0].copy_(from_host(host["state"]))

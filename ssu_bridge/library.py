@@ -1,0 +1,19 @@
+"""The native library: found beside the installed package, loaded once, at the first need of it."""
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def library() -> Any:
+    """Return the TVM-FFI module of the project's native code.
+
+    Importing TVM-FFI takes a second or two where Torch is installed (it imports Torch), so nothing imports it before a
+    kernel is needed.
+
+    Raises:
+        RuntimeError: the native library was not built or installed with the package.
+    """
+    from tvm_ffi import libinfo
+
+    return libinfo.load_lib_module("ssu-bridge", "ssu_bridge")

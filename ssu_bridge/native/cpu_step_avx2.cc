@@ -1,0 +1,13 @@
+#include "cpu_step.h"
+
+#include "simd_avx2.inc"
+
+#include "cpu_step.inc"
+
+namespace ssu_bridge {
+
+void step_avx2(const StepArguments& arguments, int64_t first, int64_t last, void* scratch) {
+  step(arguments, first, last, scratch);
+}
+
+}  // namespace ssu_bridge

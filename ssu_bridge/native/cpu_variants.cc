@@ -1,0 +1,42 @@
+#include "cpu_variants.h"
+
+#include <tvm/ffi/error.h>
+
+namespace ssu_bridge {
+namespace {
+
+std::vector<CpuVariant> detect() {
+  std::vector<CpuVariant> variants;
+#ifdef SSU_BRIDGE_X86
+  // These also ask whether the operating system saves the wider registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    variants.push_back({"avx512", step_avx512});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    variants.push_back({"avx2", step_avx2});
+#endif
+  variants.push_back({"portable", step_portable});
+  return variants;
+}
+
+}  // namespace
+
+const std::vector<CpuVariant>& runnable_variants() {
+  static const std::vector<CpuVariant> variants = detect();
+  return variants;
+}
+
+const CpuVariant& find_variant(const std::string& name) {
+  const std::vector<CpuVariant>& variants = runnable_variants();
+  if (name == "auto") return variants.front();
+  std::string names = "auto";
+  for (const CpuVariant& variant : variants) {
+    if (name == variant.name) return variant;
+    names += std::string(", ") + variant.name;
+  }
+  TVM_FFI_THROW(ValueError) << "isa must be one of " << names << " on this machine, got '" << name << "'";
+  throw;  // unreachable; the line above has no way to say so
+}
+
+}  // namespace ssu_bridge

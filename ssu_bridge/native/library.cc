@@ -1,0 +1,27 @@
+// What the shared library offers to Python: the exports, nothing else.
+#include <tvm/ffi/tvm_ffi.h>
+
+#include "cpu_kernel.h"
+#include "cpu_variants.h"
+#include "foreign_tensor.h"
+#include "thread_pool.h"
+
+namespace {
+
+namespace ffi = tvm::ffi;
+
+ffi::String cpu_isa() { return ssu_bridge::runnable_variants().front().name; }
+
+ffi::Array<ffi::String> cpu_isas() {
+  ffi::Array<ffi::String> names;
+  for (const ssu_bridge::CpuVariant& variant : ssu_bridge::runnable_variants()) names.push_back(variant.name);
+  return names;
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_kernel, ssu_bridge::make_cpu_kernel)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_num_threads, ssu_bridge::thread_count)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(view, ssu_bridge::foreign_tensor)

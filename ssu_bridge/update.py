@@ -1,0 +1,135 @@
+"""``update`` and ``explain``: the way through the house."""
+
+import inspect
+from typing import Any
+
+from ssu_bridge.arrays import QuantizedState
+from ssu_bridge.choose import Explanation
+from ssu_bridge.config import in_force
+from ssu_bridge.frontends import Arrays, frontend_of
+from ssu_bridge.problem import ARGUMENTS, Options
+
+
+def update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+    *,
+    dst_state_batch_indices: Any = None,
+    pad_slot_id: int = -1,
+    num_accepted_tokens: Any = None,
+    cu_seqlens: Any = None,
+    intermediate_states: Any = None,
+    intermediate_state_indices: Any = None,
+    parent_tokens: Any = None,
+    disable_state_update: bool = False,
+    rand_seed: Any = None,
+    out: Any = None,
+    donate: bool = True,
+    check_indices: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> tuple[Any, ...]:
+    """Advance the states of a batch of Mamba sequences by one token, in place (``selective_state_update``).
+
+    For each sequence, in float32, with S its state::
+
+        d = dt + dt_bias;  if dt_softplus: d = softplus(d)
+        S = S * exp(A * d) + (d * x) B
+        y = S . C + D * x;  with z: y = y * z * sigmoid(z)
+
+    This is the recurrence of Mamba-2 (arXiv:2405.21060), and of Mamba-1 (arXiv:2312.00752) where the arrays have no
+    axis of heads. Sizes: b sequences, H nheads, P headdim, N dstate, G ngroups (a divisor of H; head h reads group
+    h // (H/G)), S slots. The arrays are all of JAX (concrete or traced), all of Torch, or all of NumPy; NumPy arrays
+    may stand beside JAX ones, except for the state. Float arrays are float32, bfloat16 or float16, each for itself.
+
+    Args:
+        state: (S, H, P, N), or (S, P, N) for Mamba-1. The slots of the state cache, updated in place.
+        x: (b, H, P), or (b, P) for Mamba-1.
+        dt: as x, or tied (b, H).
+        A: (H, P, N), or tied (H,); (P, N) for Mamba-1.
+        B, C: (b, G, N), or (b, N) for one group.
+        D, dt_bias: (H, P), or tied (H,); (P,) for Mamba-1. Optional.
+        z: as x. Optional.
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (b,) int32 or int64, the slot of each sequence. None: sequence i has slot i. An index that
+            is ``pad_slot_id`` or outside 0..S-1 is a pad: that sequence starts from zeros and stores nothing.
+        dst_state_batch_indices: (b,), the slot that the new state goes to, if it is another; a pad is not stored.
+        pad_slot_id: the index that stands for no slot.
+        num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens: for several
+            tokens in one call, which every backend refuses for now.
+        disable_state_update: read the state and leave it; every backend refuses it for now.
+        rand_seed: the seed of stochastic rounding, which every backend refuses for now.
+        out: Torch and NumPy: where to put the output, shape and dtype of x; it may be strided on its first axis.
+        donate: JAX, eager: give the state's memory to the new state; False copies the state first.
+        check_indices: look for indices that are out of range or stand twice; every backend refuses it for now.
+        backend, algorithm: of this call, in place of those of the configuration in force.
+
+    A Torch or NumPy array with stride 0 along the axes that a tied parameter lacks is tied. Torch and NumPy arrays may
+    be strided along their first axis; behind it they are dense.
+
+    Returns:
+        ``(out, state)``. ``out`` has the shape and dtype of x and is computed from the state before that is rounded.
+        Torch, NumPy: ``state`` is the object that was passed. JAX, eager: the old state is deleted, the new one has its
+        memory. JAX, traced: the donation of the outer ``jax.jit`` decides.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
+        UnsupportedError: the backend asked for, or every backend, refuses the call; or Torch's grad mode is on and an
+            argument requires grad.
+        BackendNotAvailableError: the backend asked for is not installed.
+        NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state.
+        Nothing has been written or donated when one of these is raised, but for the last.
+    """
+    arrays: Arrays = (
+        *(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, num_accepted_tokens),
+        *(cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens, None, None, rand_seed, out),
+    )
+    if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
+        arrays = _split_quantized(arrays)
+    config = in_force(backend, algorithm)
+    options = Options(dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, config)
+    return frontend_of(arrays).update(arrays, options)
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend :func:`update` would take for these arguments, and why; run nothing.
+
+    Args:
+        *args, **kwargs: those of :func:`update`. Inside ``jax.jit`` each platform of the process is answered for.
+
+    Returns:
+        An :class:`~ssu_bridge.choose.Explanation`: every backend's answer, as a value and, printed, as a table.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong. A backend's refusal is not raised, but told.
+    """
+    arrays, options = bind(*args, **kwargs)
+    return Explanation(frontend_of(arrays).consider(arrays, options))
+
+
+def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Options]:
+    """Return what :func:`update` makes of its arguments before it hands them to a frontend."""
+    bound = inspect.signature(update).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS))
+    fields = {name: given[name] for name in Options._fields if name != "config"}
+    return arrays, Options(**fields, config=in_force(given["backend"], given["algorithm"]))
+
+
+def _split_quantized(arrays: Arrays) -> Arrays:
+    """Put the two arrays of a quantised state where kernels take them."""
+    named = dict(zip(ARGUMENTS, arrays, strict=True))
+    for name, scale in (("state", "state_scale"), ("intermediate_states", "intermediate_state_scales")):
+        if isinstance(named[name], QuantizedState):
+            named[name], named[scale] = named[name]
+    return tuple(named.values())
