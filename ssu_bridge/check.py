@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssu_bridge.backends import reference
-from ssu_bridge.frontends import frontend_of
-from ssu_bridge.problem import ARGUMENTS
+from ssu_bridge.frontends import frontend_of, named
 from ssu_bridge.update import bind, explain, update
 
 # A float32 sum of n products differs from the exact one by about sqrt(n) roundings when they are of either sign, and by
@@ -84,20 +83,22 @@ def check(*args: Any, **kwargs: Any) -> Report:
     Raises:
         As ``update``.
     """
-    arrays, options = bind(*args, **kwargs)
-    side = frontend_of(arrays)
+    arrays, out, options = bind(*args, **kwargs)
+    side = frontend_of(arrays, out)
     explanation = explain(*args, **kwargs)
     problem = explanation.choices[0].problem
     if explanation.backend is None:
         raise explanation.choices[0].error()
-    before = {name: side.to_host(array) for name, array in zip(ARGUMENTS, arrays, strict=True) if name in problem.names}
+    before = {name: side.to_host(array) for name, array in named(arrays).items()}
     exact = reference.compute(problem, before)
     copies = {name: side.from_host(array, arrays[0]) for name, array in before.items()}
     if problem.framework != "jax":  # an output that is not written must not look right by chance
         poison = np.full(before["x"].shape, np.nan, before["x"].dtype)
         copies["out"] = side.from_host(poison, arrays[0])
-    named = {name: value for name, value in options._asdict().items() if name not in ("config", "donate")}
-    out, state = update(**copies, **named, backend=explanation.backend)
+    # The backend that was chosen for the arguments as they are: the copies may be laid out differently.
+    backend = explanation.backend
+    softplus, pad = options.dt_softplus, options.pad_slot_id
+    out, state = update(**copies, dt_softplus=softplus, pad_slot_id=pad, backend=backend)
     return Report(str(explanation.backend), compare(exact, side.to_host(out), before["state"], side.to_host(state)))
 
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import enum
-import functools
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -163,19 +162,7 @@ def using(config: SSUConfig | None = None, /, **fields: Any) -> Iterator[SSUConf
         _local_config.reset(token)
 
 
-@functools.lru_cache(maxsize=256)
-def _replaced(config: SSUConfig, backend: str | None, algorithm: str | None) -> SSUConfig:
+def replaced(config: SSUConfig, backend: str | None, algorithm: str | None) -> SSUConfig:
+    """Return a configuration with the fields replaced that a call was given arguments for (None: not given)."""
     fields: dict[str, Any] = {"backend": backend, "algorithm": algorithm}
     return dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})
-
-
-def in_force(backend: str | None, algorithm: str | None) -> SSUConfig:
-    """Return the configuration of a call that was given these arguments (None: not given)."""
-    config = get_config()
-    if backend is None and algorithm is None:
-        return config
-    try:
-        return _replaced(config, backend, algorithm)
-    except TypeError:  # an unhashable argument, which no name is: say what was expected instead
-        Backend.parse(backend if backend is not None else config.backend)
-        raise TypeError(f"algorithm: expected a string, got {type(algorithm).__name__}") from None

@@ -1,12 +1,13 @@
 """Problem: the one description of a call, and the one check of its arrays."""
 
 import dataclasses
-import operator
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ssu_bridge.arrays import ArrayInfo
-from ssu_bridge.config import SSUConfig
+from ssu_bridge.config import SSUConfig, replaced
 
 FLOATS = ("float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
@@ -58,8 +59,9 @@ _TIED_AXES = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
 _NAMES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
 
 
-class Options(NamedTuple):
-    """The arguments of a call that are not arrays."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of a call that are not arrays, checked."""
 
     dt_softplus: bool
     pad_slot_id: int
@@ -67,6 +69,33 @@ class Options(NamedTuple):
     donate: bool
     check_indices: bool
     config: SSUConfig
+
+
+def options_of(
+    dt_softplus: Any,
+    pad_slot_id: Any,
+    disable_state_update: Any,
+    donate: Any,
+    check_indices: Any,
+    backend: Any,
+    algorithm: Any,
+    config: SSUConfig,
+) -> Options:
+    """Check the arguments of a call that are not arrays, and put the configuration in force with them.
+
+    Raises:
+        ValueError, TypeError: one is wrong; the message names it, what was expected and what came.
+    """
+    flags = {"dt_softplus": dt_softplus, "disable_state_update": disable_state_update}
+    for name, flag in {**flags, "donate": donate, "check_indices": check_indices}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a Python bool, got {_came(flag)}")
+    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int | np.integer):
+        raise TypeError(f"pad_slot_id: expected a Python int, got {_came(pad_slot_id)}")
+    if not -(2**63) <= pad_slot_id < 2**63:
+        raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad_slot_id}")
+    in_force = replaced(config, backend, algorithm)
+    return Options(dt_softplus, int(pad_slot_id), disable_state_update, donate, check_indices, in_force)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +166,8 @@ def describe(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
     """
-    _check_options(options)
+    # The strides of an empty array say nothing.
+    arrays = {name: info._replace(strides=None) if 0 in info.shape else info for name, info in arrays.items()}
     for name in REQUIRED:
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
@@ -177,20 +207,6 @@ def describe(
         or (options.config.stochastic_rounding and arrays["state"].dtype in ROUNDABLE),
         options=options,
     )
-
-
-def _check_options(options: Options) -> None:
-    for name in ("dt_softplus", "disable_state_update", "donate", "check_indices"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name}: expected a Python bool, got {_came(getattr(options, name))}")
-    if isinstance(options.pad_slot_id, bool):
-        raise TypeError(f"pad_slot_id: expected a Python int, got {options.pad_slot_id!r}")
-    try:
-        pad = operator.index(options.pad_slot_id)
-    except TypeError:
-        raise TypeError(f"pad_slot_id: expected a Python int, got {_came(options.pad_slot_id)}") from None
-    if not -(2**63) <= pad < 2**63:
-        raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad}")
 
 
 def _came(value: object) -> str:

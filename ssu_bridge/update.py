@@ -5,9 +5,9 @@ from typing import Any
 
 from ssu_bridge.arrays import QuantizedState
 from ssu_bridge.choose import Explanation
-from ssu_bridge.config import in_force
-from ssu_bridge.frontends import Arrays, frontend_of
-from ssu_bridge.problem import ARGUMENTS, Options
+from ssu_bridge.config import get_config
+from ssu_bridge.frontends import Arrays, Launch, frontend_of, launcher_of
+from ssu_bridge.problem import ARGUMENTS, Options, options_of
 
 
 def update(
@@ -89,15 +89,31 @@ def update(
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state.
         Nothing has been written or donated when one of these is raised, but for the last.
     """
-    arrays: Arrays = (
-        *(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, num_accepted_tokens),
-        *(cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens, None, None, rand_seed, out),
-    )
-    if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
+    arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
+    if not (
+        num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
+        and parent_tokens is rand_seed is None
+    ):
+        several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
+        arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
+    flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm, get_config())
+    try:
+        launch = _launchers[type(state), flags]
+    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
         arrays = _split_quantized(arrays)
-    config = in_force(backend, algorithm)
-    options = Options(dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, config)
-    return frontend_of(arrays).update(arrays, options)
+        launch = _first_of_its_kind(arrays, out, flags)
+    return launch(arrays, out)
+
+
+# How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
+_launchers: dict[tuple[type, tuple[Any, ...]], Launch] = {}
+
+
+def _first_of_its_kind(arrays: Arrays, out: Any, flags: tuple[Any, ...]) -> Launch:
+    launch = launcher_of(arrays, out, options_of(*flags))
+    if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
+        _launchers.clear()
+    return _launchers.setdefault((type(arrays[0]), flags), launch)
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -112,24 +128,25 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError, TypeError: an argument is wrong. A backend's refusal is not raised, but told.
     """
-    arrays, options = bind(*args, **kwargs)
-    return Explanation(frontend_of(arrays).consider(arrays, options))
+    arrays, out, options = bind(*args, **kwargs)
+    return Explanation(frontend_of(arrays, out).consider(arrays, out, options))
 
 
-def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Options]:
+def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, Options]:
     """Return what :func:`update` makes of its arguments before it hands them to a frontend."""
     bound = inspect.signature(update).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS))
-    fields = {name: given[name] for name in Options._fields if name != "config"}
-    return arrays, Options(**fields, config=in_force(given["backend"], given["algorithm"]))
+    arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS if name != "out"))
+    call = {name: given.get(name, get_config()) for name in inspect.signature(options_of).parameters}
+    return arrays, given["out"], options_of(**call)
 
 
 def _split_quantized(arrays: Arrays) -> Arrays:
     """Put the two arrays of a quantised state where kernels take them."""
-    named = dict(zip(ARGUMENTS, arrays, strict=True))
+    given: dict[str, Any] = dict.fromkeys(name for name in ARGUMENTS if name != "out")
+    given |= zip(ARGUMENTS, arrays, strict=False)
     for name, scale in (("state", "state_scale"), ("intermediate_states", "intermediate_state_scales")):
-        if isinstance(named[name], QuantizedState):
-            named[name], named[scale] = named[name]
-    return tuple(named.values())
+        if isinstance(given[name], QuantizedState):
+            given[name], given[scale] = given[name].values, given[name].scale
+    return tuple(given.values())

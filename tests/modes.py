@@ -20,6 +20,11 @@ MODES = {
 PAIRS = [(mode, backend) for mode, (_, backends) in MODES.items() for backend in backends]
 
 
+def int64_as_it_is(arrays):
+    """JAX makes int32 of int64 unless told not to: a context in which it does not, for arrays that have some."""
+    return jax.enable_x64(any(array.dtype == np.int64 for array in arrays.values()))
+
+
 def to_mode(arrays, mode):
     """Copy a case's NumPy arrays into the framework of a mode."""
     side = frontend(MODES[mode][0])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from modes import PAIRS, address, bits, step, to_host, to_mode
+from modes import PAIRS, address, bits, int64_as_it_is, step, to_host, to_mode
 
 from ssu_bridge.backends import reference
 from ssu_bridge.cases import CASES
@@ -38,7 +38,9 @@ def assert_step(case, arrays, mode, backend, **flags):
 @pytest.mark.parametrize(("mode", "backend"), PAIRS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case(case, mode, backend):
-    assert_step(case, case.arrays(seed=len(case.name)), mode, backend)
+    arrays = case.arrays(seed=len(case.name))
+    with int64_as_it_is(arrays):
+        assert_step(case, arrays, mode, backend)
 
 
 @pytest.mark.parametrize(("mode", "backend"), PAIRS)

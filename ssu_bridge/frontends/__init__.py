@@ -4,7 +4,7 @@ Each module has the functions of :class:`Frontend`; it is imported when the firs
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,17 +13,22 @@ from ssu_bridge.arrays import framework_of
 from ssu_bridge.choose import Choice
 from ssu_bridge.problem import ARGUMENTS, REQUIRED, Options
 
-# The array arguments of one call, in the order of ARGUMENTS; None stands for one that was not given.
+# The array arguments of one call, in the order of ARGUMENTS and without out. None stands for one that was not given;
+# a shorter tuple leaves out the rest.
 Arrays = tuple[Any, ...]
+
+
+# Runs one call, of a type of state and options that are fixed, from its arrays and out; returns (out, state).
+Launch = Callable[[Arrays, Any], tuple[Any, ...]]
 
 
 class Frontend(Protocol):
     """What each frontend can do."""
 
-    def update(self, arrays: Arrays, options: Options) -> tuple[Any, ...]:
-        """Check the call, choose a backend, launch its kernel and return (out, state)."""
+    def launcher(self, state_type: type, options: Options) -> Launch:
+        """Return the function that checks the arrays of a call, chooses a backend and launches its kernel."""
 
-    def consider(self, arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+    def consider(self, arrays: Arrays, out: Any, options: Options) -> tuple[Choice, ...]:
         """Check the call and return the choice for each platform that it could run on."""
 
     def to_host(self, array: Any) -> np.ndarray:
@@ -33,20 +38,14 @@ class Frontend(Protocol):
         """Return an array of the framework with a copy of the values, on the device of ``like`` if there is one."""
 
 
-_by_type: dict[type, Frontend] = {}
-
-
-def frontend_of(arrays: Arrays) -> Frontend:
+def frontend_of(arrays: Arrays, out: Any) -> Frontend:
     """Return the frontend of a call: that of its state's framework.
 
     Raises:
         TypeError: an argument is no array, or the arrays are of several frameworks.
     """
-    kind = type(arrays[0])
-    if kind not in _by_type:
-        require_one_framework(arrays)
-        _by_type[kind] = frontend(framework_of(arrays[0]) or "")
-    return _by_type[kind]
+    require_one_framework(arrays, out)
+    return frontend(framework_of(arrays[0]) or "")
 
 
 def frontend(framework: str) -> Frontend:
@@ -54,7 +53,21 @@ def frontend(framework: str) -> Frontend:
     return importlib.import_module(f"ssu_bridge.frontends.{framework}")
 
 
-def require_one_framework(arrays: Arrays) -> None:
+def launcher_of(arrays: Arrays, out: Any, options: Options) -> Launch:
+    """Return the function that runs a call with these options for states of this one's type.
+
+    Raises:
+        TypeError: as :func:`frontend_of`.
+    """
+    return frontend_of(arrays, out).launcher(type(arrays[0]), options)
+
+
+def named(arrays: Arrays, out: Any = None) -> dict[str, Any]:
+    """Return the arrays that were given, by name."""
+    return {name: array for name, array in (*zip(ARGUMENTS, arrays, strict=False), ("out", out)) if array is not None}
+
+
+def require_one_framework(arrays: Arrays, out: Any = None) -> None:
     """Check that every argument is an array, and all are of one framework.
 
     NumPy arrays may stand beside JAX arrays, as JAX takes them, except for the state.
@@ -62,14 +75,12 @@ def require_one_framework(arrays: Arrays) -> None:
     Raises:
         TypeError: naming the argument.
     """
-    named = dict(zip(ARGUMENTS, arrays, strict=True))
-    for name, array in named.items():
-        if array is None and name not in REQUIRED:
-            continue
+    given = {**dict.fromkeys(REQUIRED), **named(arrays, out)}
+    for name, array in given.items():
         if framework_of(array) is None and not (name == "rand_seed" and isinstance(array, int)):
             raise TypeError(f"{name}: expected a JAX, Torch or NumPy array, got {_type_name(array)}")
-    expected = _framework_of_all(list(named.values()))
-    for name, array in named.items():
+    expected = _framework_of_all(list(given.values()))
+    for name, array in given.items():
         framework = framework_of(array)
         if framework in (None, expected) or (framework == "numpy" and expected == "jax" and name != "state"):
             continue

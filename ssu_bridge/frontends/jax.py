@@ -20,35 +20,21 @@ from ssu_bridge.backends.base import HostKernel, TracedKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.config import Backend
 from ssu_bridge.errors import NotInPlaceError, UnsupportedError
-from ssu_bridge.frontends import Arrays, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.frontends.jax_targets import register
-from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
-
-_NAMES = tuple(ARGUMENTS)
+from ssu_bridge.problem import Options, Problem, describe
 
 
-def update(arrays: Arrays, options: Options) -> tuple[Any, Any]:
-    """Run or trace the step; eagerly, the state's memory is donated to the new state."""
-    state = arrays[0]
-    if arrays[-1] is not None:
-        raise TypeError("out: expected None with JAX arrays, whose results are always new arrays; got an array")
-    if isinstance(state, jax.core.Tracer):
-        require_one_framework(arrays)
-        return _trace(options, *arrays[:-1])
+def launcher(state_type: type, options: Options) -> Launch:
+    """Return the function that traces calls with these options, launches them, or runs them on the host."""
+    if issubclass(state_type, jax.core.Tracer):
+        return functools.partial(_trace_call, options)
     if options.config.backend is Backend.REFERENCE:
-        return _run_on_host(arrays, options)
-    try:
-        before = _address(state)
-        results: tuple[Any, Any] = _compiled(options)(*arrays[:-1])
-    except Exception:
-        _explain_failure(arrays)
-        raise
-    if options.donate and _address(results[1]) != before:
-        _report_copy(state, results, options)
-    return results
+        return functools.partial(_run_on_host, options)
+    return _eager_launcher(options)
 
 
-def consider(arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the arrays' platform; while tracing, for each platform of the process."""
     _explain_failure(arrays)
     state = arrays[0]
@@ -71,8 +57,14 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 # --- Tracing ---
 
 
+def _trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
+    _refuse_out(out)
+    require_one_framework(arrays)
+    return _trace(options, *arrays)
+
+
 def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
-    problem = _describe(options, (*arrays, None))
+    problem = _describe(options, arrays)
     choices = [consider_problem(problem.on(*platform)) for platform in _platforms().items()]
     if all(choice.backend is None for choice in choices):
         raise choices[0].error()
@@ -80,7 +72,7 @@ def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
         # Traced in place rather than behind the primitive, it can be differentiated and batched.
         kernel = load(choices[0].problem)
         assert isinstance(kernel, TracedKernel)
-        return kernel.function({n: a for n, a in zip(_NAMES[:-1], arrays, strict=True) if a is not None})
+        return kernel.function(named(arrays))
     out, state = _step.bind(  # type: ignore[no-untyped-call]
         *[array for array in arrays if array is not None], problem=problem
     )
@@ -89,7 +81,7 @@ def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
 
 def _describe(options: Options, arrays: Arrays) -> Problem:
     traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    infos = {name: _info(name, a) for name, a in zip(_NAMES, arrays, strict=True) if a is not None}
+    infos = {name: _info(name, array) for name, array in named(arrays).items()}
     return describe(infos, options, framework="jax", platform=None, traced=traced)
 
 
@@ -160,27 +152,50 @@ batching.primitive_batchers[_step] = _refuse_batching
 # --- Eager calls ---
 
 
-@functools.lru_cache(maxsize=256)
-def _compiled(options: Options) -> Callable[..., Any]:
-    """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced."""
-    return jax.jit(functools.partial(_trace, options), donate_argnums=0 if options.donate else ())
+def _eager_launcher(options: Options) -> Launch:
+    """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced.
+
+    What runs in each call besides is kept to the least: the addresses of the state before and after.
+    """
+    donate = options.donate
+    compiled = jax.jit(functools.partial(_trace, options), donate_argnums=0 if donate else ())
+
+    def launch(arrays: Arrays, out: Any) -> tuple[Any, Any]:
+        if out is not None:
+            _refuse_out(out)
+        try:
+            before = _address(arrays[0])
+            results: tuple[Any, Any] = compiled(*arrays)
+        except Exception:
+            _explain_failure(arrays)
+            raise
+        if donate and _address(results[1]) != before:
+            _report_copy(results, options)
+        return results
+
+    return launch
 
 
 def _address(array: Any) -> Any:
-    """Return where an array lies: a number, or several for one that is sharded. None: it is being traced."""
+    """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
     try:
         return array.unsafe_buffer_pointer()
-    except (ValueError, RuntimeError, AttributeError, jax.errors.JAXTypeError):
+    except (ValueError, RuntimeError, AttributeError, TypeError):
         if isinstance(array, jax.core.Tracer):
             return None
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+def _refuse_out(out: Any) -> None:
+    if out is not None:
+        raise TypeError("out: expected None with JAX arrays, whose results are always new arrays; got an array")
 
 
 def _explain_failure(arrays: Arrays) -> None:
     """Raise the error that names the argument, if an argument is why a call failed."""
     require_one_framework(arrays)
     state = arrays[0]
-    for name, array in zip(_NAMES, arrays, strict=True):
+    for name, array in named(arrays).items():
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             continue
         if array.is_deleted():
@@ -199,7 +214,7 @@ def _spell(devices: Any) -> str:
 _warned = False
 
 
-def _report_copy(state: Any, results: tuple[Any, Any], options: Options) -> None:
+def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     """Say that the new state has new memory: as an error if the configuration is strict, else as a warning, once."""
     global _warned
     if isinstance(results[1], jax.core.Tracer):
@@ -215,15 +230,16 @@ def _report_copy(state: Any, results: tuple[Any, Any], options: Options) -> None
         warnings.warn(f"ssu_bridge: {message}. This is said once.", RuntimeWarning, stacklevel=4)
 
 
-def _run_on_host(arrays: Arrays, options: Options) -> tuple[Any, Any]:
+def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
+    _refuse_out(out)
     _explain_failure(arrays)
     device = next(iter(arrays[0].devices()))
     kernel = load(_describe(options, arrays).on(*_platform(device)))
     assert isinstance(kernel, HostKernel)
-    host = {name: to_host(array) for name, array in zip(_NAMES, arrays, strict=True) if array is not None}
-    out = np.empty(host["x"].shape, host["x"].dtype)
-    kernel.function(host, out)
-    results = from_host(out, arrays[0]), from_host(host["state"], arrays[0])
+    host = {name: to_host(array) for name, array in named(arrays).items()}
+    host_out = np.empty(host["x"].shape, host["x"].dtype)
+    kernel.function(host, host_out)
+    results = from_host(host_out, arrays[0]), from_host(host["state"], arrays[0])
     if options.donate:
         arrays[0].delete()
     return results

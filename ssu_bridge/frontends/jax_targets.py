@@ -26,9 +26,8 @@ def register(kernel: DeviceKernel, platform: str) -> str:
         if key not in _registered:
             if jax_tvm_ffi.registered_count() >= CAPACITY:
                 raise RuntimeError(
-                    f"{CAPACITY} kernels are registered with XLA in this process, which is all jax-tvm-ffi has room for. "
-                    "One is registered for each distinct set of optional arguments and flags: are they varied "
-                    "without need?"
+                    f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds. One "
+                    "is registered for each distinct set of optional arguments and flags: are they varied without need?"
                 )
             jax_tvm_ffi.register_ffi_target(
                 kernel.target, kernel.function, platform=_PLATFORMS[platform], allow_cuda_graph=platform == "cuda"

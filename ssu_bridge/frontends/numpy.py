@@ -1,5 +1,6 @@
 """The NumPy frontend: arrays on the host, handed to kernels by their addresses."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -7,18 +8,21 @@ import numpy as np
 from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
-from ssu_bridge.frontends import Arrays, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.library import library
-from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
+from ssu_bridge.problem import Options, Problem, describe
 
 
-def update(arrays: Arrays, options: Options) -> tuple[np.ndarray, np.ndarray]:
+def launcher(state_type: type, options: Options) -> Launch:
+    """Return the function that runs a call with these options."""
+    return functools.partial(_update, options)
+
+
+def _update(options: Options, arrays: Arrays, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Run the step; out is new unless it was given, the state is changed in place."""
-    problem = _describe(arrays, options)
-    kernel = load(problem)
-    given = {name: array for name, array in zip(ARGUMENTS, arrays, strict=True) if array is not None}
+    kernel = load(_describe(arrays, out, options))
+    given = named(arrays)
     state, x = given["state"], given["x"]
-    out = given.pop("out", None)
     if out is None:
         out = np.empty(x.shape, x.dtype)
     if isinstance(kernel, HostKernel):
@@ -29,9 +33,9 @@ def update(arrays: Arrays, options: Options) -> tuple[np.ndarray, np.ndarray]:
     return out, state
 
 
-def consider(arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+def consider(arrays: Arrays, out: np.ndarray | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the one platform there is."""
-    return (consider_problem(_describe(arrays, options)),)
+    return (consider_problem(_describe(arrays, out, options)),)
 
 
 def to_host(array: np.ndarray) -> np.ndarray:
@@ -44,9 +48,9 @@ def from_host(array: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
     return np.array(array)
 
 
-def _describe(arrays: Arrays, options: Options) -> Problem:
-    require_one_framework(arrays)
-    infos = {name: _info(name, array) for name, array in zip(ARGUMENTS, arrays, strict=True) if array is not None}
+def _describe(arrays: Arrays, out: np.ndarray | None, options: Options) -> Problem:
+    require_one_framework(arrays, out)
+    infos = {name: _info(name, array) for name, array in named(arrays, out).items()}
     return describe(infos, options, framework="numpy", platform="cpu")
 
 

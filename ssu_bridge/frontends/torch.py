@@ -12,15 +12,15 @@ from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends import Arrays, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 
-_NAMES = tuple(ARGUMENTS)
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
-# Shape, dtype, strides, device and requires_grad of each tensor: all that the check of a call looks at.
+# Shape, dtype, strides, device and requires_grad of each tensor, out first: all that the check of a call looks at.
 Key = tuple[Any, ...]
+_KEY_NAMES = ("out", *ARGUMENTS)
 
 
 class _Plan(NamedTuple):
@@ -30,12 +30,17 @@ class _Plan(NamedTuple):
     inputs: Callable[[Arrays], tuple[torch.Tensor, ...]]
 
 
-def update(arrays: Arrays, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+def launcher(state_type: type, options: Options) -> Launch:
+    """Return the function that runs a call with these options."""
+    return functools.partial(_update, options)
+
+
+def _update(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the step; out is new unless it was given, the state is changed in place."""
-    plan = _plan(_key(arrays), torch.is_grad_enabled(), options)
-    state, out = arrays[0], arrays[-1]
+    plan = _plan(_key(arrays, out), torch.is_grad_enabled(), options)
+    state, x = arrays[:2]
     if out is None:
-        out = torch.empty(arrays[1].shape, dtype=arrays[1].dtype, device=arrays[1].device)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if isinstance(plan.kernel, HostKernel):
         _run_on_host(plan.kernel, arrays, out)
     else:
@@ -45,9 +50,9 @@ def update(arrays: Arrays, options: Options) -> tuple[torch.Tensor, torch.Tensor
     return out, state
 
 
-def consider(arrays: Arrays, options: Options) -> tuple[Choice, ...]:
+def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the device that the tensors are on."""
-    return (consider_problem(_describe(_key(arrays), options)),)
+    return (consider_problem(_describe(_key(arrays, out), options)),)
 
 
 def to_host(tensor: torch.Tensor) -> np.ndarray:
@@ -60,55 +65,52 @@ def to_host(tensor: torch.Tensor) -> np.ndarray:
 
 def from_host(array: np.ndarray, like: torch.Tensor | None = None) -> torch.Tensor:
     """Return a tensor with a copy of the values."""
-    copy = np.array(array)
-    host = (
-        torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
-        if copy.dtype == "bfloat16"
-        else torch.from_numpy(copy)
-    )
+    if array.dtype == "bfloat16":
+        host = torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    else:
+        host = torch.from_numpy(np.array(array))
     return host if like is None else host.to(like.device)
 
 
-def _key(arrays: Arrays) -> Key:
+def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
     try:
-        return tuple([None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.requires_grad) for a in arrays])
+        return tuple(
+            [None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.requires_grad) for a in (out, *arrays)]
+        )
     except (AttributeError, RuntimeError, TypeError):
-        require_one_framework(arrays)
-        for name, array in zip(_NAMES, arrays, strict=True):
+        require_one_framework(arrays, out)
+        for name, array in named(arrays, out).items():
             if isinstance(array, torch.Tensor) and array.layout != torch.strided:
                 raise ValueError(f"{name}: expected a strided tensor, got layout {array.layout}") from None
-        if isinstance(arrays[_NAMES.index("rand_seed")], int):
-            return _key(tuple(torch.tensor(a) if isinstance(a, int) else a for a in arrays))
+        if any(isinstance(array, int) for array in arrays):  # a seed
+            return _key(tuple(torch.tensor(a) if isinstance(a, int) else a for a in arrays), out)
         raise
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
     problem = _describe(key, options)
-    given = [(i, name, entry) for i, (name, entry) in enumerate(zip(_NAMES, key, strict=True)) if entry is not None]
-    for _, name, (*_, requires_grad) in given:
-        if grad_enabled and requires_grad and name in _NO_GRAD:
+    for name, entry in zip(_KEY_NAMES, key, strict=False):
+        if grad_enabled and name in _NO_GRAD and entry is not None and entry[-1]:
             raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
-    return _Plan(kernel, operator.itemgetter(*[i for i, name, _ in given if name != "out"]))
+    return _Plan(kernel, operator.itemgetter(*[i for i, entry in enumerate(key[1:]) if entry is not None]))
 
 
 def _describe(key: Key, options: Options) -> Problem:
+    given = {name: entry for name, entry in zip(_KEY_NAMES, key, strict=False) if entry is not None}
     infos = {
         name: ArrayInfo(tuple(shape), str(dtype).removeprefix("torch."), strides, str(device))
-        for name, (shape, dtype, strides, device, _) in zip(
-            _NAMES, [entry or (None,) * 5 for entry in key], strict=True
-        )
-        if shape is not None
+        for name, (shape, dtype, strides, device, _) in given.items()
     }
-    device = key[0][3] if key[0] else torch.device("cpu")
+    device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return describe(infos, options, framework="torch", platform=device.type, capability=capability)
 
 
 def _run_on_host(kernel: HostKernel, arrays: Arrays, out: torch.Tensor) -> None:
-    host = {name: to_host(a) for name, a in zip(_NAMES, arrays, strict=True) if a is not None and name != "out"}
+    host = {name: to_host(array) for name, array in named(arrays).items()}
     host_out = np.empty(tuple(out.shape), host["x"].dtype)
     kernel.function(host, host_out)
     with torch.no_grad():

@@ -15,11 +15,16 @@ namespace {
 
 namespace ffi = tvm::ffi;
 
-// How the state is cut. An item is what stays in the first-level cache beside its operands; a chunk is what a thread
-// takes at a time; below kBytesPerThread of state another thread costs more than it brings.
-constexpr int64_t kItemBytes = 32 << 10;
-constexpr int64_t kChunkBytes = 256 << 10;
-constexpr int64_t kBytesPerThread = 256 << 10;
+// How the state is cut, in elements: a step takes about as long for each of them whatever their type.
+// An item, with its operands, stays in the first-level cache; a chunk is what a thread takes at a time, in about 6 us.
+constexpr int64_t kItemElements = 8 << 10;
+constexpr int64_t kChunkElements = 64 << 10;
+// Waking a sleeping thread takes 5 to 50 us, in which the caller steps up to half a million elements. Idle workers do
+// not spin: that was no faster where it was measured, and takes cores from XLA's own threads.
+constexpr int64_t kElementsWorthWaking = 768 << 10;
+constexpr int64_t kElementsPerThread = 128 << 10;
+// What an element costs that needs an exponential of its own.
+constexpr int64_t kUntiedCost = 4;
 
 // Scratch that stays with the thread, so that a call allocates nothing once its thread has met the size.
 void* thread_scratch(size_t bytes) {
@@ -53,19 +58,24 @@ class StepWork final : public ChunkedWork {
   const int64_t items_per_chunk_;
 };
 
-void run_step(StepArguments& a, StepFunction step) {
-  int64_t element_bytes = a.state_type == ElementType::kFloat32 ? 4 : 2;
-  int64_t row_bytes = std::max<int64_t>(1, a.columns * element_bytes);
-  int64_t rows = std::clamp<int64_t>(kItemBytes / row_bytes / 16 * 16, 16, kMaxRowsPerItem);
-  a.rows_per_item = std::min(rows, a.rows);
-  if (a.rows_per_item == 0) return;
-  a.blocks_per_head = (a.rows + a.rows_per_item - 1) / a.rows_per_item;
-  int64_t items = a.sequences * a.heads * a.blocks_per_head;
-  if (items == 0) return;
+int threads_for(const StepArguments& a) {
+  int64_t elements = a.sequences * a.heads * a.rows * a.columns;
+  if (a.A.column_stride != 0) elements *= kUntiedCost;
+  if (elements < kElementsWorthWaking) return 1;
+  return static_cast<int>(std::min<int64_t>(thread_count(), elements / kElementsPerThread));
+}
 
-  int64_t bytes = items * a.rows_per_item * row_bytes;
-  int threads = static_cast<int>(std::min<int64_t>(thread_count(), std::max<int64_t>(1, bytes / kBytesPerThread)));
-  int64_t items_per_chunk = threads == 1 ? items : std::max<int64_t>(1, kChunkBytes / (a.rows_per_item * row_bytes));
+void run_step(StepArguments& a, StepFunction step) {
+  if (a.sequences == 0 || a.heads == 0 || a.rows == 0) return;
+  int64_t columns = std::max<int64_t>(1, a.columns);
+  int64_t rows = std::clamp<int64_t>(kItemElements / columns / 16 * 16, 16, kMaxRowsPerItem);
+  a.rows_per_item = std::min(rows, a.rows);
+  a.blocks_per_head = (a.rows + a.rows_per_item - 1) / a.rows_per_item;
+
+  int64_t items = a.sequences * a.heads * a.blocks_per_head;
+  int64_t item_elements = a.rows_per_item * columns;
+  int threads = threads_for(a);
+  int64_t items_per_chunk = threads == 1 ? items : std::max<int64_t>(1, kChunkElements / item_elements);
   StepWork work(a, step, items, items_per_chunk);
   run_chunks(work, (items + items_per_chunk - 1) / items_per_chunk, threads);
 }

@@ -118,14 +118,15 @@ SlotTable read_table(const DLTensor* tensor, const char* name, int64_t sequences
   return table;
 }
 
-// Whether the axes from `first` on lie densely.
+// Whether the axes from `first` on lie densely. The strides of an empty tensor say nothing.
 bool is_dense_from(const DLTensor& tensor, int first) {
-  int64_t dense = 1;
+  bool dense = true;
+  int64_t stride = 1;
   for (int axis = tensor.ndim - 1; axis >= first && tensor.strides; --axis) {
-    if (tensor.shape[axis] != 1 && tensor.strides[axis] != dense) return false;
-    dense *= tensor.shape[axis];
+    if (tensor.shape[axis] != 1 && tensor.strides[axis] != stride) dense = false;
+    stride *= tensor.shape[axis];
   }
-  return true;
+  return dense || stride == 0 || tensor.shape[0] == 0;
 }
 
 Sizes read_state(const DLTensor& state, StepArguments& a) {
