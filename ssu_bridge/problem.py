@@ -234,6 +234,8 @@ def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> 
             f"intermediate_states: expected the state's dtype {arrays['state'].dtype}, "
             f"got {arrays['intermediate_states'].dtype}"
         )
+    if "out" in given and arrays["out"].dtype != arrays["x"].dtype:
+        raise ValueError(f"out: expected x's dtype {arrays['x'].dtype}, got {arrays['out'].dtype}")
     if "dst_state_batch_indices" in given:
         if options.disable_state_update:
             raise ValueError("dst_state_batch_indices: expected None with disable_state_update=True, got an array")

@@ -90,30 +90,27 @@ def update(
         Nothing has been written or donated when one of these is raised, but for the last.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
-    if not (
-        num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
-        and parent_tokens is rand_seed is None
+    if (
+        not (num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is None)
+        or not (parent_tokens is rand_seed is None)
+        or type(state) is QuantizedState
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
     flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm, get_config())
+    kind = (tuple(map(type, arrays)), flags)
     try:
-        launch = _launchers[type(state), flags]
+        launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        arrays = _split_quantized(arrays)
-        launch = _first_of_its_kind(arrays, out, flags)
+        launch = launcher_of(arrays, out, options_of(*flags))
+        if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
+            _launchers.clear()
+        _launchers[kind] = launch
     return launch(arrays, out)
 
 
-# How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
-_launchers: dict[tuple[type, tuple[Any, ...]], Launch] = {}
-
-
-def _first_of_its_kind(arrays: Arrays, out: Any, flags: tuple[Any, ...]) -> Launch:
-    launch = launcher_of(arrays, out, options_of(*flags))
-    if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
-        _launchers.clear()
-    return _launchers.setdefault((type(arrays[0]), flags), launch)
+# How a call is launched, by the types of its arrays and its flags: all that a call of a known kind has to look up.
+_launchers: dict[tuple[tuple[type, ...], tuple[Any, ...]], Launch] = {}
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

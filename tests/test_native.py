@@ -288,7 +288,7 @@ def test_threads_do_not_change_the_bits():
     assert printed.pop().count("\n") == 2
 
 
-@pytest.mark.parametrize("setting", ["0", "-2", "many", "3x"])
+@pytest.mark.parametrize("setting", ["0", "3x"])
 def test_wrong_number_of_threads(setting):
     result = run_script(
         "from ssu_bridge.library import library; library().cpu_num_threads()", SSU_BRIDGE_NUM_THREADS=setting

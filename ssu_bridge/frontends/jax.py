@@ -5,6 +5,7 @@ registers it as an XLA FFI target. An eager call is a jitted function around the
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,16 +23,17 @@ from ssu_bridge.config import Backend
 from ssu_bridge.errors import NotInPlaceError, UnsupportedError
 from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.frontends.jax_targets import register
-from ssu_bridge.problem import Options, Problem, describe
+from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 
 
-def launcher(state_type: type, options: Options) -> Launch:
+def launcher(types: tuple[type, ...], options: Options) -> Launch:
     """Return the function that traces calls with these options, launches them, or runs them on the host."""
-    if issubclass(state_type, jax.core.Tracer):
+    if any(issubclass(kind, jax.core.Tracer) for kind in types):
+        # Under vmap or grad even a concrete state must stay the caller's, so nothing is donated here.
         return functools.partial(_trace_call, options)
     if options.config.backend is Backend.REFERENCE:
         return functools.partial(_run_on_host, options)
-    return _eager_launcher(options)
+    return _eager_launcher(tuple(i for i, kind in enumerate(types) if kind is not type(None)), options)
 
 
 def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
@@ -40,7 +42,7 @@ def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
     state = arrays[0]
     traced = isinstance(state, jax.core.Tracer)
     platforms = _platforms().items() if traced else [_platform(next(iter(state.devices())))]
-    problem = _describe(options, arrays)
+    problem = _describe(options, named(arrays))
     return tuple(consider_problem(problem.on(*platform)) for platform in platforms)
 
 
@@ -60,10 +62,10 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 def _trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
     _refuse_out(out)
     require_one_framework(arrays)
-    return _trace(options, *arrays)
+    return _trace(options, named(arrays))
 
 
-def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
+def _trace(options: Options, arrays: dict[str, Any]) -> tuple[Any, Any]:
     problem = _describe(options, arrays)
     choices = [consider_problem(problem.on(*platform)) for platform in _platforms().items()]
     if all(choice.backend is None for choice in choices):
@@ -72,16 +74,14 @@ def _trace(options: Options, *arrays: Any) -> tuple[Any, Any]:
         # Traced in place rather than behind the primitive, it can be differentiated and batched.
         kernel = load(choices[0].problem)
         assert isinstance(kernel, TracedKernel)
-        return kernel.function(named(arrays))
-    out, state = _step.bind(  # type: ignore[no-untyped-call]
-        *[array for array in arrays if array is not None], problem=problem
-    )
+        return kernel.function(arrays)
+    out, state = _step.bind(*arrays.values(), problem=problem)  # type: ignore[no-untyped-call]
     return out, state
 
 
-def _describe(options: Options, arrays: Arrays) -> Problem:
-    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    infos = {name: _info(name, array) for name, array in named(arrays).items()}
+def _describe(options: Options, arrays: dict[str, Any]) -> Problem:
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays.values())
+    infos = {name: _info(name, array) for name, array in arrays.items()}
     return describe(infos, options, framework="jax", platform=None, traced=traced)
 
 
@@ -152,20 +152,24 @@ batching.primitive_batchers[_step] = _refuse_batching
 # --- Eager calls ---
 
 
-def _eager_launcher(options: Options) -> Launch:
+def _eager_launcher(given: tuple[int, ...], options: Options) -> Launch:
     """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced.
 
     What runs in each call besides is kept to the least: the addresses of the state before and after.
     """
     donate = options.donate
-    compiled = jax.jit(functools.partial(_trace, options), donate_argnums=0 if donate else ())
+    pick = operator.itemgetter(*given)
+    names = pick(tuple(ARGUMENTS))
+    compiled = jax.jit(
+        lambda *arrays: _trace(options, dict(zip(names, arrays, strict=True))), donate_argnums=0 if donate else ()
+    )
 
     def launch(arrays: Arrays, out: Any) -> tuple[Any, Any]:
         if out is not None:
             _refuse_out(out)
         try:
             before = _address(arrays[0])
-            results: tuple[Any, Any] = compiled(*arrays)
+            results: tuple[Any, Any] = compiled(*pick(arrays))
         except Exception:
             _explain_failure(arrays)
             raise
@@ -177,12 +181,10 @@ def _eager_launcher(options: Options) -> Launch:
 
 
 def _address(array: Any) -> Any:
-    """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
+    """Return where an array lies: a number, or several for one that is sharded."""
     try:
         return array.unsafe_buffer_pointer()
-    except (ValueError, RuntimeError, AttributeError, TypeError):
-        if isinstance(array, jax.core.Tracer):
-            return None
+    except ValueError:
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 
@@ -217,8 +219,6 @@ _warned = False
 def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     """Say that the new state has new memory: as an error if the configuration is strict, else as a warning, once."""
     global _warned
-    if isinstance(results[1], jax.core.Tracer):
-        return
     message = (
         "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
         "somebody else still views (a live np.asarray, Torch or DLPack view)"
@@ -234,7 +234,7 @@ def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
     _refuse_out(out)
     _explain_failure(arrays)
     device = next(iter(arrays[0].devices()))
-    kernel = load(_describe(options, arrays).on(*_platform(device)))
+    kernel = load(_describe(options, named(arrays)).on(*_platform(device)))
     assert isinstance(kernel, HostKernel)
     host = {name: to_host(array) for name, array in named(arrays).items()}
     host_out = np.empty(host["x"].shape, host["x"].dtype)

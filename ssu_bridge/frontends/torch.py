@@ -18,7 +18,7 @@ from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
-# Shape, dtype, strides, device and requires_grad of each tensor, out first: all that the check of a call looks at.
+# Shape, dtype, strides, device, layout, requires_grad of each tensor, out first: all that the check of a call looks at.
 Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
@@ -30,7 +30,7 @@ class _Plan(NamedTuple):
     inputs: Callable[[Arrays], tuple[torch.Tensor, ...]]
 
 
-def launcher(state_type: type, options: Options) -> Launch:
+def launcher(types: tuple[type, ...], options: Options) -> Launch:
     """Return the function that runs a call with these options."""
     return functools.partial(_update, options)
 
@@ -75,13 +75,13 @@ def from_host(array: np.ndarray, like: torch.Tensor | None = None) -> torch.Tens
 def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
     try:
         return tuple(
-            [None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.requires_grad) for a in (out, *arrays)]
+            [
+                None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.layout, a.requires_grad)
+                for a in (out, *arrays)
+            ]
         )
     except (AttributeError, RuntimeError, TypeError):
         require_one_framework(arrays, out)
-        for name, array in named(arrays, out).items():
-            if isinstance(array, torch.Tensor) and array.layout != torch.strided:
-                raise ValueError(f"{name}: expected a strided tensor, got layout {array.layout}") from None
         if any(isinstance(array, int) for array in arrays):  # a seed
             return _key(tuple(torch.tensor(a) if isinstance(a, int) else a for a in arrays), out)
         raise
@@ -100,10 +100,11 @@ def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
 
 def _describe(key: Key, options: Options) -> Problem:
     given = {name: entry for name, entry in zip(_KEY_NAMES, key, strict=False) if entry is not None}
-    infos = {
-        name: ArrayInfo(tuple(shape), str(dtype).removeprefix("torch."), strides, str(device))
-        for name, (shape, dtype, strides, device, _) in given.items()
-    }
+    infos = {}
+    for name, (shape, dtype, strides, device, layout, _) in given.items():
+        if layout != torch.strided:
+            raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
+        infos[name] = ArrayInfo(tuple(shape), str(dtype).removeprefix("torch."), strides, str(device))
     device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return describe(infos, options, framework="torch", platform=device.type, capability=capability)

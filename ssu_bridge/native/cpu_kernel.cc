@@ -91,8 +91,7 @@ class CpuKernel {
       TVM_FFI_THROW(ValueError) << "expected " << inputs << " inputs, out and new_state, got " << arguments.size()
                                 << " arguments";
     CallTensors tensors;
-    for (int i = 0; i < inputs; ++i)
-      tensors.inputs[static_cast<int>(inputs_[i])] = arguments[i].cast<DLTensor*>();
+    for (int i = 0; i < inputs; ++i) tensors.inputs[static_cast<int>(inputs_[i])] = arguments[i].cast<DLTensor*>();
     tensors.out = arguments[inputs].cast<DLTensor*>();
     tensors.new_state = arguments[inputs + 1].cast<DLTensor*>();
 
@@ -118,7 +117,8 @@ std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
     int found = next;
     while (found < kArguments && name != kArgumentNames[found]) ++found;
     if (found == kArguments)
-      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name) << "' is unknown, twice there or out of order";
+      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name)
+                                << "' is unknown, twice there or out of order";
     arguments.push_back(static_cast<Argument>(found));
     next = found + 1;
   }

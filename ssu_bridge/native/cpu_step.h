@@ -20,7 +20,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// A read-only operand. Strides count elements; a tied or absent axis has stride 0. `data` is null for an absent operand.
+// A read-only operand. Strides count elements; a tied or absent axis has stride 0. `data` is null for an absent
+// operand.
 struct Operand {
   const void* data = nullptr;
   ElementType type = ElementType::kFloat32;

@@ -1,5 +1,6 @@
 #include "cpu_step.h"
 
+// The operations first: the step is written in them.
 #include "simd_avx2.inc"
 
 #include "cpu_step.inc"

@@ -2,8 +2,20 @@
 
 #include <tvm/ffi/error.h>
 
+#ifdef SSU_BRIDGE_X86
+#include <cpuid.h>
+#endif
+
 namespace ssu_bridge {
 namespace {
+
+#ifdef SSU_BRIDGE_X86
+// Older compilers' __builtin_cpu_supports does not know this one.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 std::vector<CpuVariant> detect() {
   std::vector<CpuVariant> variants;
@@ -13,7 +25,7 @@ std::vector<CpuVariant> detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     variants.push_back({"avx512", step_avx512});
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
     variants.push_back({"avx2", step_avx2});
 #endif
   variants.push_back({"portable", step_portable});

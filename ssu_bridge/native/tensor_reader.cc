@@ -131,7 +131,8 @@ bool is_dense_from(const DLTensor& tensor, int first) {
 
 Sizes read_state(const DLTensor& state, StepArguments& a) {
   check_device(state, "state");
-  if (state.ndim != 3 && state.ndim != 4) TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
+  if (state.ndim != 3 && state.ndim != 4)
+    TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
   if (!is_dense_from(state, 1)) TVM_FFI_THROW(ValueError) << "state must be contiguous inside a slot";
   bool has_heads = state.ndim == 4;
   a.slots = state.shape[0];

@@ -18,8 +18,8 @@ struct ChunkedWork {
 // Raises ValueError when the variable does not hold a positive number. Read once.
 int thread_count();
 
-// Runs every chunk, on at most `threads` threads, one of which is the caller's. Returns when all are done. May be called
-// from many threads at once; progress never depends on a worker, since each caller takes chunks of its own work.
+// Runs every chunk, on at most `threads` threads, one of which is the caller's. Returns when all are done. May be
+// called from many threads at once; progress never depends on a worker, since each caller takes chunks of its own work.
 void run_chunks(ChunkedWork& work, int64_t count, int threads);
 
 }  // namespace ssu_bridge

@@ -1,0 +1,231 @@
+"""The choice of a backend: refusals, what is not computed yet, explain, and what is logged."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from modes import PAIRS, bits, to_host, to_mode
+
+import ssu_bridge
+from ssu_bridge import choose
+from ssu_bridge.cases import Case
+from ssu_bridge.frontends import jax_targets
+
+CASE = Case("choose", headdim=8, dstate=16)
+
+
+def several_tokens(arrays):
+    return {n: np.repeat(arrays[n][:, None], 2, axis=1) for n in ("x", "dt", "B", "C", "z")}
+
+
+def quantized(arrays, dtype="int8"):
+    return ssu_bridge.QuantizedState(arrays["state"].astype(dtype), np.ones(arrays["state"].shape[:3], "float32"))
+
+
+# What every backend refuses for now, as changes to a call, and what the refusal must name.
+NOT_YET = {
+    "several tokens": (several_tokens, "several tokens"),
+    "packed": (lambda a: {"cu_seqlens": np.arange(4, dtype="int32")}, "cu_seqlens"),
+    "slot table": (lambda a: {"state_batch_indices": np.zeros((3, 2), "int32")}, "slot tables"),
+    "destination table": (lambda a: {"dst_state_batch_indices": np.zeros((3, 2), "int32")}, "slot tables"),
+    "accepted": (
+        lambda a: {"state_batch_indices": np.zeros((3, 2), "int32"), "num_accepted_tokens": np.ones(3, "int32")},
+        "accepted token counts",
+    ),
+    "intermediates": (lambda a: {"intermediate_states": np.ones((6, 1, 4, 8, 16), "float32")}, "intermediate states"),
+    "trees": (lambda a: {**several_tokens(a), "parent_tokens": np.zeros((3, 2), "int32")}, "parent_tokens"),
+    "no update": (lambda a: {"disable_state_update": True}, "disable_state_update"),
+    "checked indices": (lambda a: {"check_indices": True}, "check_indices"),
+    **{
+        f"quantised {dtype}": (lambda a, d=dtype: {"state": quantized(a, d)}, "quantised states")
+        for dtype in ("int16", "int8", "float8_e4m3fn")
+    },
+    "stochastic rounding": (
+        lambda a: {"state": a["state"].astype("float16"), "rand_seed": np.array([3, 0], "uint32")},
+        "stochastic rounding",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mode", "backend"), [*PAIRS, ("numpy", "auto"), ("torch", "auto"), ("jax", "auto")])
+@pytest.mark.parametrize("what", NOT_YET)
+def test_refused_not_ignored(what, mode, backend):
+    if mode == "jax.lax.scan":
+        return  # the same as jax.jit
+    change, named = NOT_YET[what]
+    arrays = CASE.arrays(seed=1)
+    arguments = convert({**arrays, **change(arrays)}, mode)
+    flags = {name: value for name, value in arguments.items() if isinstance(value, bool)}
+    arguments = {name: value for name, value in arguments.items() if name not in flags}
+    before = [to_host({"_": leaf}, mode)["_"] for leaf in jax.tree.leaves(arguments)]
+    call = functools.partial(ssu_bridge.update, **CASE.flags, **flags, backend=backend)
+    with pytest.raises(ssu_bridge.UnsupportedError, match=named):
+        (jax.jit(call, donate_argnames="state") if mode == "jax.jit" else call)(**arguments)
+    for leaf, held in zip(jax.tree.leaves(arguments), before, strict=True):
+        np.testing.assert_array_equal(bits(to_host({"_": leaf}, mode)["_"]), bits(held))
+
+
+def convert(arguments, mode):
+    """Put every array into the framework of a mode, inside a QuantizedState too."""
+    result = {}
+    for name, value in arguments.items():
+        if isinstance(value, ssu_bridge.QuantizedState):
+            result[name] = ssu_bridge.QuantizedState(**convert(value._asdict(), mode))
+        elif isinstance(value, np.ndarray) and value.dtype == "float8_e4m3fn" and mode == "torch":
+            result[name] = torch.from_numpy(value.view("uint8")).view(torch.float8_e4m3fn)
+        else:
+            result[name] = to_mode({name: value}, mode)[name] if isinstance(value, np.ndarray) else value
+    return result
+
+
+@pytest.mark.parametrize("seed", [7, np.array(7, "int64")])
+def test_a_seed_is_refused_for_numpy_and_torch(seed):
+    arrays = Case("seed", dtypes={"state": "float16"}).arrays(seed=1)
+    for mode in ("numpy", "torch"):
+        given = to_mode(arrays, mode)
+        its = torch.tensor(int(seed)) if mode == "torch" and not isinstance(seed, int) else seed
+        with pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"):
+            ssu_bridge.update(**given, rand_seed=its)
+
+
+def test_configured_stochastic_rounding_is_refused_not_ignored():
+    arrays = Case("seed", dtypes={"state": "bfloat16"}).arrays(seed=1)
+    with (
+        ssu_bridge.using(stochastic_rounding=True),
+        pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"),
+    ):
+        ssu_bridge.update(**arrays)
+
+
+def test_a_jax_key_is_a_seed():
+    arrays = to_mode(Case("seed", dtypes={"state": "float16"}).arrays(seed=1), "jax")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"):
+        ssu_bridge.update(**arrays, rand_seed=jax.random.key(3))
+
+
+def test_xla_refuses_other_arrays_and_says_who_can():
+    arrays = CASE.arrays(seed=2)
+    for mode in ("numpy", "torch"):
+        with pytest.raises(ssu_bridge.UnsupportedError, match=r"xla: it runs on JAX.*backend='cpu' or 'reference' can"):
+            ssu_bridge.update(**to_mode(arrays, mode), backend="xla")
+
+
+def test_the_reference_refuses_tracing():
+    arrays = to_mode(CASE.arrays(seed=2), "jax")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="reference: .*cannot be traced.*backend='cpu' or 'xla' can"):
+        jax.jit(functools.partial(ssu_bridge.update, backend="reference"))(**arrays)
+
+
+def test_jax_arrays_without_jax_tvm_ffi(monkeypatch):
+    arrays = to_mode(Case("no ffi", headdim=4).arrays(seed=2), "jax")
+    find_spec = choose.module("cpu").missing_jax_ffi.__globals__["importlib"].util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "jax_tvm_ffi" else find_spec(n))
+    with pytest.raises(ssu_bridge.BackendNotAvailableError, match=r'pip install "ssu-bridge\[jax\]"'):
+        ssu_bridge.update(**arrays, backend="cpu")
+    explanation = ssu_bridge.explain(**arrays)
+    assert explanation.backend == "xla"
+    assert "jax-tvm-ffi, which is not installed" in str(explanation)
+
+
+def test_explain_runs_nothing_and_reads_as_a_table():
+    arrays = CASE.arrays(seed=3)
+    state = arrays["state"].copy()
+    text = str(ssu_bridge.explain(**arrays, **CASE.flags))
+    assert text.splitlines()[0] == "on cpu, asked for auto:"
+    assert "cpu         taken" in text
+    assert "xla         refuses: it runs on JAX arrays only" in text
+    np.testing.assert_array_equal(bits(arrays["state"]), bits(state))
+    refused = ssu_bridge.explain(**arrays, disable_state_update=True)
+    assert refused.backend is None
+    assert "refuses: it cannot do disable_state_update yet" in str(refused)
+
+
+def test_explain_while_tracing_answers_for_each_platform():
+    explanations = []
+
+    @jax.jit
+    def run(arrays):
+        explanations.append(ssu_bridge.explain(**arrays))
+        return ssu_bridge.update(**arrays)
+
+    run(to_mode(CASE.arrays(seed=3), "jax"))
+    assert [choice.problem.platform for choice in explanations[0].choices] == list(
+        dict.fromkeys([jax.default_backend(), "cpu"])
+    )
+    assert explanations[0].choices[-1].backend == "cpu"
+
+
+def test_falling_through_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(choose, "_logged", set())
+    monkeypatch.setattr(choose.module("cpu"), "refusal", lambda problem: "not today")
+    arrays = CASE.arrays(seed=4)
+    with caplog.at_level(logging.INFO, logger="ssu_bridge"):
+        for _ in range(3):
+            jax.clear_caches()
+            out, _ = jax.jit(ssu_bridge.update)(**to_mode(arrays, "jax"))
+    assert [record.getMessage() for record in caplog.records] == ["backend cpu passed over for xla: not today"]
+    expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), backend="xla")
+    np.testing.assert_array_equal(np.array(out), np.array(expected))
+
+
+def test_the_table_of_targets_has_an_end(monkeypatch):
+    arrays = to_mode(Case("full", pad_slot_id=-77).arrays(seed=5), "jax")
+    monkeypatch.setattr(jax_targets, "CAPACITY", 0)
+    with pytest.raises(RuntimeError, match="kernels are registered with XLA in this process"):
+        ssu_bridge.update(**arrays, pad_slot_id=-77)
+    assert not arrays["state"].is_deleted()
+
+
+def test_one_target_serves_all_sizes_and_dtypes():
+    before = len(jax_targets._registered)
+    for sequences, dtype in ((1, "float32"), (2, "bfloat16"), (3, "float16")):
+        case = Case("sizes", sequences=sequences, indices=tuple(range(sequences)), dtypes={"state": dtype, "*": dtype})
+        ssu_bridge.update(**to_mode(case.arrays(seed=6), "jax"), pad_slot_id=-4321)
+    assert len(jax_targets._registered) == before + 1
+
+
+def gradient_case():
+    arrays = to_mode(Case("gradient", headdim=2, dstate=3, ngroups=1, nheads=2).arrays(seed=8), "jax")
+    return {name: value for name, value in arrays.items() if name != "state_batch_indices"}, arrays[
+        "state_batch_indices"
+    ]
+
+
+def test_xla_is_differentiable():
+    floats, indices = gradient_case()
+
+    def loss(floats):
+        out, state = ssu_bridge.update(**floats, state_batch_indices=indices, dt_softplus=True, backend="xla")
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(state))
+
+    with jax.enable_x64(False):
+        jax.test_util.check_grads(loss, (floats,), order=1, modes=("fwd", "rev"), rtol=2e-2, atol=2e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize("transform", (jax.grad, jax.jacfwd))
+def test_other_backends_refuse_gradients(transform):
+    floats, indices = gradient_case()
+
+    def loss(x):
+        return jnp.sum(ssu_bridge.update(**{**floats, "x": x}, state_batch_indices=indices)[0])
+
+    with pytest.raises(ssu_bridge.UnsupportedError, match='backend="xla" can be differentiated'):
+        transform(loss)(floats["x"])
+
+
+def test_vmap_is_refused_with_a_way_out():
+    floats, indices = gradient_case()
+
+    def step(x, backend):
+        return ssu_bridge.update(**{**floats, "x": x}, state_batch_indices=indices, backend=backend)[0]
+
+    xs = jnp.stack([floats["x"], 2 * floats["x"]])
+    with pytest.raises(ssu_bridge.UnsupportedError, match=r"jax\.lax\.map"):
+        jax.vmap(functools.partial(step, backend="cpu"))(xs)
+    batched = jax.vmap(functools.partial(step, backend="xla"))(xs)
+    mapped = jax.lax.map(functools.partial(step, backend="cpu"), xs)
+    np.testing.assert_allclose(batched, mapped, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,232 @@
+"""Whose memory the new state has, in each framework, and what happens where JAX cannot donate."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from modes import address, bits, to_mode
+
+import ssu_bridge
+from ssu_bridge.backends import reference
+from ssu_bridge.cases import Case
+from ssu_bridge.check import compare
+from ssu_bridge.frontends import jax as jax_frontend
+from ssu_bridge.update import explain
+
+CASE = Case("in place", headdim=8, dstate=16)
+IN_PLACE_BACKENDS = ("cpu", "xla")
+
+
+@pytest.fixture
+def arrays():
+    return CASE.arrays(seed=7)
+
+
+def jax_args(arrays):
+    given = to_mode(arrays, "jax")
+    return given.pop("state"), given
+
+
+@pytest.fixture
+def _warn_again(monkeypatch):
+    monkeypatch.setattr(jax_frontend, "_warned", False)
+
+
+@pytest.mark.parametrize("backend", IN_PLACE_BACKENDS)
+def test_eager_jax_steps_stay_in_one_place(arrays, backend):
+    state, rest = jax_args(arrays)
+    before, expected = address(state), arrays["state"].copy()
+    for _ in range(4):
+        old = state
+        out, state = ssu_bridge.update(state, **rest, **CASE.flags, backend=backend)
+        assert old.is_deleted()
+        assert address(state) == before
+        exact_out, expected = ssu_bridge.update(expected, *list(arrays.values())[1:9], **table(arrays), **CASE.flags)
+        np.testing.assert_allclose(out, exact_out, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(state, expected, rtol=1e-5, atol=1e-5)
+
+
+def table(arrays):
+    return {"state_batch_indices": arrays["state_batch_indices"]}
+
+
+@pytest.mark.parametrize("backend", ("cpu", "xla", "reference"))
+def test_eager_jax_without_donation_leaves_the_old_state(arrays, backend):
+    state, rest = jax_args(arrays)
+    _, new = ssu_bridge.update(state, **rest, **CASE.flags, backend=backend, donate=False)
+    assert address(new) != address(state)
+    np.testing.assert_array_equal(bits(np.array(state)), bits(arrays["state"]))
+    assert not np.array_equal(np.array(new), arrays["state"])
+
+
+def test_the_reference_deletes_the_old_state_too(arrays):
+    state, rest = jax_args(arrays)
+    ssu_bridge.update(state, **rest, **CASE.flags, backend="reference")
+    assert state.is_deleted()
+
+
+@pytest.mark.parametrize("backend", IN_PLACE_BACKENDS)
+def test_jit_without_donation_leaves_the_old_state(arrays, backend):
+    state, rest = jax_args(arrays)
+    jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend=backend))(state, **rest)
+    np.testing.assert_array_equal(bits(np.array(state)), bits(arrays["state"]))
+
+
+@pytest.mark.parametrize("backend", IN_PLACE_BACKENDS)
+def test_a_donated_scan_over_a_tuple_of_states_copies_none(backend):
+    case = Case("scan", slots=64, nheads=8, headdim=64, dstate=64)
+    arrays = case.arrays(seed=3)
+    states = tuple(jnp.array(arrays["state"]) for _ in range(3))
+    rest = to_mode({name: array for name, array in arrays.items() if name != "state"}, "jax")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(states, rest):
+        def body(states, _):
+            outs, states = zip(
+                *[ssu_bridge.update(s, **rest, **case.flags, backend=backend) for s in states], strict=True
+            )
+            return states, outs[-1]
+
+        return jax.lax.scan(body, states, None, length=5)
+
+    before = [address(state) for state in states]
+    memory = decode.lower(states, rest).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < arrays["state"].nbytes
+    assert memory.alias_size_in_bytes == 3 * arrays["state"].nbytes
+    states, _ = decode(states, rest)
+    assert [address(state) for state in states] == before
+
+
+@pytest.mark.usefixtures("_warn_again")
+def test_a_live_view_keeps_jax_from_donating_and_that_is_said_once(arrays):
+    state, rest = jax_args(arrays)
+    view = np.asarray(state)
+    with pytest.warns(RuntimeWarning, match="the state was copied.*still views"):
+        _, new = ssu_bridge.update(state, **rest, **CASE.flags)
+    assert address(new) != view.ctypes.data
+    np.testing.assert_array_equal(bits(view), bits(arrays["state"]))
+    view = np.asarray(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ssu_bridge.update(new, **rest, **CASE.flags)
+
+
+def test_strict_in_place_raises_and_hands_the_results_over(arrays):
+    state, rest = jax_args(arrays)
+    view = np.asarray(state)
+    problem = explain(state, **rest, **CASE.flags).choices[0].problem
+    with (
+        ssu_bridge.using(strict_in_place=True),
+        pytest.raises(ssu_bridge.NotInPlaceError, match="state: the state was copied") as caught,
+    ):
+        ssu_bridge.update(state, **rest, **CASE.flags)
+    out, new = map(np.array, caught.value.results)
+    assert all(row.passed for row in compare(reference.compute(problem, arrays), out, arrays["state"], new))
+    np.testing.assert_array_equal(bits(view), bits(arrays["state"]))
+
+
+@pytest.mark.usefixtures("_warn_again")
+def test_foreign_memory_is_not_donated(arrays):
+    _, rest = jax_args(arrays)
+    tensor = torch.from_numpy(arrays["state"]).clone()
+    with pytest.warns(RuntimeWarning, match="did not allocate"):
+        _, new = ssu_bridge.update(ssu_bridge.to_jax(tensor), **rest, **CASE.flags)
+    assert address(new) != tensor.data_ptr()
+    np.testing.assert_array_equal(bits(tensor.numpy()), bits(arrays["state"]))
+
+
+def strided(array, gap):
+    """Copy an array into one with a gap of poison behind each entry of its first axis; return both."""
+    width = array[0].numel()
+    whole = torch.full((len(array), width + gap), -123.0, dtype=array.dtype)
+    view = whole[:, :width].view(array.shape)
+    view.copy_(array)
+    return view, whole
+
+
+def test_torch_strided_arguments(arrays):
+    tensors = to_mode(arrays, "torch")
+    views, wholes = {}, {}
+    for name in ("state", "x", "B", "C", "z", "dt"):
+        views[name], wholes[name] = strided(tensors[name], gap=24)
+    out, out_whole = strided(torch.full_like(tensors["x"], float("nan")), gap=8)
+    gaps = {name: whole.clone() for name, whole in wholes.items()}
+    dense_out, dense_state = ssu_bridge.update(**to_mode(arrays, "torch"), **CASE.flags)
+
+    got, state = ssu_bridge.update(**{**tensors, **views}, **CASE.flags, out=out)
+    assert got is out
+    assert state is views["state"]
+    torch.testing.assert_close(out, dense_out, rtol=0, atol=0)
+    torch.testing.assert_close(state, dense_state, rtol=0, atol=0)
+    assert (out_whole[:, -8:] == -123.0).all()
+    for name, whole in wholes.items():
+        same = whole[:, -24:] if name == "state" else whole
+        torch.testing.assert_close(same, gaps[name][:, -24:] if name == "state" else gaps[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+def test_torch_expanded_views_are_tied(arrays, backend):
+    heads, headdim, dstate = arrays["state"].shape[1:]
+    tensors = to_mode(arrays, "torch")
+    expected = ssu_bridge.update(**to_mode(arrays, "torch"), **CASE.flags, backend=backend)
+    tensors["A"] = tensors["A"][:, None, None].expand(heads, headdim, dstate)
+    tensors["dt"] = tensors["dt"][..., None].expand(-1, heads, headdim)
+    for name in ("D", "dt_bias"):
+        tensors[name] = tensors[name][:, None].expand(heads, headdim)
+    problem = explain(**tensors, **CASE.flags).choices[0].problem
+    assert problem.tied == ("dt", "A", "D", "dt_bias")
+    got = ssu_bridge.update(**tensors, **CASE.flags, backend=backend)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_torch_bumps_the_version_counter(arrays):
+    tensors = to_mode(arrays, "torch")
+    out = torch.empty_like(tensors["x"])
+    versions = out._version, tensors["state"]._version
+    ssu_bridge.update(**tensors, **CASE.flags, out=out)
+    assert (out._version, tensors["state"]._version) == (versions[0] + 1, versions[1] + 1)
+
+
+def test_torch_parameters_and_no_grad(arrays):
+    tensors = to_mode(arrays, "torch")
+    for name in ("A", "D", "dt_bias"):
+        tensors[name] = torch.nn.Parameter(tensors[name])
+    out, _ = ssu_bridge.update(**tensors, **CASE.flags)
+    assert not out.requires_grad
+    for name in ("state", "x", "dt", "B", "C", "z"):
+        with_grad = to_mode(arrays, "torch")
+        with_grad[name].requires_grad_()
+        with pytest.raises(ssu_bridge.UnsupportedError, match=rf"{name}: .*torch\.no_grad"):
+            ssu_bridge.update(**with_grad, **CASE.flags)
+        np.testing.assert_array_equal(bits(with_grad["state"].detach().numpy()), bits(arrays["state"]))
+        with torch.no_grad():
+            ssu_bridge.update(**with_grad, **CASE.flags)
+
+
+def test_numpy_takes_read_only_inputs(arrays):
+    expected, _ = ssu_bridge.update(**to_mode(arrays, "numpy"), **CASE.flags)
+    for name, array in arrays.items():
+        array.setflags(write=name == "state")
+    out, _ = ssu_bridge.update(**arrays, **CASE.flags)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_numpy_arrays_beside_jax_ones(arrays):
+    expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
+    rest = {name: array for name, array in arrays.items() if name != "state"}
+    out, _ = ssu_bridge.update(jnp.array(arrays["state"]), **rest, **CASE.flags)
+    np.testing.assert_array_equal(np.array(out), np.array(expected))
+
+
+def test_all_frameworks_give_the_same_bits(arrays):
+    results = {}
+    for mode in ("numpy", "torch", "jax"):
+        results[mode] = [np.asarray(r) for r in ssu_bridge.update(**to_mode(arrays, mode), **CASE.flags, backend="cpu")]
+    for mode in ("torch", "jax"):
+        for got, expected in zip(results[mode], results["numpy"], strict=True):
+            np.testing.assert_array_equal(bits(got), bits(expected))
