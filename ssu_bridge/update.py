@@ -98,7 +98,7 @@ def update(
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
     flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm, get_config())
-    kind = (tuple(map(type, arrays)), flags)
+    kind = (type(arrays[0]), flags)
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
@@ -109,8 +109,8 @@ def update(
     return launch(arrays, out)
 
 
-# How a call is launched, by the types of its arrays and its flags: all that a call of a known kind has to look up.
-_launchers: dict[tuple[tuple[type, ...], tuple[Any, ...]], Launch] = {}
+# How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
+_launchers: dict[tuple[type, tuple[Any, ...]], Launch] = {}
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

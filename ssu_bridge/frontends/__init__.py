@@ -18,14 +18,14 @@ from ssu_bridge.problem import ARGUMENTS, REQUIRED, Options
 Arrays = tuple[Any, ...]
 
 
-# Runs one call, of array types and options that are fixed, from its arrays and out; returns (out, state).
+# Runs one call, of a type of state and options that are fixed, from its arrays and out; returns (out, state).
 Launch = Callable[[Arrays, Any], tuple[Any, ...]]
 
 
 class Frontend(Protocol):
     """What each frontend can do."""
 
-    def launcher(self, types: tuple[type, ...], options: Options) -> Launch:
+    def launcher(self, state_type: type, options: Options) -> Launch:
         """Return the function that checks the arrays of a call, chooses a backend and launches its kernel."""
 
     def consider(self, arrays: Arrays, out: Any, options: Options) -> tuple[Choice, ...]:
@@ -54,12 +54,12 @@ def frontend(framework: str) -> Frontend:
 
 
 def launcher_of(arrays: Arrays, out: Any, options: Options) -> Launch:
-    """Return the function that runs a call with these options for arrays of these types.
+    """Return the function that runs a call with these options for states of this one's type.
 
     Raises:
         TypeError: as :func:`frontend_of`.
     """
-    return frontend_of(arrays, out).launcher(tuple(map(type, arrays)), options)
+    return frontend_of(arrays, out).launcher(type(arrays[0]), options)
 
 
 def named(arrays: Arrays, out: Any = None) -> dict[str, Any]:

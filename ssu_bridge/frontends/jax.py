@@ -5,7 +5,6 @@ registers it as an XLA FFI target. An eager call is a jitted function around the
 """
 
 import functools
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,17 +22,25 @@ from ssu_bridge.config import Backend
 from ssu_bridge.errors import NotInPlaceError, UnsupportedError
 from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.frontends.jax_targets import register
-from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
+from ssu_bridge.problem import Options, Problem, describe
 
 
-def launcher(types: tuple[type, ...], options: Options) -> Launch:
+def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that traces calls with these options, launches them, or runs them on the host."""
-    if any(issubclass(kind, jax.core.Tracer) for kind in types):
-        # Under vmap or grad even a concrete state must stay the caller's, so nothing is donated here.
+    if issubclass(state_type, jax.core.Tracer):
         return functools.partial(_trace_call, options)
     if options.config.backend is Backend.REFERENCE:
         return functools.partial(_run_on_host, options)
-    return _eager_launcher(tuple(i for i, kind in enumerate(types) if kind is not type(None)), options)
+    launch = _eager_launcher(options)
+    if options.config.backend is not Backend.XLA:
+        return launch
+
+    def launch_or_trace(arrays: Arrays, out: Any) -> tuple[Any, Any]:
+        # Under vmap or grad a concrete state stays the caller's: what it is batched or differentiated with is traced.
+        traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+        return _trace_call(options, arrays, out) if traced else launch(arrays, out)
+
+    return launch_or_trace
 
 
 def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
@@ -62,15 +69,16 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 def _trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
     _refuse_out(out)
     require_one_framework(arrays)
-    return _trace(options, named(arrays))
+    return _trace(options, *arrays)
 
 
-def _trace(options: Options, arrays: dict[str, Any]) -> tuple[Any, Any]:
+def _trace(options: Options, *positional: Any) -> tuple[Any, Any]:
+    arrays = named(positional)
     problem = _describe(options, arrays)
     choices = [consider_problem(problem.on(*platform)) for platform in _platforms().items()]
     if all(choice.backend is None for choice in choices):
         raise choices[0].error()
-    if all(choice.backend is Backend.XLA for choice in choices):
+    if options.config.backend is Backend.XLA:
         # Traced in place rather than behind the primitive, it can be differentiated and batched.
         kernel = load(choices[0].problem)
         assert isinstance(kernel, TracedKernel)
@@ -152,28 +160,24 @@ batching.primitive_batchers[_step] = _refuse_batching
 # --- Eager calls ---
 
 
-def _eager_launcher(given: tuple[int, ...], options: Options) -> Launch:
+def _eager_launcher(options: Options) -> Launch:
     """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced.
 
     What runs in each call besides is kept to the least: the addresses of the state before and after.
     """
     donate = options.donate
-    pick = operator.itemgetter(*given)
-    names = pick(tuple(ARGUMENTS))
-    compiled = jax.jit(
-        lambda *arrays: _trace(options, dict(zip(names, arrays, strict=True))), donate_argnums=0 if donate else ()
-    )
+    compiled = jax.jit(functools.partial(_trace, options), donate_argnums=0 if donate else ())
 
     def launch(arrays: Arrays, out: Any) -> tuple[Any, Any]:
         if out is not None:
             _refuse_out(out)
         try:
             before = _address(arrays[0])
-            results: tuple[Any, Any] = compiled(*pick(arrays))
+            results: tuple[Any, Any] = compiled(*arrays)
         except Exception:
             _explain_failure(arrays)
             raise
-        if donate and _address(results[1]) != before:
+        if donate and (after := _address(results[1])) != before and after is not None:
             _report_copy(results, options)
         return results
 
@@ -181,10 +185,12 @@ def _eager_launcher(given: tuple[int, ...], options: Options) -> Launch:
 
 
 def _address(array: Any) -> Any:
-    """Return where an array lies: a number, or several for one that is sharded."""
+    """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
     try:
         return array.unsafe_buffer_pointer()
-    except ValueError:
+    except (ValueError, AttributeError, jax.errors.JAXTypeError):
+        if isinstance(array, jax.core.Tracer):
+            return None
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 

@@ -13,7 +13,7 @@ from ssu_bridge.library import library
 from ssu_bridge.problem import Options, Problem, describe
 
 
-def launcher(types: tuple[type, ...], options: Options) -> Launch:
+def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that runs a call with these options."""
     return functools.partial(_update, options)
 

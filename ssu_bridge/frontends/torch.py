@@ -18,6 +18,9 @@ from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
+# Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
+_BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
+
 # Shape, dtype, strides, device, layout, requires_grad of each tensor, out first: all that the check of a call looks at.
 Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
@@ -30,7 +33,7 @@ class _Plan(NamedTuple):
     inputs: Callable[[Arrays], tuple[torch.Tensor, ...]]
 
 
-def launcher(types: tuple[type, ...], options: Options) -> Launch:
+def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that runs a call with these options."""
     return functools.partial(_update, options)
 
@@ -58,18 +61,22 @@ def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tupl
 def to_host(tensor: torch.Tensor) -> np.ndarray:
     """Return a NumPy copy."""
     host = tensor.detach().to("cpu", copy=True)
-    if host.dtype == torch.bfloat16:  # Torch knows no NumPy dtype for it
-        return host.view(torch.int16).numpy().view("bfloat16")
-    return host.numpy()
+    name = _name(host.dtype)
+    return host.view(_BITS[name]).numpy().view(name) if name in _BITS else host.numpy()
 
 
 def from_host(array: np.ndarray, like: torch.Tensor | None = None) -> torch.Tensor:
     """Return a tensor with a copy of the values."""
-    if array.dtype == "bfloat16":
-        host = torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    copy, name = np.array(array), array.dtype.name
+    if name in _BITS:
+        host = torch.from_numpy(copy.view(f"i{copy.itemsize}")).view(getattr(torch, name))
     else:
-        host = torch.from_numpy(np.array(array))
+        host = torch.from_numpy(copy)
     return host if like is None else host.to(like.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
@@ -104,7 +111,7 @@ def _describe(key: Key, options: Options) -> Problem:
     for name, (shape, dtype, strides, device, layout, _) in given.items():
         if layout != torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
-        infos[name] = ArrayInfo(tuple(shape), str(dtype).removeprefix("torch."), strides, str(device))
+        infos[name] = ArrayInfo(tuple(shape), _name(dtype), strides, str(device))
     device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return describe(infos, options, framework="torch", platform=device.type, capability=capability)

@@ -23,6 +23,8 @@ constexpr int64_t kChunkElements = 64 << 10;
 // not spin: that was no faster where it was measured, and takes cores from XLA's own threads.
 constexpr int64_t kElementsWorthWaking = 768 << 10;
 constexpr int64_t kElementsPerThread = 128 << 10;
+// A processor wakes its 512-bit units in about a microsecond, too long for what AVX2 does in two.
+constexpr int64_t kElementsWorthWideVectors = 16 << 10;
 // What an element costs that needs an exponential of its own.
 constexpr int64_t kUntiedCost = 4;
 
@@ -82,8 +84,8 @@ void run_step(StepArguments& a, StepFunction step) {
 
 class CpuKernel {
  public:
-  CpuKernel(std::vector<Argument> inputs, bool softplus, int64_t pad_slot, StepFunction step)
-      : inputs_(std::move(inputs)), softplus_(softplus), pad_slot_(pad_slot), step_(step) {}
+  CpuKernel(std::vector<Argument> inputs, bool softplus, int64_t pad_slot, const VariantPair& steps)
+      : inputs_(std::move(inputs)), softplus_(softplus), pad_slot_(pad_slot), steps_(steps) {}
 
   void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
     int inputs = static_cast<int>(inputs_.size());
@@ -99,14 +101,19 @@ class CpuKernel {
     step_arguments.softplus = softplus_;
     step_arguments.pad_slot = pad_slot_;
     read_tensors(tensors, step_arguments);
-    run_step(step_arguments, step_);
+    run_step(step_arguments, step_for(step_arguments));
   }
 
  private:
+  // By the size of one sequence, not of the batch, so that a sequence's result does not depend on its company.
+  StepFunction step_for(const StepArguments& a) const {
+    return a.heads * a.rows * a.columns < kElementsWorthWideVectors ? steps_.small : steps_.large;
+  }
+
   std::vector<Argument> inputs_;
   bool softplus_;
   int64_t pad_slot_;
-  StepFunction step_;
+  VariantPair steps_;
 };
 
 // The position of each name among kArgumentNames; they must ascend and hold the required ones.
@@ -133,8 +140,7 @@ std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
 ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, bool dt_softplus, int64_t pad_slot_id,
                               ffi::String isa) {
   thread_count();  // so that a wrong setting is reported here
-  StepFunction step = find_variant(isa).step;
-  return ffi::Function::FromPacked(CpuKernel(parse_names(argument_names), dt_softplus, pad_slot_id, step));
+  return ffi::Function::FromPacked(CpuKernel(parse_names(argument_names), dt_softplus, pad_slot_id, find_variants(isa)));
 }
 
 }  // namespace ssu_bridge

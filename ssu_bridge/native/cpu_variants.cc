@@ -39,12 +39,15 @@ const std::vector<CpuVariant>& runnable_variants() {
   return variants;
 }
 
-const CpuVariant& find_variant(const std::string& name) {
+VariantPair find_variants(const std::string& name) {
   const std::vector<CpuVariant>& variants = runnable_variants();
-  if (name == "auto") return variants.front();
+  if (name == "auto") {
+    bool wide = variants.front().name == std::string("avx512");
+    return {variants[wide ? 1 : 0].step, variants.front().step};
+  }
   std::string names = "auto";
   for (const CpuVariant& variant : variants) {
-    if (name == variant.name) return variant;
+    if (name == variant.name) return {variant.step, variant.step};
     names += std::string(", ") + variant.name;
   }
   TVM_FFI_THROW(ValueError) << "isa must be one of " << names << " on this machine, got '" << name << "'";

@@ -17,8 +17,15 @@ struct CpuVariant {
 // Best first. Never empty: "portable" runs everywhere.
 const std::vector<CpuVariant>& runnable_variants();
 
-// The variant of that name, or the best one for "auto". Raises ValueError for a name this machine cannot run.
-const CpuVariant& find_variant(const std::string& name);
+// The steps to take for sequences with a small and with a large state.
+struct VariantPair {
+  StepFunction small;
+  StepFunction large;
+};
+
+// The variant of that name for both, or for "auto" the best one for each. Raises ValueError for a name that this machine
+// cannot run.
+VariantPair find_variants(const std::string& name);
 
 }  // namespace ssu_bridge
 
