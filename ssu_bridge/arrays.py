@@ -18,6 +18,7 @@ class ArrayInfo(NamedTuple):
         strides: in elements; None for a dense row-major array.
         device: of any spelling, as long as two arrays on one device have the same. None: not placed yet.
         writeable: whether it may be written in place.
+        aligned: whether it begins at a multiple of the bytes that a GPU loads at once, as every fresh array does.
     """
 
     shape: tuple[int, ...]
@@ -25,6 +26,7 @@ class ArrayInfo(NamedTuple):
     strides: tuple[int, ...] | None = None
     device: str | None = None
     writeable: bool = True
+    aligned: bool = True
 
 
 class QuantizedState(NamedTuple):

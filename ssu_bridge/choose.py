@@ -10,7 +10,7 @@ from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 from ssu_bridge.problem import Problem
 
 # In the order in which auto asks them; the reference is for checking and is never taken unasked.
-AUTOMATIC = (Backend.CPU, Backend.XLA)
+AUTOMATIC = (Backend.TRITON, Backend.CPU, Backend.XLA)
 BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
 
 _log = logging.getLogger("ssu_bridge")
@@ -18,10 +18,14 @@ _logged: set[tuple[Backend, str]] = set()
 
 
 class Answer(NamedTuple):
-    """What a backend says to a Problem: ``refusal`` is None where it would run it, else the reason in a sentence."""
+    """What a backend says to a Problem: ``refusal`` is None where it would run it, else the reason in a sentence.
+
+    ``settings`` says how it would run it, where it had to choose.
+    """
 
     backend: Backend
     refusal: str | None
+    settings: str = ""
 
 
 class Choice(NamedTuple):
@@ -58,9 +62,10 @@ class Explanation(NamedTuple):
         lines = []
         for choice in self.choices:
             lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
-            for backend, refusal in choice.answers:
+            for backend, refusal, settings in choice.answers:
                 verdict = "taken" if backend is choice.backend else "would do" if refusal is None else "refuses: "
-                lines.append(f"  {backend:<12}{verdict}{refusal or ''}")
+                how = refusal or (settings and f" ({settings})")
+                lines.append(f"  {backend:<12}{verdict}{how}")
         return "\n".join(lines)
 
 
@@ -72,7 +77,8 @@ def module(backend: Backend) -> BackendModule:
 def answer(backend: Backend, problem: Problem) -> Answer:
     """Ask one backend whether it would run a Problem."""
     asked = module(backend)
-    return Answer(backend, asked.missing(problem.framework) or asked.refusal(problem))
+    refusal = asked.missing(problem.framework) or asked.refusal(problem)
+    return Answer(backend, refusal, "" if refusal else asked.settings(problem))
 
 
 def consider_problem(problem: Problem) -> Choice:

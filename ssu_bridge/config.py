@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import operator
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ class Backend(enum.StrEnum):
     """Who computes the step. ``auto`` takes the best backend that does not refuse the call."""
 
     AUTO = "auto"
+    TRITON = "triton"
     CPU = "cpu"
     XLA = "xla"
     REFERENCE = "reference"
@@ -51,6 +53,8 @@ class SSUConfig:
         philox_rounds: rounds of the Philox generator; 0 means 10.
         strict_in_place: raise :class:`NotInPlaceError` where JAX could not update the state in place, instead of
             warning once.
+        triton_tile: (rows of headdim, warps) of a program of the Triton kernel, powers of two; None: as measured for
+            the GPU. It does not change the results.
 
     Raises:
         ValueError, TypeError: a field has an unknown or impossible value.
@@ -61,6 +65,7 @@ class SSUConfig:
     stochastic_rounding: bool = False
     philox_rounds: int = 10
     strict_in_place: bool = False
+    triton_tile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", Backend.parse(self.backend))
@@ -73,6 +78,8 @@ class SSUConfig:
         if not isinstance(self.philox_rounds, int) or self.philox_rounds < 0:
             raise ValueError(f"philox_rounds: expected an int >= 0 (0 means 10), got {self.philox_rounds!r}")
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
+        if self.triton_tile is not None:
+            object.__setattr__(self, "triton_tile", _checked_tile(self.triton_tile))
 
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> Self:
@@ -83,6 +90,16 @@ class SSUConfig:
             stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,
             philox_rounds=namespace.mamba_cache_philox_rounds,
         )
+
+
+def _checked_tile(tile: Any) -> tuple[int, int]:
+    try:
+        rows, warps = map(operator.index, tile)
+    except (TypeError, ValueError):
+        raise TypeError(f"triton_tile: expected two ints (rows, warps), got {tile!r}") from None
+    if rows < 1 or rows & (rows - 1) or warps not in (1, 2, 4, 8, 16, 32):
+        raise ValueError(f"triton_tile: expected powers of two (rows, warps), at most 32 warps; got {tile!r}")
+    return rows, warps
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
 
 from ssu_bridge.arrays import ArrayInfo
@@ -14,6 +15,8 @@ INDICES = ("int32", "int64")
 QUANTIZED = ("int16", "int8", "float8_e4m3fn")
 # A state of one of these can be rounded stochastically; float32 holds the result as it is, int16 all but so.
 ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+# The most that a thread of a GPU loads at once, and from multiples of it only.
+VECTOR_BYTES = 16
 
 
 class _Argument(NamedTuple):
@@ -115,6 +118,8 @@ class Problem:
         tied: names of the parameters that are one number a head.
         tables: names of the slot tables that have a column for each token.
         stochastic_rounding: the state is to be rounded stochastically.
+        unaligned: names of the arrays, out included, that do not lie so that all that a kernel reads of them in
+            vectors begins at a multiple of VECTOR_BYTES.
         options: the arguments that are not arrays.
     """
 
@@ -135,6 +140,7 @@ class Problem:
     tied: tuple[str, ...]
     tables: tuple[str, ...]
     stochastic_rounding: bool
+    unaligned: tuple[str, ...]
     options: Options
 
     @property
@@ -205,8 +211,17 @@ def describe(
         tables=tuple(n for n in arrays if n.endswith("state_batch_indices") and len(arrays[n].shape) == 2),
         stochastic_rounding="rand_seed" in arrays
         or (options.config.stochastic_rounding and arrays["state"].dtype in ROUNDABLE),
+        unaligned=_unaligned(shapes, arrays, tied),
         options=options,
     )
+
+
+def _unaligned(shapes: "_Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[str, ...]) -> tuple[str, ...]:
+    # A kernel loads one element at a time of a table, and of one number a head.
+    vectors = {name: info for name, info in arrays.items() if name not in tied and ARGUMENTS[name].dtypes != INDICES}
+    # An output that is not given yet will be dense, as x is in shape and dtype.
+    vectors = {"out": ArrayInfo(arrays["x"].shape, arrays["x"].dtype), **vectors}
+    return tuple(name for name, info in vectors.items() if not shapes.is_aligned(name, info))
 
 
 def _came(value: object) -> str:
@@ -331,8 +346,7 @@ class _Shapes:
     def check_strides(self, name: str, info: ArrayInfo, tied: bool) -> None:
         if info.strides is None:
             return
-        pattern = next(p for p in self._patterns(name) if len(p) == len(info.shape))
-        inner = len(pattern.lstrip(ARGUMENTS[name].free.replace("*", self.token_axes)))
+        pattern, inner = self._inner(name, info)
         # Behind the free axes: dense, but for the trailing axes of a tied view, which repeat one element.
         repeated = _TIED_AXES[name] if tied and len(pattern) == len(self._patterns(name)[0]) else 0
         dense, step = [0] * repeated, 1
@@ -353,6 +367,24 @@ class _Shapes:
                         f"{name}: expected memory that does not overlap itself, got strides {info.strides}"
                     )
                 step = max(step, n * abs(stride))
+
+    def is_aligned(self, name: str, info: ArrayInfo) -> bool:
+        if not info.aligned:
+            return False
+        _, inner = self._inner(name, info)
+        size, step = np.dtype(info.dtype).itemsize, 1
+        for axis in reversed(range(len(info.shape))):
+            # The stride of one element means nothing: as if dense, so that one sequence has the kernel that several have.
+            stride = step if info.strides is None or info.shape[axis] == 1 else info.strides[axis]
+            if axis < len(info.shape) - inner and stride * size % VECTOR_BYTES:
+                return False
+            step *= info.shape[axis]
+        return True
+
+    def _inner(self, name: str, info: ArrayInfo) -> tuple[str, int]:
+        """Return the pattern of an array and how many of its last axes must be dense."""
+        pattern = next(p for p in self._patterns(name) if len(p) == len(info.shape))
+        return pattern, len(pattern.lstrip(ARGUMENTS[name].free.replace("*", self.token_axes)))
 
     def _patterns(self, name: str) -> tuple[str, ...]:
         shapes = [shape.replace("*", self.token_axes) for shape in ARGUMENTS[name].shapes]

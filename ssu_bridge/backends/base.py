@@ -43,6 +43,9 @@ class BackendModule(Protocol):
     def refusal(self, problem: Problem) -> str | None:
         """Say in a sentence why this backend cannot run the problem, or None if it can."""
 
+    def settings(self, problem: Problem) -> str:
+        """Say how it would run a problem that it does not refuse, where there is a choice; else nothing."""
+
     def load(self, problem: Problem) -> Kernel:
         """Return the kernel for a problem that is not refused, compiled and ready to be launched."""
 

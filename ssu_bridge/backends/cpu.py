@@ -19,6 +19,11 @@ def refusal(problem: Problem) -> str | None:
     return not_yet(problem)
 
 
+def settings(problem: Problem) -> str:
+    """There are none."""
+    return ""
+
+
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel: dtypes, sizes and strides are read in each call, the rest is built in."""
     return _kernel(problem.names, problem.options.dt_softplus, problem.options.pad_slot_id)

@@ -41,6 +41,11 @@ def refusal(problem: Problem) -> str | None:
     return not_yet(problem)
 
 
+def settings(problem: Problem) -> str:
+    """There are none."""
+    return ""
+
+
 def load(problem: Problem) -> HostKernel:
     """Return a function that runs the step on NumPy arrays."""
     return HostKernel(functools.partial(_run, problem))

@@ -19,6 +19,11 @@ def refusal(problem: Problem) -> str | None:
     return not_yet(problem)
 
 
+def settings(problem: Problem) -> str:
+    """There are none."""
+    return ""
+
+
 def load(problem: Problem) -> TracedKernel:
     """Return the function that computes the step; it is traced into the caller's program."""
     return TracedKernel(functools.partial(_step, problem))

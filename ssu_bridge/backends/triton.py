@@ -1,0 +1,65 @@
+"""The triton backend: the project's own GPU kernel, for JAX and Torch arrays on NVIDIA GPUs.
+
+Triton compiles it once for each specialisation; the native library launches it, without Python or Triton in a call.
+"""
+
+import functools
+import importlib.util
+
+from ssu_bridge.backends import triton_tiles
+from ssu_bridge.backends.base import DeviceKernel, missing_jax_ffi, not_yet
+from ssu_bridge.backends.triton_compile import Specialisation, compile_step, specialise
+from ssu_bridge.library import library
+from ssu_bridge.problem import Problem
+
+_LEAST_CAPABILITY = (8, 0)
+# A tile is addressed in 32 bits inside a head.
+_MOST_ELEMENTS_OF_A_HEAD = 2**31
+
+
+def missing(framework: str) -> str | None:
+    """Triton is, where it is not installed; JAX arrays need more."""
+    if importlib.util.find_spec("triton") is None:
+        return 'Triton is not installed: pip install "ssu-bridge[cuda]"'
+    return missing_jax_ffi(framework)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Refuse other devices than NVIDIA GPUs, old ones among those, and what is not written yet."""
+    if problem.platform != "cuda":
+        return f"it runs on CUDA arrays only, and these are on {problem.platform}"
+    if problem.capability is None or problem.capability < _LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or higher, and this one has {_spell(problem.capability)}"
+    if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
+        return f"it takes heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
+    return not_yet(problem)
+
+
+def settings(problem: Problem) -> str:
+    """Say which tile a program has."""
+    return str(triton_tiles.tile(problem))
+
+
+def load(problem: Problem) -> DeviceKernel:
+    """Return the kernel for the problem's sizes and dtypes, whatever the number of sequences and slots."""
+    return _kernel(specialise(problem, triton_tiles.tile(problem)))
+
+
+@functools.cache
+def _kernel(specialisation: Specialisation) -> DeviceKernel:
+    compiled = compile_step(specialisation)
+    function = library().cubin_kernel(
+        compiled.cubin,
+        compiled.name,
+        compiled.shared_bytes,
+        compiled.warps,
+        compiled.programs,
+        len(specialisation.dtypes) + 2,
+        compiled.arguments,
+        compiled.scratch_pointers,
+    )
+    return DeviceKernel(specialisation.target, function)
+
+
+def _spell(capability: tuple[int, int] | None) -> str:
+    return "none" if capability is None else ".".join(map(str, capability))

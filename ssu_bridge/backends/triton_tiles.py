@@ -1,0 +1,96 @@
+"""Which tile of the state a program of the Triton kernel updates, by the table in triton_tiles.toml.
+
+Every tile for one set of sizes and dtypes must lie in the threads' registers in the same way along dstate, or the sum
+over it would be taken in another order and the result's bits would depend on the tile, and so on the batch. It does if
+each thread has at least one full vector, and rows are split between the warps always or never.
+"""
+
+import functools
+import math
+import tomllib
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ssu_bridge.problem import VECTOR_BYTES, Problem
+
+_THREADS = 32
+# Of a program whose rows are longer than what a warp's threads hold in one vector each.
+_WARPS_FOR_LONG_ROWS = 4
+
+
+class Tile(NamedTuple):
+    """What a program updates, rows (headdim) x columns (dstate, up to a power of two), and with how many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
+
+
+def tile(problem: Problem) -> Tile:
+    """Return the tile that the configuration asks for, or else the table's.
+
+    Raises:
+        ValueError: the configuration asks for a tile that this problem cannot have.
+    """
+    columns = _power_of_two(problem.dstate)
+    asked = problem.options.config.triton_tile
+    if asked is not None:
+        least = least_rows(problem, asked[1])
+        if not least or asked[0] < least:
+            can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
+            raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {asked}")
+        return Tile(asked[0], columns, asked[1])
+    elements, warps = _table_entry(problem)
+    if not least_rows(problem, warps):
+        warps = _WARPS_FOR_LONG_ROWS
+    rows = max(1, min(elements // columns, _power_of_two(problem.headdim)))
+    while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
+        warps //= 2
+    return Tile(max(rows, least_rows(problem, warps)), columns, warps)
+
+
+def least_rows(problem: Problem, warps: int) -> int:
+    """Return how many rows a program of so many warps has at least; 0 if it must have another number of warps."""
+    columns, vector = _power_of_two(problem.dstate), _vector(problem)
+    if columns > _THREADS * vector and warps != _WARPS_FOR_LONG_ROWS:
+        return 0
+    return max(1, warps * _THREADS * vector // columns)
+
+
+def _vector(problem: Problem) -> int:
+    """Return how many elements of a row a thread holds side by side: what it loads at once of the state or of A."""
+    names = [name for name in ("state", "A") if name not in problem.tied]
+    sizes = {name: np.dtype(dtype).itemsize for name, dtype in problem.dtypes if name in names}
+    return max(
+        1 if name in problem.unaligned else math.gcd(VECTOR_BYTES // size, problem.dstate)
+        for name, size in sizes.items()
+    )
+
+
+def _table_entry(problem: Problem) -> tuple[int, int]:
+    tables = _tables()
+    assert problem.capability is not None
+    known = sorted(tables)
+    table = tables[max((c for c in known if c <= problem.capability), default=known[0])]
+    work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
+    for most, elements, warps in table[f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"]:
+        if work <= most:
+            break
+    return elements, warps
+
+
+@functools.cache
+def _tables() -> dict[tuple[int, int], Any]:
+    text = resources.files("ssu_bridge.backends").joinpath("triton_tiles.toml").read_text()
+    by_name = tomllib.loads(text).items()
+    return {(int(name[2:-1]), int(name[-1])): table for name, table in by_name}
+
+
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
