@@ -374,7 +374,7 @@ class _Shapes:
         _, inner = self._inner(name, info)
         size, step = np.dtype(info.dtype).itemsize, 1
         for axis in reversed(range(len(info.shape))):
-            # The stride of one element means nothing: as if dense, so that one sequence has the kernel that several have.
+            # The stride of a single entry means nothing: as if dense, so that it has the kernel that several have.
             stride = step if info.strides is None or info.shape[axis] == 1 else info.strides[axis]
             if axis < len(info.shape) - inner and stride * size % VECTOR_BYTES:
                 return False

@@ -78,10 +78,8 @@ def _table_entry(problem: Problem) -> tuple[int, int]:
     known = sorted(tables)
     table = tables[max((c for c in known if c <= problem.capability), default=known[0])]
     work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
-    for most, elements, warps in table[f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"]:
-        if work <= most:
-            break
-    return elements, warps
+    rows = table[f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"]
+    return next((elements, warps) for most, elements, warps in rows if work <= most)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
-from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
+from ssu_bridge.problem import ARGUMENTS, VECTOR_BYTES, Options, Problem, describe
 
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
@@ -21,7 +21,8 @@ _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 # Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
 _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
 
-# Shape, dtype, strides, device, layout, requires_grad of each tensor, out first: all that the check of a call looks at.
+# Shape, dtype, strides, device, layout, requires_grad of each tensor, and on a GPU how far its address is from a
+# multiple of VECTOR_BYTES; out first. It is all that the check of a call looks at.
 Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
@@ -83,7 +84,17 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
     try:
         return tuple(
             [
-                None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.layout, a.requires_grad)
+                None
+                if a is None
+                else (
+                    a.shape,
+                    a.dtype,
+                    a.stride(),
+                    a.device,
+                    a.layout,
+                    a.requires_grad,
+                    a.is_cuda and a.data_ptr() % VECTOR_BYTES,
+                )
                 for a in (out, *arrays)
             ]
         )
@@ -98,7 +109,7 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
 def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
     problem = _describe(key, options)
     for name, entry in zip(_KEY_NAMES, key, strict=False):
-        if grad_enabled and name in _NO_GRAD and entry is not None and entry[-1]:
+        if grad_enabled and name in _NO_GRAD and entry is not None and entry[5]:
             raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
@@ -108,10 +119,10 @@ def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
 def _describe(key: Key, options: Options) -> Problem:
     given = {name: entry for name, entry in zip(_KEY_NAMES, key, strict=False) if entry is not None}
     infos = {}
-    for name, (shape, dtype, strides, device, layout, _) in given.items():
+    for name, (shape, dtype, strides, device, layout, _, offset) in given.items():
         if layout != torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
-        infos[name] = ArrayInfo(tuple(shape), _name(dtype), strides, str(device))
+        infos[name] = ArrayInfo(tuple(shape), _name(dtype), strides, str(device), aligned=not offset)
     device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return describe(infos, options, framework="torch", platform=device.type, capability=capability)

@@ -57,7 +57,7 @@ def single_token(
     head = program // blocks % H
     rows = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     columns = tl.arange(0, BLOCK_N)
-    row_mask, column_mask = _inside(rows, P), _inside(columns, N)
+    row_mask, column_mask = _inside(rows, P, BLOCK_P), _inside(columns, N, BLOCK_N)
     tile_mask = row_mask[:, None] & column_mask[None, :]
 
     source = _slot(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD)
@@ -120,12 +120,12 @@ def _by_row(pointer, head, rows, row_mask, P: tl.constexpr, TIED: tl.constexpr):
 
 
 @triton.jit
-def _inside(indices, size: tl.constexpr):
+def _inside(indices, size: tl.constexpr, BLOCK: tl.constexpr):
     """Return which indices are below a size; where all are, a constant, and the compiler drops the mask."""
-    if size % indices.shape[0]:
+    if size % BLOCK:
         return indices < size
     else:
-        return tl.full(indices.shape, True, tl.int1)
+        return tl.full((BLOCK,), True, tl.int1)
 
 
 @triton.jit
