@@ -61,6 +61,7 @@ class SSUConfig:
     stochastic_rounding: bool = False
     philox_rounds: int = 10
     strict_in_place: bool = False
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", Backend.parse(self.backend))
@@ -73,6 +74,11 @@ class SSUConfig:
         if not isinstance(self.philox_rounds, int) or self.philox_rounds < 0:
             raise ValueError(f"philox_rounds: expected an int >= 0 (0 means 10), got {self.philox_rounds!r}")
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
+        fields = (self.backend, self.algorithm, self.stochastic_rounding, self.philox_rounds, self.strict_in_place)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:  # in every call, and so computed once
+        return self._hash
 
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> Self:
