@@ -59,7 +59,8 @@ class Explanation(NamedTuple):
         for choice in self.choices:
             lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
             for backend, refusal in choice.answers:
-                verdict = "taken" if backend is choice.backend else "would do" if refusal is None else "refuses: "
+                able = "taken, the first here that can" if backend is choice.backend else "can too"
+                verdict = able if refusal is None else "refuses: "
                 lines.append(f"  {backend:<12}{verdict}{refusal or ''}")
         return "\n".join(lines)
 
