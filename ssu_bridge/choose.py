@@ -63,9 +63,9 @@ class Explanation(NamedTuple):
         for choice in self.choices:
             lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
             for backend, refusal, settings in choice.answers:
-                verdict = "taken" if backend is choice.backend else "would do" if refusal is None else "refuses: "
-                how = refusal or (settings and f" ({settings})")
-                lines.append(f"  {backend:<12}{verdict}{how}")
+                able = "taken, the first here that can" if backend is choice.backend else "can too"
+                verdict = able + (settings and f" ({settings})") if refusal is None else f"refuses: {refusal}"
+                lines.append(f"  {backend:<12}{verdict}")
         return "\n".join(lines)
 
 

@@ -66,6 +66,7 @@ class SSUConfig:
     philox_rounds: int = 10
     strict_in_place: bool = False
     triton_tile: tuple[int, int] | None = None
+    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", Backend.parse(self.backend))
@@ -80,6 +81,11 @@ class SSUConfig:
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
         if self.triton_tile is not None:
             object.__setattr__(self, "triton_tile", _checked_tile(self.triton_tile))
+        fields = tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:  # in every call, and so computed once
+        return self._hash
 
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> Self:

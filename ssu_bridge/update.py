@@ -97,12 +97,22 @@ def update(
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
-    flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm, get_config())
-    kind = (type(arrays[0]), flags)
+    config, array_type = get_config(), type(arrays[0])
+    kind = (
+        array_type,
+        dt_softplus,
+        pad_slot_id,
+        disable_state_update,
+        donate,
+        check_indices,
+        backend,
+        algorithm,
+        config,
+    )
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        launch = launcher_of(arrays, out, options_of(*flags))
+        launch = launcher_of(arrays, out, options_of(*kind[1:]))
         if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
             _launchers.clear()
         _launchers[kind] = launch
@@ -110,7 +120,7 @@ def update(
 
 
 # How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
-_launchers: dict[tuple[type, tuple[Any, ...]], Launch] = {}
+_launchers: dict[tuple[Any, ...], Launch] = {}
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:

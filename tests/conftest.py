@@ -1,5 +1,6 @@
 """What all tests share: where the GPU tests are skipped, and what a test must not leave behind."""
 
+import jax
 import pytest
 import torch
 
@@ -19,3 +20,13 @@ def _same_config_after():
     before = get_config()
     yield
     set_config(before)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request):
+    """Put JAX's arrays on the CPU, where there is a GPU too, unless the test is about that."""
+    if "gpu" in request.keywords:
+        yield
+    else:
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield

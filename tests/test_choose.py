@@ -135,7 +135,7 @@ def test_explain_runs_nothing_and_reads_as_a_table():
     state = arrays["state"].copy()
     text = str(ssu_bridge.explain(**arrays, **CASE.flags))
     assert text.splitlines()[0] == "on cpu, asked for auto:"
-    assert "cpu         taken" in text
+    assert "cpu         taken, the first here that can" in text
     assert "xla         refuses: it runs on JAX arrays only" in text
     np.testing.assert_array_equal(bits(arrays["state"]), bits(state))
     refused = ssu_bridge.explain(**arrays, disable_state_update=True)

@@ -60,7 +60,8 @@ def to_host(array: Any) -> np.ndarray:
 
 def from_host(array: np.ndarray, like: Any = None) -> Any:
     """Return a JAX array with a copy of the values."""
-    return jnp.array(array) if like is None else jax.device_put(np.array(array), like.sharding)
+    # device_put would take the NumPy array's own memory where it can, and JAX would then not donate the result.
+    return jnp.array(array, device=None if like is None else like.sharding)
 
 
 # --- Tracing ---
@@ -177,7 +178,7 @@ def _eager_launcher(options: Options) -> Launch:
         except Exception:
             _explain_failure(arrays)
             raise
-        if donate and (after := _address(results[1])) != before and after is not None:
+        if donate and _address(results[1]) != before:
             _report_copy(results, options)
         return results
 
@@ -225,6 +226,8 @@ _warned = False
 def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     """Say that the new state has new memory: as an error if the configuration is strict, else as a warning, once."""
     global _warned
+    if isinstance(results[1], jax.core.Tracer) or results[1].size == 0:  # no memory to speak of
+        return
     message = (
         "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
         "somebody else still views (a live np.asarray, Torch or DLPack view)"

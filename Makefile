@@ -1,0 +1,34 @@
+# Everything here sets itself up: a virtual environment in .venv, the pinned packages, the native build.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench lint clean
+
+demo: .venv/installed
+	$(BIN)/python examples/decode_jax.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/python -m ssu_bridge check
+
+bench: .venv/installed
+	$(BIN)/python -m ssu_bridge bench --device cpu
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Torch first and pinned: a later package's wish for any torch is then met, and not by gigabytes of CUDA.
+.venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=..."'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-ci.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build

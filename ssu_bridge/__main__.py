@@ -1,0 +1,127 @@
+"""``python -m ssu_bridge info | check | bench``."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ssu_bridge import BackendNotAvailableError, UnsupportedError, check, explain
+from ssu_bridge.cases import CASES, Case
+from ssu_bridge.choose import BACKENDS
+from ssu_bridge.frontends import frontend
+
+_PACKAGES = ("ssu-bridge", "numpy", "jax", "jaxlib", "jax-tvm-ffi", "torch", "apache-tvm-ffi")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssu_bridge", description="selective_state_update, bridged")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, and what each backend says")
+    checking = commands.add_parser("check", help="run all cases on all backends against the float64 reference")
+    checking.add_argument("--case", help="only cases with this in their name")
+    checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
+    checking.add_argument("-v", "--verbose", action="store_true", help="print every report")
+    bench = commands.add_parser("bench", help="measure")
+    bench.add_argument("--device", choices=["cpu"], default="cpu")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        return _info()
+    if arguments.command == "check":
+        return _check(arguments.case, arguments.backend, arguments.verbose)
+    from ssu_bridge.bench import cpu
+
+    cpu.main()
+    return 0
+
+
+def _frameworks() -> list[str]:
+    return [name for name in ("numpy", "torch", "jax") if importlib.util.find_spec(name)]
+
+
+def _devices(framework: str) -> Iterator[tuple[str, Any]]:
+    """Yield the devices of a framework, with an array on each for others to be put beside."""
+    import numpy as np
+
+    side = frontend(framework)
+    if framework == "jax":
+        import jax
+
+        for device in dict.fromkeys((jax.devices()[0], jax.devices("cpu")[0])):
+            yield str(device), jax.device_put(np.zeros(1, np.float32), device)
+        return
+    yield "cpu", side.from_host(np.zeros(1, np.float32))
+    if framework == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            yield torch.cuda.get_device_name(), torch.zeros(1, device="cuda")
+
+
+def _on(framework: str, like: Any, case: Case) -> dict[str, Any]:
+    side = frontend(framework)
+    return {name: side.from_host(array, like) for name, array in case.arrays(seed=0).items()}
+
+
+def _info() -> int:
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            print(f"  {package:<18}{importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package:<18}not installed")
+    from ssu_bridge.library import library
+
+    native = library()
+    print(
+        f"  cpu kernel        {native.cpu_isa()} of {', '.join(native.cpu_isas())}; {native.cpu_num_threads()} threads"
+    )
+    print("\nWho runs a plain Mamba-2 step:")
+    for framework in _frameworks():
+        for device, like in _devices(framework):
+            arrays = _on(framework, like, CASES[0])
+            print(f"  {framework} arrays on {device}")
+            for backend in BACKENDS:
+                choice = explain(**arrays, **CASES[0].flags, backend=backend).choices[0]
+                print(f"    {backend:<12}{choice.answers[0].refusal or 'yes'}")
+    return 0
+
+
+def _check(only: str | None, backend: str | None, verbose: bool) -> int:
+    cases = [case for case in CASES if not only or only in case.name]
+    backends = [name for name in BACKENDS if backend in (None, name)]
+    passed = failed = 0
+    refused: dict[str, int] = {}
+    for framework in _frameworks():
+        for device, like in _devices(framework):
+            for name in backends:
+                for number, case in enumerate(cases, 1):
+                    print(f"\r{f'{framework} on {device}, {name}: {number}/{len(cases)} {case.name}':<100}", end="")
+                    try:
+                        report = _check_case(framework, like, case, name)
+                    except (UnsupportedError, BackendNotAvailableError) as refusal:
+                        refused[str(refusal)] = refused.get(str(refusal), 0) + 1
+                        continue
+                    passed, failed = passed + report.passed, failed + (not report.passed)
+                    if verbose or not report.passed:
+                        print(f"\n{report}")
+    print(f"\r{'':<100}\r{passed} passed, {failed} failed")
+    for reason, count in refused.items():
+        print(f"  refused {count} times: {reason}")
+    return 1 if failed or not passed else 0
+
+
+def _check_case(framework: str, like: Any, case: Case, backend: str) -> Any:
+    if framework != "jax":
+        return check(**_on(framework, like, case), **case.flags, backend=backend)
+    import jax
+
+    with jax.enable_x64(True):  # some cases have int64 indices, which JAX would narrow
+        return check(**_on(framework, like, case), **case.flags, backend=backend)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

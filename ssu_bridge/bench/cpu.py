@@ -1,0 +1,151 @@
+"""The benchmark of the cpu backend: against xla under jit, against a copy of the state, and the cost of a call."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssu_bridge import update
+from ssu_bridge.bench.timing import Timing, interleaved
+from ssu_bridge.cases import Case
+from ssu_bridge.library import library
+
+BATCHES = (1, 4, 16, 64)
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    """Run the whole benchmark and print its tables."""
+    native = library()
+    print(f"cpu backend: {native.cpu_isa()}, {native.cpu_num_threads()} threads; jax {jax.__version__}")
+    print("times are medians with quartiles; the rows of a table were measured in turn, round after round\n")
+    _print_jit()
+    _print_jax_host()
+    _print_torch_host()
+
+
+def _decode_case(sequences: int, dtype: str) -> Case:
+    """A step of a large Mamba-2 model on a cache with twice the slots it needs, in random order."""
+    slots = np.random.default_rng(0).permutation(2 * sequences)[:sequences]
+    return Case(
+        f"batch {sequences}, {dtype}",
+        sequences=sequences,
+        slots=2 * sequences,
+        nheads=64,
+        headdim=64,
+        dstate=128,
+        ngroups=8,
+        dtypes={"state": dtype},
+        absent=("z",),
+        indices=tuple(map(int, slots)),
+    )
+
+
+def _jitted(case: Case, backend: str) -> Callable[[], object]:
+    """Return a function that runs one jitted step in place and waits for it."""
+    arrays = {name: jnp.array(array) for name, array in case.arrays(seed=0).items()}
+    state = [arrays.pop("state")]
+    step = jax.jit(functools.partial(update, **case.flags, backend=backend), donate_argnums=0)
+
+    def run() -> None:
+        out, state[0] = step(state[0], **arrays)
+        out.block_until_ready()
+        state[0].block_until_ready()
+
+    return run
+
+
+def _copy(nbytes: int, threads: int) -> Callable[[], object]:
+    """Return a function that copies so many bytes from one array to another with several threads."""
+    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    pool = ThreadPoolExecutor(threads)
+    parts = [slice(i * nbytes // threads, (i + 1) * nbytes // threads) for i in range(threads)]
+
+    def run() -> None:
+        list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+
+    return run
+
+
+def _print_jit() -> None:
+    print(
+        "one step under jit, slotted cache, H 64, P 64, N 128, G 8 (the copy reads and writes the states' bytes once)"
+    )
+    threads = library().cpu_num_threads()
+    print(f"{'':<20}{'cpu':<28}{'xla':<28}{f'copy, {threads} threads':<28}{'xla / cpu':>10}{'copy / cpu':>12}")
+    for dtype in DTYPES:
+        for batch in BATCHES:
+            case = _decode_case(batch, dtype)
+            state = case.arrays(seed=0)["state"]
+            functions = {backend: _jitted(case, backend) for backend in ("cpu", "xla")}
+            times = interleaved(functions | {"copy": _copy(state.nbytes // 2, threads)}, rounds=21)
+            cpu, xla, copy = times["cpu"], times["xla"], times["copy"]
+            print(
+                f"{case.name:<20}{cpu!s:<28}{xla!s:<28}{copy!s:<28}"
+                f"{xla.median / cpu.median:>10.1f}{copy.median / cpu.median:>12.2f}"
+            )
+    print()
+
+
+def _tiny_arrays() -> dict[str, Any]:
+    return Case("tiny", sequences=1, slots=1, nheads=2, headdim=4, dstate=8, ngroups=1, indices=(0,)).arrays(seed=0)
+
+
+def _print_jax_host() -> None:
+    a = {name: jnp.array(array) for name, array in _tiny_arrays().items()}
+    states = [jnp.array(a["state"]), jnp.array(a["state"])]
+
+    def trivial(
+        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, *, D: Any, z: Any, dt_bias: Any, state_batch_indices: Any
+    ) -> tuple[Any, Any]:
+        return x + 1, state + 1
+
+    jitted = jax.jit(trivial, donate_argnums=0)
+
+    # Written out, because building the arguments would be part of what is measured.
+    def call_trivial() -> None:
+        _, states[0] = jitted(
+            states[0], a["x"], a["dt"], a["A"], a["B"], a["C"],
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"],
+        )  # fmt: skip
+
+    def call_update() -> None:
+        _, states[1] = update(
+            states[1], a["x"], a["dt"], a["A"], a["B"], a["C"],
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"],
+        )  # fmt: skip
+
+    times = interleaved({"update": call_update, "trivial": call_trivial}, rounds=200, seconds=0.004)
+    print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
+    _print_row("update", times["update"])
+    _print_row("a jitted function that adds 1 to x and to the state", times["trivial"])
+    print(f"ratio {times['update'].median / times['trivial'].median:.2f}\n")
+
+
+def _print_torch_host() -> None:
+    import torch
+
+    a = {name: torch.from_numpy(array) for name, array in _tiny_arrays().items()}
+    out = torch.empty_like(a["x"])
+
+    def call_update() -> None:
+        update(
+            a["state"], a["x"], a["dt"], a["A"], a["B"], a["C"],
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], out=out,
+        )  # fmt: skip
+
+    def call_add() -> None:
+        out.add_(a["x"])
+
+    times = interleaved({"update": call_update, "add_": call_add}, rounds=200, seconds=0.004)
+    print(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}")
+    _print_row("update", times["update"])
+    _print_row("Tensor.add_, for comparison", times["add_"])
+
+
+def _print_row(name: str, timing: Timing) -> None:
+    print(f"  {name:<54}{timing!s}")

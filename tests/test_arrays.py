@@ -1,0 +1,127 @@
+"""Handing arrays across frameworks: the same memory, for as long as either side holds it."""
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from modes import address
+
+import ssu_bridge
+
+DTYPES = ["float32", "bfloat16", "float16", "int32", "int8"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_torch_is_the_same_memory(dtype):
+    array = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
+    tensor = ssu_bridge.to_torch(array)
+    assert tensor.data_ptr() == address(array)
+    assert tuple(tensor.shape) == array.shape
+    assert str(tensor.dtype) == f"torch.{dtype}"
+    np.testing.assert_array_equal(tensor.float().numpy(), np.arange(24.0).reshape(2, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_jax_is_the_same_memory(dtype):
+    tensor = torch.arange(24).reshape(2, 3, 4).to(getattr(torch, dtype))
+    array = ssu_bridge.to_jax(tensor)
+    assert address(array) == tensor.data_ptr()
+    assert array.shape == tuple(tensor.shape)
+    assert array.dtype == dtype
+    np.testing.assert_array_equal(array.astype(jnp.float32), np.arange(24.0).reshape(2, 3, 4))
+
+
+def test_there_and_back():
+    array = jnp.arange(8.0)
+    assert address(ssu_bridge.to_jax(ssu_bridge.to_torch(array))) == address(array)
+
+
+def test_a_view_outlives_its_array():
+    array = jnp.arange(4096.0)
+    tensor = ssu_bridge.to_torch(array)
+    del array
+    gc.collect()
+    others = [jnp.full(4096, 7.0) for _ in range(20)]
+    np.testing.assert_array_equal(tensor.numpy(), np.arange(4096.0))
+    assert len(others) == 20
+
+
+def test_an_array_outlives_its_tensor():
+    tensor = torch.arange(4096.0)
+    gone = weakref.ref(tensor)
+    array = ssu_bridge.to_jax(tensor)
+    del tensor
+    gc.collect()
+    assert gone() is None or address(array) == gone().data_ptr()
+    others = [torch.full((4096,), 7.0) for _ in range(20)]
+    np.testing.assert_array_equal(array, np.arange(4096.0))
+    assert len(others) == 20
+
+
+def test_a_state_is_donated_again_once_the_view_is_dropped():
+    state = jnp.zeros((1, 2, 4, 8))
+    rest = (jnp.ones((1, 2, 4)), jnp.ones((1, 2)), -jnp.ones(2), jnp.ones((1, 1, 8)), jnp.ones((1, 1, 8)))
+    before = address(state)
+    view = ssu_bridge.to_torch(state)
+    view[0, 0, 0, 0] = 5.0
+    del view
+    with ssu_bridge.using(strict_in_place=True):
+        out, state = ssu_bridge.update(state, *rest, backend="cpu")
+    assert address(state) == before
+    assert out[0, 0, 0] == pytest.approx(5 * np.exp(-1) + 8)
+
+
+def test_what_to_jax_refuses():
+    with pytest.raises(TypeError, match=r"tensor: expected a torch\.Tensor, got ndarray"):
+        ssu_bridge.to_jax(np.zeros(3))
+    with pytest.raises(ValueError, match=r"tensor: expected one that does not require grad.*detach"):
+        ssu_bridge.to_jax(torch.zeros(3, requires_grad=True))
+    with pytest.raises(ValueError, match=r"tensor: expected a dense row-major tensor, got strides \(1, 3\)"):
+        ssu_bridge.to_jax(torch.zeros(2, 3).t())
+    with pytest.raises(ValueError, match="tensor: expected memory aligned to 64 bytes, got address 0x"):
+        ssu_bridge.to_jax(torch.zeros(64)[1:])
+
+
+def test_what_to_torch_refuses():
+    with pytest.raises(TypeError, match=r"array: expected a jax\.Array, got Tensor"):
+        ssu_bridge.to_torch(torch.zeros(3))
+    array = jnp.zeros(3)
+    array.delete()
+    with pytest.raises(ValueError, match="array: expected a live array, got one that was deleted"):
+        ssu_bridge.to_torch(array)
+    with pytest.raises(ValueError, match="array: expected a concrete array, got a tracer"):
+        jax.jit(ssu_bridge.to_torch)(jnp.zeros(3))
+
+
+@pytest.mark.gpu
+def test_both_ways_on_a_gpu():
+    device = jax.devices("cuda")[0]
+    for dtype in DTYPES:
+        array = jax.device_put(jnp.arange(64).astype(dtype), device)
+        tensor = ssu_bridge.to_torch(array)
+        assert tensor.is_cuda
+        assert tensor.data_ptr() == address(array)
+        back = ssu_bridge.to_jax(tensor.clone())
+        assert back.devices() == {device}
+        np.testing.assert_array_equal(np.array(back.astype(jnp.float32)), np.arange(64.0))
+        own = torch.arange(64, device="cuda").to(getattr(torch, dtype))
+        assert address(ssu_bridge.to_jax(own)) == own.data_ptr()
+
+
+@pytest.mark.gpu
+def test_torch_waits_for_jax_and_jax_for_torch():
+    x = jax.device_put(jnp.ones((4096, 4096)), jax.devices("cuda")[0])
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: (y @ x) / 4096, x) * 3)
+    slow(x).block_until_ready()
+    tensor = ssu_bridge.to_torch(slow(x))  # not waited for
+    assert (tensor == 3).all()
+    own = torch.ones(4096, 4096, device="cuda")
+    product = own
+    for _ in range(20):
+        product = product @ own / 4096
+    array = ssu_bridge.to_jax(product * 2)
+    assert (np.array(array) == 2).all()

@@ -1,0 +1,130 @@
+"""The checker passes what is right, fails what is wrong, and says where; and the command line runs it."""
+
+import importlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from modes import bits, to_mode
+
+import ssu_bridge
+from ssu_bridge.__main__ import main
+from ssu_bridge.backends import cpu, reference
+from ssu_bridge.cases import CASES, Case
+from ssu_bridge.update import explain
+
+check = importlib.import_module("ssu_bridge.check")
+CASE = Case("check", headdim=8, dstate=16)
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+def test_a_right_backend_passes_and_nothing_of_the_callers_changes(mode):
+    arrays = CASE.arrays(seed=1)
+    given = to_mode(arrays, mode)
+    report = ssu_bridge.check(**given, **CASE.flags, backend="cpu")
+    assert report
+    assert report.passed
+    assert [row.name for row in report.rows] == ["out", "state", "untouched"]
+    assert 0 < report.rows[0].used <= 1
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(bits(np.asarray(given[name])), bits(array))
+    table = str(report)
+    assert "backend cpu against the float64 reference" in table
+    assert table.count("pass") == 3
+
+
+def spoiled(monkeypatch, spoil):
+    """Make the cpu backend do something wrong after the right thing."""
+    right = reference.load
+
+    def load(problem):
+        kernel = right(problem)
+
+        def function(arrays, out):
+            kernel.function(arrays, out)
+            spoil(arrays, out)
+
+        return kernel._replace(function=function)
+
+    monkeypatch.setattr(cpu, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "row", "where"),
+    [
+        (lambda arrays, out: out.__setitem__((1, 2, 3), out[1, 2, 3] + 0.01), 0, (1, 2, 3)),
+        (lambda arrays, out: out.__setitem__((2, 0, 0), np.nan), 0, (2, 0, 0)),
+        (lambda arrays, out: arrays["state"].__setitem__((0, 1, 2, 3), 9.0), 1, (1, 1, 2, 3)),
+        (lambda arrays, out: arrays["state"].__setitem__((5, 0, 0, 0), 1e-30), 2, (5,)),
+    ],
+)
+def test_a_wrong_backend_fails_and_the_place_is_named(monkeypatch, spoil, row, where):
+    arrays = {**CASE.arrays(seed=2), "state_batch_indices": np.array([4, 0, 2], "int32")}
+    spoiled(monkeypatch, spoil)
+    report = ssu_bridge.check(**arrays, **CASE.flags, backend="cpu")
+    assert not report
+    assert [r.passed for r in report.rows] == [i != row for i in range(3)]
+    assert report.rows[row].where == where
+    assert "FAIL" in str(report)
+
+
+def test_an_output_that_is_not_written_fails(monkeypatch):
+    monkeypatch.setattr(
+        cpu, "load", lambda problem: reference.load(problem)._replace(function=lambda arrays, out: None)
+    )
+    report = ssu_bridge.check(**CASE.arrays(seed=3), **CASE.flags, backend="cpu")
+    assert not report.rows[0].passed
+    assert np.isnan(report.rows[0].absolute)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_error_of_one_unit_in_the_last_place_is_seen(dtype):
+    """The tolerance is about the dtype's own rounding: twice that where nothing was lost before must fail."""
+    case = Case("ulp", dtypes={"state": dtype, "*": dtype, "A": "float32"}, dt_softplus=False)
+    arrays = case.arrays(seed=4)
+    problem = explain(**arrays, **case.flags).choices[0].problem
+    exact = reference.compute(problem, arrays)
+    right = exact.states.astype(np.float32).astype(dtype)
+    up = np.nextafter(right, np.array(np.inf, dtype)) if dtype != "bfloat16" else (right.view("u2") + 1).view(dtype)
+    up = np.nextafter(up, np.array(np.inf, dtype)) if dtype != "bfloat16" else (up.view("u2") + 1).view(dtype)
+    row = check._row("state", up, exact.states, exact.states_scale * 0, dtype)
+    assert not row.passed
+    assert check._row("state", right, exact.states, exact.states_scale, dtype).passed
+
+
+def test_check_raises_what_update_raises():
+    with pytest.raises(ssu_bridge.UnsupportedError, match="xla"):
+        ssu_bridge.check(**CASE.arrays(seed=1), backend="xla")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="disable_state_update"):
+        ssu_bridge.check(**CASE.arrays(seed=1), disable_state_update=True)
+    with pytest.raises(TypeError, match="B: expected"):
+        ssu_bridge.check(**{**CASE.arrays(seed=1), "B": None})
+
+
+def test_check_works_on_what_jax_holds_elsewhere():
+    arrays = {name: jnp.array(array) for name, array in CASE.arrays(seed=5).items()}
+    assert ssu_bridge.check(**arrays, **CASE.flags)
+    assert not arrays["state"].is_deleted()
+
+
+def test_the_command_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "ssu-bridge" in printed
+    assert "jax arrays on" in printed
+    assert "xla         it runs on JAX arrays only, and these are numpy arrays" in printed
+
+
+def test_the_command_check(capsys):
+    assert main(["check", "--case", "odd", "-v"]) == 0
+    printed = capsys.readouterr().out
+    cases = sum("odd" in case.name for case in CASES)
+    assert f"{7 * cases} passed, 0 failed" in printed
+    assert f"refused {cases} times: backend xla" in printed
+
+
+def test_the_command_check_fails_with_a_wrong_backend(capsys, monkeypatch):
+    spoiled(monkeypatch, lambda arrays, out: out.__setitem__(..., 0))
+    monkeypatch.setattr("ssu_bridge.__main__._frameworks", lambda: ["numpy"])
+    assert main(["check", "--case", "one group", "--backend", "cpu"]) == 1
+    assert "FAIL" in capsys.readouterr().out

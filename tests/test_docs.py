@@ -1,0 +1,50 @@
+"""What the README and the docs show is run, and the example too."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_in_the_docs_runs(block):
+    exec(compile(block, "docs", "exec"), {})
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_commands_of_the_readme_exist():
+    commands = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == ["demo", "test"]
+    for command in commands:
+        assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--mamba-backend", "xla"], ["--state-dtype", "bfloat16"]])
+def test_the_decode_example(arguments):
+    command = [sys.executable, str(ROOT / "examples" / "decode_jax.py"), "--batch", "1", "--tokens", "2", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "verdict: pass" in result.stdout
+    assert ("copies no state" in result.stdout) == (arguments[:1] != ["--mamba-backend"])
+    assert "times xla" in result.stdout
