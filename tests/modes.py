@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import torch
 
 import ssu_bridge
 from ssu_bridge.frontends import frontend
@@ -17,7 +18,14 @@ MODES = {
     "jax.jit": ("jax", ("cpu", "xla")),
     "jax.lax.scan": ("jax", ("cpu", "xla")),
 }
+GPU_MODES = {
+    "torch.cuda": ("torch", ("triton",)),
+    "jax": ("jax", ("triton",)),
+    "jax.jit": ("jax", ("triton",)),
+    "jax.lax.scan": ("jax", ("triton",)),
+}
 PAIRS = [(mode, backend) for mode, (_, backends) in MODES.items() for backend in backends]
+GPU_PAIRS = [(mode, backend) for mode, (_, backends) in GPU_MODES.items() for backend in backends]
 
 
 def int64_as_it_is(arrays):
@@ -25,20 +33,25 @@ def int64_as_it_is(arrays):
     return jax.enable_x64(any(array.dtype == np.int64 for array in arrays.values()))
 
 
+def framework(mode):
+    return {**MODES, **GPU_MODES}[mode][0]
+
+
 def to_mode(arrays, mode):
     """Copy a case's NumPy arrays into the framework of a mode."""
-    side = frontend(MODES[mode][0])
-    return {name: side.from_host(array) for name, array in arrays.items()}
+    side = frontend(framework(mode))
+    like = torch.empty(0, device="cuda") if mode == "torch.cuda" else None
+    return {name: side.from_host(array, like) for name, array in arrays.items()}
 
 
 def to_host(arrays, mode):
-    side = frontend(MODES[mode][0])
+    side = frontend(framework(mode))
     return {name: side.to_host(array) for name, array in arrays.items()}
 
 
 def step(mode, arrays, **flags):
     """Run ``update`` in a mode; return what it returns. Torch and NumPy get an output full of NaN to write to."""
-    if mode in ("numpy", "torch"):
+    if framework(mode) != "jax":
         arrays = {**arrays, "out": poisoned(arrays["x"])}
     if mode == "jax.jit":
         jitted = jax.jit(functools.partial(ssu_bridge.update, **flags), donate_argnames="state")

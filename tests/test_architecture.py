@@ -75,7 +75,9 @@ def test_backends_do_not_know_each_other():
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ssu_bridge.backends.")
         }
-        assert names <= {"ssu_bridge.backends.base"}, path
+        # Triton's has files of its own beside it.
+        own = {name for name in names if path.stem.startswith("triton") and name.split(".")[-1].startswith("triton_")}
+        assert names - own <= {"ssu_bridge.backends.base"}, path
 
 
 def test_no_private_jax_modules():

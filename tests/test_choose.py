@@ -166,7 +166,9 @@ def test_falling_through_is_logged_once(monkeypatch, caplog):
         for _ in range(3):
             jax.clear_caches()
             out, _ = jax.jit(ssu_bridge.update)(**to_mode(arrays, "jax"))
-    assert [record.getMessage() for record in caplog.records] == ["backend cpu passed over for xla: not today"]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages.count("backend cpu passed over for xla: not today") == 1
+    assert len(messages) == len(set(messages))
     expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), backend="xla")
     np.testing.assert_array_equal(np.array(out), np.array(expected))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from modes import PAIRS, address, bits, int64_as_it_is, step, to_host, to_mode
+from modes import GPU_PAIRS, PAIRS, address, bits, framework, int64_as_it_is, step, to_host, to_mode
 
 from ssu_bridge.backends import reference
 from ssu_bridge.cases import CASES
@@ -24,7 +24,7 @@ def assert_step(case, arrays, mode, backend, **flags):
     assert host_out.shape == arrays["x"].shape
     rows = compare(exact, host_out, arrays["state"], host_state)
     assert all(row.passed for row in rows), rows
-    if mode in ("numpy", "torch"):
+    if framework(mode) != "jax":
         assert new_state is state
     elif backend != "reference":
         assert state.is_deleted()
@@ -43,9 +43,18 @@ def test_case(case, mode, backend):
         assert_step(case, arrays, mode, backend)
 
 
-@pytest.mark.parametrize(("mode", "backend"), PAIRS)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "backend"), GPU_PAIRS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case_on_a_gpu(case, mode, backend):
+    test_case(case, mode, backend)
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
+)
 def test_auto_takes_the_best(mode, backend):
     case = CASES[0]
     given = to_mode(case.arrays(seed=1), mode)
-    assert explain(**given, **case.flags).backend == "cpu"
+    assert explain(**given, **case.flags).backend == ("triton" if backend == "triton" else "cpu")
     assert explain(**given, **case.flags, backend=backend).backend == backend

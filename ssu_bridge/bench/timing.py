@@ -47,9 +47,10 @@ def interleaved(
                 samples[name].append((time.perf_counter() - started) / len(turn))
     finally:
         gc.enable()
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Return the median and quartiles of samples."""
     lower, median, upper = statistics.quantiles(values, n=4)
     return Timing(median, lower, upper)

@@ -84,6 +84,13 @@ def single_token(
     decay = tl.broadcast_to(decay, (BLOCK_P, BLOCK_N))
     new = tl.fma(old, decay, (d * xs)[:, None] * Bs[None, :])
 
+    # Before the sum over the columns, which waits for other warps.
+    target, store_mask = source, load_mask
+    if dst_state_batch_indices is not None:
+        target = _slot(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
+        store_mask = load_mask & (target >= 0)
+    tl.store(state + target * state_stride + tile, new.to(state.dtype.element_ty), mask=store_mask)
+
     y = tl.sum(new * Cs[None, :], axis=1)
     if D is not None:
         y += _by_row(D, head, rows, row_mask, P, TIED_D) * xs
@@ -91,13 +98,6 @@ def single_token(
         gate = _load(z + sequence * z_stride + head * P + rows, row_mask)
         y *= gate * _sigmoid(gate)
     tl.store(out + sequence * out_stride + head * P + rows, y.to(out.dtype.element_ty), mask=row_mask)
-
-    target = source
-    store_mask = load_mask
-    if dst_state_batch_indices is not None:
-        target = _slot(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
-        store_mask = load_mask & (target >= 0)
-    tl.store(state + target * state_stride + tile, new.to(state.dtype.element_ty), mask=store_mask)
 
 
 @triton.jit
