@@ -1,0 +1,44 @@
+// A CUDA driver for tests: it loads and launches nothing, and writes what it was asked to a log.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+int failing(const char* name) {
+  const char* wanted = std::getenv("FAKE_CUDA_FAILS");
+  return wanted && std::strcmp(wanted, name) == 0 ? 700 : 0;
+}
+thread_local long current = 0;
+}  // namespace
+
+extern "C" {
+int cuInit(unsigned) { return failing("cuInit"); }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDevicePrimaryCtxRetain(long* context, int device) { return *context = 100 + device, 0; }
+int cuCtxGetCurrent(long* context) { return *context = current, 0; }
+int cuCtxPushCurrent_v2(long context) { return current = context, 0; }
+int cuCtxPopCurrent_v2(long* context) { return *context = current, current = 0, 0; }
+int cuThreadExchangeStreamCaptureMode(int*) { return 0; }
+int cuModuleLoadData(long* module, const void* image) {
+  std::printf("load '%s' in %ld\n", static_cast<const char*>(image), current);
+  return *module = 7, failing("cuModuleLoadData");
+}
+int cuModuleGetFunction(long* function, long, const char* name) {
+  std::printf("function %s\n", name);
+  return *function = 1000 + current, 0;
+}
+int cuFuncSetAttribute(long, int attribute, int value) {
+  std::printf("attribute %d = %d\n", attribute, value);
+  return 0;
+}
+int cuLaunchKernel(long function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
+                   unsigned shared, void*, void** arguments, void**) {
+  std::printf("launch %ld in %ld: %u %u %u, %u threads, %u bytes:", function, current, x, y, z, threads, shared);
+  for (int i = 0; i < std::atoi(std::getenv("FAKE_CUDA_ARGUMENTS")); ++i)
+    std::printf(" %lld", *static_cast<long long*>(arguments[i]));
+  std::printf("\n");
+  return failing("cuLaunchKernel");
+}
+int cuGetErrorName(int, const char** name) { return *name = "CUDA_ERROR_ILLEGAL_ADDRESS", 0; }
+int cuGetErrorString(int, const char** text) { return *text = "an illegal memory access", 0; }
+}

@@ -1,0 +1,224 @@
+"""The launcher of compiled kernels without a GPU: what it packs, and what it asks of a driver that only pretends."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssu_bridge.library import library
+
+ADDRESS, STRIDE, SIZE = range(3)
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+def view(array, strides=None):
+    strides = strides or tuple(s // array.itemsize for s in array.strides)
+    return library().view(array.ctypes.data, array.shape, strides, str(array.dtype))
+
+
+def packed(programs, arguments, *arrays):
+    return list(library().cubin_arguments(programs, arguments, [view(array) for array in arrays]))
+
+
+@pytest.fixture
+def state():
+    return np.zeros((6, 4, 8, 16), "float32")
+
+
+def test_addresses_strides_and_sizes(state):
+    x = np.zeros((3, 4, 16), "float32")[:, :, :8]
+    table = np.zeros(6, "int32")[::2]
+    wanted = [(ADDRESS, 0, 16), (ADDRESS, 1, 1), (SIZE, 0, 1), (STRIDE, 0, 4), (STRIDE, 1, 4), (STRIDE, 2, 1)]
+    got = packed(8, wanted, state, x, table)
+    assert got == [3 * 8, state.ctypes.data, x.ctypes.data, 6, 4 * 8 * 16, 4 * 16, 2]
+
+
+def test_a_slot_stride_beyond_32_bits(state):
+    far = library().view(state.ctypes.data, (2, 4, 8, 16), (2**33, 128, 16, 1), "float32")
+    got = library().cubin_arguments(1, [(STRIDE, 0, 4)], [far, view(state[:2])])
+    assert list(got) == [2, 2**33]
+
+
+def test_the_stride_of_one_entry_is_nothing(state):
+    odd = library().view(state.ctypes.data, (1, 4, 8, 16), (3, 128, 16, 1), "float32")
+    assert list(library().cubin_arguments(5, [(STRIDE, 0, 4)], [odd, odd])) == [5, 0]
+
+
+def test_misaligned_memory_is_refused(state):
+    x = np.zeros((3, 9), "float32")
+    with pytest.raises(ValueError, match="argument 1: expected an address that is a multiple of 16, got"):
+        packed(1, [(ADDRESS, 1, 16)], state, x.ravel()[1:].reshape(2, 13))
+    with pytest.raises(ValueError, match="argument 1: expected a stride that is a multiple of 4, got 9"):
+        packed(1, [(STRIDE, 1, 4)], state, x)
+    assert packed(1, [(STRIDE, 1, 1)], state, x) == [3, 9]
+
+
+def test_more_blocks_than_a_launch_has(state):
+    with pytest.raises(ValueError, match="6 sequences of 500000000 blocks are too many"):
+        packed(500_000_000, [], state, state)
+
+
+@pytest.mark.parametrize("rows", [[(3, 0, 1)], [(0, 2, 1)], [(0, -1, 1)], [(0, 0, 0)], [(0, 0)], [(0, 0, 1)] * 49])
+def test_arguments_that_make_no_sense(state, rows):
+    with pytest.raises(ValueError, match="arguments: "):
+        packed(1, rows, state, state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warps": 0}, "1 to 32 warps"),
+        ({"programs": 0}, "at least one program"),
+        ({"tensors": 1}, "tensors: expected 2 to 16"),
+        ({"scratch": 48}, "with the scratch pointers"),
+    ],
+)
+def test_kernels_that_make_no_sense(changes, message):
+    with pytest.raises(ValueError, match=message):
+        kernel(**changes)
+
+
+def kernel(warps=4, programs=2, tensors=3, shared=100, scratch=2, device_arguments=None):
+    arguments = device_arguments or [(ADDRESS, 0, 16), (SIZE, 0, 1), (STRIDE, 1, 4)]
+    return library().cubin_kernel(b"cubin", "step", shared, warps, programs, tensors, arguments, scratch)
+
+
+def test_host_memory_and_wrong_counts_are_refused(state):
+    with pytest.raises(ValueError, match="expected 3 tensors, got 2"):
+        kernel()(view(state), view(state))
+    with pytest.raises(ValueError, match="argument 0: expected memory of the CUDA device"):
+        kernel()(view(state), view(state), view(state))
+
+
+def test_without_a_driver():
+    """On a machine without the driver's library a call says so, and nothing before it needs one."""
+    result = run_with_driver("None", driver_folder="/nonexistent")
+    if "cannot be opened" not in result.stdout:
+        pytest.skip("this machine has the NVIDIA driver")
+    assert "RuntimeError: the NVIDIA driver's library cannot be opened" in result.stdout
+
+
+# --- With a driver that pretends ---
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    if not COMPILER:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("fake_cuda.cc")
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
+    return folder
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_cubin_launcher import *
+state, x = np.zeros((6, 4), "float32"), np.zeros((3, 8), "float32")
+s, t, none = OnDevice(state), OnDevice(x), OnDevice(x[:0])
+step = kernel()
+try:
+    {code}
+except Exception as error:
+    print(type(error).__name__ + ":", error)
+print("address", state.ctypes.data)
+"""
+
+
+def run_with_driver(code, driver_folder, **env):
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver_folder), "FAKE_CUDA_ARGUMENTS": "5", **env}
+    script = SCRIPT.format(tests=os.path.dirname(__file__), code=code if code != "None" else "step(s(), t(), s())")
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+
+class OnDevice:
+    """Hands a host array over as if it lay on a CUDA device."""
+
+    class Tensor(ctypes.Structure):
+        _fields_ = (
+            ("data", ctypes.c_void_p),
+            ("device", ctypes.c_int32 * 2),
+            ("ndim", ctypes.c_int32),
+            ("dtype", ctypes.c_uint8 * 4),
+            ("shape", ctypes.POINTER(ctypes.c_int64)),
+            ("strides", ctypes.POINTER(ctypes.c_int64)),
+            ("byte_offset", ctypes.c_uint64),
+            ("context", ctypes.c_void_p),
+            ("deleter", ctypes.c_void_p),
+        )
+
+    def __init__(self, array):
+        self.array, self.kept = array, []
+
+    def __call__(self, device=0):
+        import tvm_ffi
+
+        self.device = device
+        return tvm_ffi.from_dlpack(self)
+
+    def __dlpack_device__(self):
+        return (2, self.device)
+
+    def __dlpack__(self, **_):
+        shape = (ctypes.c_int64 * self.array.ndim)(*self.array.shape)
+        dtype = (ctypes.c_uint8 * 4)(2, 32, 1, 0)
+        device = (ctypes.c_int32 * 2)(2, self.device)
+        tensor = self.Tensor(self.array.ctypes.data, device, self.array.ndim, dtype, shape, None, 0, None, None)
+        self.kept += [tensor, shape]
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(tensor), b"dltensor", None)
+
+
+def test_it_loads_once_a_device_and_launches_in_its_context(driver):
+    code = "[step(s(d), t(d), s(d)) for d in (0, 0, 1)]"
+    lines = run_with_driver(code, driver).stdout.splitlines()
+    address = lines[-1].split()[1]
+    launch = f"6 1 1, 128 threads, 100 bytes: {address} 6 8 0 0"
+    assert lines[:-1] == [
+        "load 'cubin' in 100",
+        "function step",
+        f"launch 1100 in 100: {launch}",
+        f"launch 1100 in 100: {launch}",
+        "load 'cubin' in 101",
+        "function step",
+        f"launch 1101 in 101: {launch}",
+    ]
+
+
+def test_no_sequences_load_and_launch_nothing(driver):
+    lines = run_with_driver("step(s(), none(), s())", driver).stdout.splitlines()
+    assert lines[:-1] == ["load 'cubin' in 100", "function step"]
+
+
+def test_much_shared_memory_is_asked_for(driver):
+    lines = run_with_driver("kernel(shared=50_000)(s(), t(), s())", driver).stdout.splitlines()
+    assert "attribute 8 = 50000" in lines
+
+
+@pytest.mark.parametrize("call", ["cuInit", "cuModuleLoadData", "cuLaunchKernel"])
+def test_an_error_of_the_driver_has_its_name(driver, call):
+    result = run_with_driver("None", driver, FAKE_CUDA_FAILS=call)
+    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700), an illegal memory access" in result.stdout
+
+
+def test_nothing_is_launched_that_is_not_in_place_or_on_two_devices(driver):
+    assert "ValueError: new_state must be the memory of state" in run_with_driver("step(s(), t(), t())", driver).stdout
+    result = run_with_driver("step(s(0), t(1), s(0))", driver)
+    assert "ValueError: argument 1: expected memory of the CUDA device that the state is on" in result.stdout
+    assert "launch" not in result.stdout
+
+
+def test_many_threads_load_once(driver):
+    code = """from concurrent.futures import ThreadPoolExecutor
+    tensors = s(), t()
+    list(ThreadPoolExecutor(8).map(lambda _: step(*tensors, tensors[0]), range(200)))"""
+    lines = run_with_driver(code, driver).stdout.splitlines()
+    assert sum(line.startswith("load") for line in lines) == 1
+    assert sum(line.startswith("launch") for line in lines) == 200

@@ -1,0 +1,246 @@
+"""The Triton kernel on a machine without a GPU: it compiles for every GPU, as it should, and its steps are right."""
+
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssu_bridge.cases import CASES, Case
+from ssu_bridge.update import explain
+
+triton = pytest.importorskip("triton")
+from ssu_bridge import using  # noqa: E402
+from ssu_bridge.backends import triton as backend  # noqa: E402
+from ssu_bridge.backends import triton_tiles  # noqa: E402
+from ssu_bridge.backends.triton_compile import compile_step, specialise  # noqa: E402
+from ssu_bridge.bench.cuda_tune import Row, _replaced, _section  # noqa: E402
+from ssu_bridge.kernels.single_token import single_token  # noqa: E402
+
+CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """Compile anew, once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+def problem_of(case, capability=(9, 0), **flags):
+    """The problem of a case, as if its arrays were on a GPU."""
+    return explain(**case.arrays(seed=0), **case.flags, **flags).choices[0].problem.on("cuda", capability)
+
+
+def compiled(case, capability=(9, 0), tile=None):
+    with using(triton_tile=tile):
+        problem = problem_of(case, capability)
+    return compile_step(specialise(problem, triton_tiles.tile(problem)))
+
+
+def layer(dtype="float32", other="bfloat16", **changes):
+    """A layer of a large model."""
+    fields = {"sequences": 1, "slots": 1, "nheads": 64, "headdim": 64, "dstate": 128, "ngroups": 8, "indices": (0,)}
+    return Case("layer", dtypes={"state": dtype, "*": other, "A": "float32"}, **{**fields, **changes})
+
+
+# One of each kind of specialisation: tied or not, Mamba-1, sizes that fill no block, all dtypes, all optional arrays.
+CLASSES = {case.name: case for case in CASES if case.sequences} | {
+    "layer, bfloat16": layer("bfloat16"),
+    "layer, float16": layer("float16"),
+    "layer, float32": layer(),
+    "layer, dstate 256": layer(dstate=256),
+    "layer, dstate 64": layer("bfloat16", dstate=64),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_compiles_without_spills(name):
+    assert resources(compiled(CLASSES[name]).cubin) == {"STACK": 0, "LOCAL": 0}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["mamba2", "mamba1, bfloat16", "odd sizes, untied, float16", "layer, bfloat16"])
+def test_it_compiles_for_every_gpu(name, capability):
+    kernel = compiled(CLASSES[name], capability)
+    assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
+    assert kernel.cubin.startswith(b"\x7fELF")
+
+
+def resources(cubin):
+    """Bytes of stack and of local memory: what does not fit the registers goes there."""
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "resources.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("STACK", "LOCAL")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_state_is_loaded_and_stored_16_bytes_at_a_time(dtype):
+    for tile in (None, (16, 8), (64, 4)):
+        case = layer(dtype, other="float32" if dtype == "float32" else "bfloat16")
+        kernel = compiled(case, tile=tile)
+        ptx = kernel.text["ptx"]
+        rows = -(-case.nheads * case.headdim // kernel.programs)
+        vectors = rows * case.dstate * np.dtype(case.arrays(0)["state"].dtype).itemsize // 16 // (32 * kernel.warps)
+        assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
+        # Nothing but the output, an element a row, and with it nothing of the state, is stored in smaller pieces.
+        assert len(re.findall(r"st\.global", ptx)) == vectors + 1
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= vectors
+
+
+LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], "
+                    r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip
+
+
+def layouts_along_dstate(kernel):
+    """How the tiles that are reduced lie along dstate: elements a thread, threads, warps."""
+    text = kernel.text["ttgir"]
+    by_name = {match[1]: match.groups()[1:] for match in LAYOUT.finditer(text)}
+    reduced = re.findall(r"\}\) : \(tensor<\d+x\d+xf32, #(\w+)>\)", text)
+    return {by_name[name] for name in reduced}
+
+
+SHAPES = [
+    {"dstate": 128},
+    {"dstate": 256},
+    {"dstate": 64, "headdim": 128},
+    {"dstate": 96},
+    {"dstate": 33, "headdim": 5, "nheads": 3, "ngroups": 3},
+    {"dstate": 16, "headdim": 1536, "nheads": 0, "ngroups": 1, "group_axis": False},
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("untied", [(), ("A", "dt", "D", "dt_bias")], ids=["tied", "untied"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype):
+    case = layer(dtype, untied=untied, **shape)
+    found = set()
+    for tile in [None, *tiles_of(case)]:
+        found |= layouts_along_dstate(compiled(case, tile=tile))
+    assert len(found) == 1, found
+
+
+def tiles_of(case):
+    problem = problem_of(case)
+    for warps in (1, 4, 8):
+        least = triton_tiles.least_rows(problem, warps)
+        if least:
+            yield from ((rows, warps) for rows in (least, 4 * least))
+
+
+def test_tiles_of_the_table_are_allowed():
+    for case, capability, sequences in itertools.product(CLASSES.values(), CAPABILITIES, (1, 10, 10_000)):
+        problem = dataclasses.replace(problem_of(case, capability), sequences=sequences)
+        tile = triton_tiles.tile(problem)
+        assert 1 <= triton_tiles.least_rows(problem, tile.warps) <= tile.rows
+        assert tile.columns >= case.dstate
+
+
+def test_a_tile_can_be_asked_for_and_is_shown():
+    with using(triton_tile=(32, 4)):
+        assert backend.settings(problem_of(layer())) == "tile of 32 x 128, 4 warps"
+        assert "tile=32x4" in specialise(problem_of(layer()), triton_tiles.tile(problem_of(layer()))).target
+    with using(triton_tile=(2, 4)), pytest.raises(ValueError, match="at least 4 rows"):
+        backend.settings(problem_of(layer()))
+    with using(triton_tile=(2, 8)), pytest.raises(ValueError, match="expected 4 warps"):
+        backend.settings(problem_of(layer(dstate=1024)))
+
+
+@pytest.mark.parametrize("tile", [3, (16,), (16, 3), (12, 4), (0, 4), (16, 64)])
+def test_no_tile_at_all(tile):
+    with pytest.raises((TypeError, ValueError), match="triton_tile: expected"):
+        using(triton_tile=tile).__enter__()
+
+
+def test_the_target_tells_everything_that_is_compiled_in():
+    problems = [problem_of(case) for case in CASES]
+    problems += [problem_of(CASES[0], (8, 0)), problem_of(dataclasses.replace(CASES[0], slots=60, sequences=3))]
+    specialisations = {specialise(problem, triton_tiles.tile(problem)) for problem in problems}
+    assert len({s.target for s in specialisations}) == len(specialisations)
+    small, large = (layer(sequences=n, slots=n, indices=tuple(range(n))) for n in (1, 2))
+    with using(triton_tile=(16, 8)):
+        first, second = (specialise(p, triton_tiles.tile(p)) for p in (problem_of(small), problem_of(large)))
+    assert first == second
+
+
+def test_refusals():
+    problem = problem_of(CASES[0])
+    assert backend.refusal(problem) is None
+    assert "CUDA arrays only" in backend.refusal(problem.on("cpu"))
+    assert "8.0 or higher, and this one has 7.5" in backend.refusal(problem.on("cuda", (7, 5)))
+    assert "less than 2**31 elements" in backend.refusal(dataclasses.replace(problem, headdim=2**27))
+    assert "disable_state_update" in backend.refusal(problem_of(CASES[0], disable_state_update=True))
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert 'pip install "ssu-bridge[cuda]"' in backend.missing("torch")
+
+
+def test_tuning_rewrites_only_its_gpu():
+    text = "# a comment\n\n[sm80]\nbytes2 = [\n    [inf, 1, 1],\n]\n[sm90]\nbytes4 = []\n[sm100]\nx = 1\n"
+    section = _section("sm90", {"bytes2": [Row(1e6, 2048, 8), Row(float("inf"), 8192, 4)]})
+    before, after = tomllib.loads(text), tomllib.loads(_replaced(text, section))
+    assert after["sm90"] == {"bytes2": [[1_000_000, 2048, 8], [float("inf"), 8192, 4]]}
+    assert {**after, "sm90": None} == {**before, "sm90": None}
+    assert tomllib.loads(_replaced("", section)).keys() == {"sm90"}
+
+
+INTERPRET = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_triton_compile import interpreted_cases
+interpreted_cases()
+"""
+
+
+def test_the_interpreter_agrees_with_the_reference():
+    script = INTERPRET.format(tests=os.path.dirname(__file__))
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def interpreted_cases():
+    """Run in a process of its own, because Triton decides at its import whether it interprets."""
+    for case in CASES:
+        arrays = case.arrays(seed=len(case.name))
+        # The interpreter cuts bfloat16 off where a GPU rounds: what is stored in it is tested on a GPU.
+        if arrays["state"].dtype.name == "bfloat16" or arrays["x"].dtype.name == "bfloat16" or case.nheads > 24:
+            continue
+        interpret(case, arrays)
+
+
+def interpret(case, arrays):
+    import torch
+
+    from ssu_bridge.backends import reference
+    from ssu_bridge.backends.triton_compile import Kind, _constants, runtime_arguments
+    from ssu_bridge.check import compare
+    from ssu_bridge.frontends.torch import from_host, to_host
+
+    problem = problem_of(case)
+    specialisation = specialise(problem, triton_tiles.tile(problem))
+    tensors = {name: from_host(array) for name, array in arrays.items()}
+    tensors["out"] = torch.full_like(tensors["x"], float("nan"))
+    given = [tensors[name] for name in (*problem.names, "out")]
+    values = dict.fromkeys(single_token.arg_names) | _constants(specialisation)
+    for name, (kind, tensor, _) in runtime_arguments(specialisation).items():
+        array = given[tensor]
+        values[name] = array if kind is Kind.ADDRESS else array.stride(0) if kind is Kind.STRIDE else len(array)
+    programs = case.sequences * specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows)
+    if programs:
+        single_token[(programs,)](**values)
+    exact = reference.compute(problem, arrays)
+    rows = compare(exact, to_host(tensors["out"]), arrays["state"], to_host(tensors["state"]))
+    assert all(row.passed for row in rows), (case.name, rows)
