@@ -1,9 +1,8 @@
 """The Torch frontend: tensors go to the kernel as they are, through DLPack's C exchange."""
 
 import functools
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,8 @@ from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
+from ssu_bridge.frontends.torch_compile import trace
+from ssu_bridge.library import library
 from ssu_bridge.problem import ARGUMENTS, VECTOR_BYTES, Options, Problem, describe
 
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
@@ -27,31 +28,75 @@ Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
 
-class _Plan(NamedTuple):
-    """What a call comes down to once its arguments are checked."""
+# Runs a call, and returns whether it did: it does not if the tensors look otherwise than those it was made for.
+Step = Callable[..., bool]
 
-    kernel: DeviceKernel | HostKernel
-    inputs: Callable[[Arrays], tuple[torch.Tensor, ...]]
+# Types that the native library is handed without a closer look. It would take arrays of other frameworks too.
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def launcher(state_type: type, options: Options) -> Launch:
-    """Return the function that runs a call with these options."""
-    return functools.partial(_update, options)
+    """Return the function that runs a call with these options.
+
+    A call that looks like the last one of its sizes is not checked again: the native library compares them, at a
+    fraction of what it costs to look at each tensor from Python.
+    """
+    steps: dict[Any, Step] = {}
+
+    def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling():
+            return trace(options, arrays, out)
+        grad = torch.is_grad_enabled()
+        try:
+            state, x = arrays[0], arrays[1]
+            step = steps[state.shape, x.shape]
+            if _PLAIN.issuperset(map(type, arrays)) and type(out) in _PLAIN and not (grad and _needs_grad(arrays, out)):
+                result = _new_out(x) if out is None else out
+                if step(*arrays, result, state):
+                    return _written(result, state)
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
+            pass  # the first of its sizes; or else the check below says what is wrong
+        return check_and_launch(arrays, out, grad)
+
+    def check_and_launch(arrays: Arrays, out: torch.Tensor | None, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = _kernel(_key(arrays, out), grad, options)
+        state, x = arrays[0], arrays[1]
+        result = _new_out(x) if out is None else out
+        if isinstance(kernel, HostKernel):
+            _run_on_host(kernel, arrays, result)
+            return _written(result, state)
+        step = library().guarded(kernel.function)
+        step(*arrays, result, state)
+        if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
+            steps.clear()
+        steps[state.shape, x.shape] = step
+        return _written(result, state)
+
+    return launch
 
 
-def _update(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the step; out is new unless it was given, the state is changed in place."""
-    plan = _plan(_key(arrays, out), torch.is_grad_enabled(), options)
-    state, x = arrays[:2]
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if isinstance(plan.kernel, HostKernel):
-        _run_on_host(plan.kernel, arrays, out)
-    else:
-        plan.kernel.function(*plan.inputs(arrays), out, state)
-    # Autograd must know of a write that it did not see, or it would use a saved tensor that has changed.
+def _new_out(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _written(out: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell autograd of a write that it did not see, or it would use a saved tensor that has changed."""
     torch.autograd.graph.increment_version((out, state))
     return out, state
+
+
+def _needs_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
+    """Whether a tensor requires grad whose gradient would be lost."""
+    state, x, dt, _, B, C, _, z = arrays[:8]
+    return (
+        state.requires_grad
+        or x.requires_grad
+        or dt.requires_grad
+        or B.requires_grad
+        or C.requires_grad
+        or (z is not None and z.requires_grad)
+        or (out is not None and out.requires_grad)
+    )
 
 
 def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:
@@ -106,14 +151,14 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
+def _kernel(key: Key, grad_enabled: bool, options: Options) -> DeviceKernel | HostKernel:
     problem = _describe(key, options)
     for name, entry in zip(_KEY_NAMES, key, strict=False):
         if grad_enabled and name in _NO_GRAD and entry is not None and entry[5]:
             raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
-    return _Plan(kernel, operator.itemgetter(*[i for i, entry in enumerate(key[1:]) if entry is not None]))
+    return kernel
 
 
 def _describe(key: Key, options: Options) -> Problem:

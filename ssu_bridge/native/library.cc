@@ -5,6 +5,7 @@
 #include "cpu_variants.h"
 #include "cubin_kernel.h"
 #include "foreign_tensor.h"
+#include "guarded.h"
 #include "thread_pool.h"
 
 namespace {
@@ -26,5 +27,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_num_threads, ssu_bridge::thread_count)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(view, ssu_bridge::foreign_tensor)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(guarded, ssu_bridge::make_guarded)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_kernel, ssu_bridge::make_cubin_kernel)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_arguments, ssu_bridge::cubin_arguments)

@@ -1,0 +1,92 @@
+#include "guarded.h"
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace ssu_bridge {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+constexpr int kMaxArguments = 32;
+// Kernels for other devices tell addresses apart by whether they are multiples of this.
+constexpr uint64_t kVectorBytes = 16;
+
+// Passes over the words that describe a call's arguments; `take` says whether to go on.
+template <typename Take>
+bool describe_tensor(const DLTensor& tensor, Take take) {
+  uint64_t address = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
+  int64_t type = tensor.dtype.code | tensor.dtype.bits << 8 | tensor.dtype.lanes << 16;
+  bool in_host_memory = tensor.device.device_type == kDLCPU;
+  int64_t misalignment = in_host_memory ? 0 : static_cast<int64_t>(address % kVectorBytes);
+  bool more = take(tensor.ndim + 1) && take(type) && take(tensor.device.device_type) && take(tensor.device.device_id) &&
+              take(misalignment) && take(tensor.strides != nullptr);
+  for (int i = 0; more && i < tensor.ndim; ++i)
+    more = take(tensor.shape[i]) && (!tensor.strides || take(tensor.strides[i]));
+  return more;
+}
+
+template <typename Take>
+bool describe(ffi::PackedArgs arguments, Take take) {
+  for (int i = 0; i < arguments.size(); ++i) {
+    bool more = arguments[i] == nullptr ? take(0) : describe_tensor(*arguments[i].cast<DLTensor*>(), take);
+    if (!more) return false;
+  }
+  return true;
+}
+
+class Guarded {
+ public:
+  explicit Guarded(ffi::Function function) : function_(std::move(function)) {}
+
+  bool call(ffi::PackedArgs arguments) {
+    if (!matches(arguments)) return false;
+    ffi::AnyView given[kMaxArguments];
+    int count = 0;
+    for (int i = 0; i < arguments.size(); ++i)
+      if (arguments[i] != nullptr) given[count++] = arguments[i];
+    ffi::Any result;
+    function_.CallPacked(given, count, &result);
+    return true;
+  }
+
+ private:
+  bool matches(ffi::PackedArgs arguments) {
+    if (arguments.size() > kMaxArguments)
+      TVM_FFI_THROW(ValueError) << "at most " << kMaxArguments << " arguments, got " << arguments.size();
+    if (!noted_.load(std::memory_order_acquire)) note(arguments);
+    const int64_t *next = words_.data(), *end = next + words_.size();
+    bool alike = describe(arguments, [&](int64_t word) { return next != end && *next++ == word; });
+    return alike && next == end;
+  }
+
+  void note(ffi::PackedArgs arguments) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (noted_.load(std::memory_order_relaxed)) return;
+    describe(arguments, [&](int64_t word) {
+      words_.push_back(word);
+      return true;
+    });
+    noted_.store(true, std::memory_order_release);
+  }
+
+  const ffi::Function function_;
+  std::mutex mutex_;
+  std::atomic<bool> noted_{false};
+  std::vector<int64_t> words_;
+};
+
+}  // namespace
+
+ffi::Function make_guarded(ffi::Function function) {
+  auto guarded = std::make_shared<Guarded>(std::move(function));
+  return ffi::Function::FromPacked(
+      [guarded](ffi::PackedArgs arguments, ffi::Any* result) { *result = guarded->call(arguments); });
+}
+
+}  // namespace ssu_bridge

@@ -1,0 +1,110 @@
+"""Torch calls that look like one that was checked: they are compared, and what is wrong with one is still found."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from modes import to_mode
+
+import ssu_bridge
+from ssu_bridge.cases import Case
+from ssu_bridge.library import library
+
+CASE = Case("repeats", headdim=8, dstate=16)
+
+
+@pytest.fixture
+def tensors():
+    """The arguments of a call, after one like it."""
+    given = to_mode(CASE.arrays(seed=1), "torch")
+    ssu_bridge.update(**given, **CASE.flags)
+    return to_mode(CASE.arrays(seed=1), "torch")
+
+
+def expected(**changes):
+    return ssu_bridge.update(**{**to_mode(CASE.arrays(seed=1), "torch"), **changes}, **CASE.flags, backend="reference")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"D": None},
+        {"z": None},
+        {"dt_bias": None},
+        {"state_batch_indices": torch.tensor([1, 2, 3])},
+        {"dt": torch.ones(3, 4, 8)},
+        {"B": torch.ones(3, 2, 32)[..., :16].contiguous().to(torch.bfloat16)},
+        {"x": torch.ones(3, 4, 16)[..., :8].contiguous().half()},
+        {"C": torch.ones(3, 4, 16)[:, ::2].contiguous()},
+        {"C": torch.ones(6, 2, 16)[::2]},
+        {"out": torch.zeros(3, 4, 8)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_another_call_of_the_same_sizes(tensors, changes):
+    for _ in range(2):
+        tensors = to_mode(CASE.arrays(seed=1), "torch")
+        out, state = ssu_bridge.update(**{**tensors, **changes}, **CASE.flags)
+        wanted_out, wanted_state = expected(**changes)
+        torch.testing.assert_close(out, wanted_out, rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(state, wanted_state, rtol=1e-4, atol=1e-4)
+    tensors = to_mode(CASE.arrays(seed=1), "torch")
+    torch.testing.assert_close(ssu_bridge.update(**tensors, **CASE.flags)[0], expected()[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"A": np.ones(4, "float32")}, TypeError, "A: expected a torch array"),
+        ({"dt": None}, TypeError, "dt: expected an array, got None"),
+        ({"x": None}, TypeError, "x: expected an array, got None"),
+        ({"B": torch.ones(3, 2, 17)}, ValueError, "B: expected shape"),
+        ({"D": torch.ones(4, dtype=torch.float64)}, ValueError, "D: expected dtype"),
+        ({"z": torch.ones(3, 4, 16)[..., ::2]}, ValueError, "z: expected .* dense"),
+        ({"z": torch.ones(3, 4, 8).to_sparse()}, ValueError, "z: expected a strided tensor"),
+        ({"C": torch.ones(3, 2, 16, requires_grad=True)}, ssu_bridge.UnsupportedError, "C: it requires grad"),
+        ({"out": torch.ones(3, 4, 8, requires_grad=True)}, ssu_bridge.UnsupportedError, "out: it requires grad"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_still_found(tensors, changes, error, message):
+    held = tensors["state"].clone()
+    with pytest.raises(error, match=message):
+        ssu_bridge.update(**{**tensors, **changes}, **CASE.flags)
+    assert torch.equal(tensors["state"], held)
+
+
+def test_grad_mode_and_parameters(tensors):
+    tensors["A"] = torch.nn.Parameter(tensors["A"])
+    tensors["x"].requires_grad_()
+    with torch.no_grad():
+        ssu_bridge.update(**tensors, **CASE.flags)
+    with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad"):
+        ssu_bridge.update(**tensors, **CASE.flags)
+
+
+def test_a_guarded_function_runs_for_its_like_alone():
+    seen = []
+    guarded = library().guarded(lambda *tensors: seen.append(len(tensors)))
+    x, y = torch.zeros(3, 4), torch.zeros(4)
+    assert guarded(x, None, y)
+    assert guarded(torch.ones(3, 4), None, y.clone())
+    others = [(x, y, None), (x, None), (x, None, y, y), (x[:2], None, y), (x.half(), None, y), (x.t(), None, y)]
+    for other in others:
+        assert not guarded(*other)
+    assert not guarded(torch.zeros(3, 8)[:, ::2], None, y)
+    assert seen == [2, 2]
+
+
+def test_a_guarded_function_from_many_threads():
+    kinds = [torch.zeros(n) for n in (1, 2, 3, 4)]
+    ran = []
+    guarded = library().guarded(lambda tensor: ran.append(tensor.shape[0]))
+    threads = [threading.Thread(target=guarded, args=(kinds[i % 4],)) for i in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(ran)) == 1
+    assert len(ran) == 16
