@@ -189,7 +189,7 @@ def _address(array: Any) -> Any:
     """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
     try:
         return array.unsafe_buffer_pointer()
-    except (ValueError, AttributeError, jax.errors.JAXTypeError):
+    except (RuntimeError, AttributeError, jax.errors.JAXTypeError):
         if isinstance(array, jax.core.Tracer):
             return None
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
@@ -229,8 +229,8 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     if isinstance(results[1], jax.core.Tracer) or results[1].size == 0:  # no memory to speak of
         return
     message = (
-        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
-        "somebody else still views (a live np.asarray, Torch or DLPack view)"
+        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack), that somebody "
+        "else still views (a live np.asarray, Torch or DLPack view) or that is sharded over several devices"
     )
     if options.config.strict_in_place:
         raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)
