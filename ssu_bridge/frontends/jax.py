@@ -229,8 +229,8 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     if isinstance(results[1], jax.core.Tracer) or results[1].size == 0:  # no memory to speak of
         return
     message = (
-        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack), that somebody "
-        "else still views (a live np.asarray, Torch or DLPack view) or that is sharded over several devices"
+        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
+        "somebody else still views (a live np.asarray, Torch or DLPack view), and a sharded state is gathered"
     )
     if options.config.strict_in_place:
         raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)
