@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge.errors import BackendNotAvailableError
+
 
 class ArrayInfo(NamedTuple):
     """What :class:`ssu_bridge.problem.Problem` needs to know of one array.
@@ -66,6 +68,7 @@ def to_jax(tensor: Any) -> Any:
 
     Raises:
         TypeError: ``tensor`` is not a Torch tensor.
+        BackendNotAvailableError: JAX is not installed.
         ValueError: it has gaps, it requires grad, or JAX could only copy it.
 
     Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
@@ -79,8 +82,10 @@ def to_jax(tensor: Any) -> Any:
         raise ValueError("tensor: expected one that does not require grad, got one that does; pass tensor.detach()")
     if not tensor.is_contiguous():
         raise ValueError(f"tensor: expected a dense row-major tensor, got strides {tuple(tensor.stride())}")
-    import jax
-
+    try:
+        import jax
+    except ImportError:
+        raise BackendNotAvailableError('JAX is not installed: pip install "ssu-bridge[jax]"') from None
     array = jax.dlpack.from_dlpack(tensor)
     if array.size and array.unsafe_buffer_pointer() != tensor.data_ptr():
         raise ValueError(
@@ -100,6 +105,7 @@ def to_torch(array: Any) -> Any:
 
     Raises:
         TypeError: ``array`` is not a JAX array.
+        BackendNotAvailableError: Torch is not installed.
         ValueError: it was deleted (donated), is being traced, or lies on several devices.
 
     Lifetime: the tensor keeps the array's memory alive until the tensor and every view of it are collected *on the
@@ -111,8 +117,11 @@ def to_torch(array: Any) -> Any:
     if framework_of(array) != "jax":
         raise TypeError(f"array: expected a jax.Array, got {type(array).__name__}")
     import jax
-    import torch.utils.dlpack
 
+    try:
+        import torch.utils.dlpack
+    except ImportError:
+        raise BackendNotAvailableError('Torch is not installed: pip install "ssu-bridge[torch]"') from None
     if isinstance(array, jax.core.Tracer):
         raise ValueError("array: expected a concrete array, got a tracer; hand arrays across outside of jit")
     if array.is_deleted():

@@ -87,6 +87,8 @@ def check(*args: Any, **kwargs: Any) -> Report:
     side = frontend_of(arrays, out)
     explanation = explain(*args, **kwargs)
     problem = explanation.choices[0].problem
+    if problem.traced:
+        raise ValueError("check: expected concrete arrays, got some that JAX is tracing; call it outside of jit")
     if explanation.backend is None:
         raise explanation.choices[0].error()
     before = {name: side.to_host(array) for name, array in named(arrays).items()}

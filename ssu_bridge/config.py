@@ -49,8 +49,8 @@ class SSUConfig:
             kernel each and ignore it.
         stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
         philox_rounds: rounds of the Philox generator; 0 means 10.
-        strict_in_place: raise :class:`NotInPlaceError` where JAX could not update the state in place, instead of
-            warning once.
+        strict_in_place: raise :class:`NotInPlaceError` where an eager JAX call could not update the state in place,
+            instead of warning once. Under ``jax.jit`` the outer donation decides, and nothing is said.
 
     Raises:
         ValueError, TypeError: a field has an unknown or impossible value.
@@ -98,14 +98,29 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """
     default = get_config()
     group = parser.add_argument_group("selective_state_update")
-    group.add_argument("--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend)
-    group.add_argument("--mamba-ssu-algorithm", type=str.lower, choices=ALGORITHMS, default=default.algorithm)
+    group.add_argument(
+        "--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend, help="who computes the step"
+    )
+    group.add_argument(
+        "--mamba-ssu-algorithm",
+        type=str.lower,
+        choices=ALGORITHMS,
+        default=default.algorithm,
+        help="FlashInfer's choice of kernel; the other backends have one each",
+    )
     group.add_argument(
         "--enable-mamba-cache-stochastic-rounding",
         action=argparse.BooleanOptionalAction,
         default=default.stochastic_rounding,
+        help="round 16-bit and 8-bit states stochastically",
     )
-    group.add_argument("--mamba-cache-philox-rounds", type=int, default=default.philox_rounds, metavar="ROUNDS")
+    group.add_argument(
+        "--mamba-cache-philox-rounds",
+        type=int,
+        default=default.philox_rounds,
+        metavar="ROUNDS",
+        help="of the random generator of stochastic rounding; 0 means 10",
+    )
 
 
 def _from_environment() -> SSUConfig:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from modes import bits, poisoned, to_host, to_mode
+from torch._subclasses import FakeTensorMode
 
 import ssu_bridge
 from ssu_bridge.cases import Case
@@ -273,6 +274,25 @@ def test_a_sparse_tensor():
     tensors["D"] = tensors["D"].to_sparse()
     with pytest.raises(ValueError, match=r"D: expected a strided tensor, got layout torch\.sparse"):
         ssu_bridge.update(**tensors, **CASE.flags)
+
+
+def test_a_tensor_without_memory_of_its_own():
+    tensors = to_mode(CASE.arrays(seed=6), "torch")
+    before = tensors["state"].clone()
+    with FakeTensorMode() as mode:
+        fake = {**tensors, "B": mode.from_tensor(tensors["B"])}
+        with pytest.raises(TypeError, match=r"B: expected a plain torch\.Tensor.*got FakeTensor"):
+            ssu_bridge.update(**fake, **CASE.flags)
+    lazy = {**tensors, "B": torch._neg_view(tensors["B"])}
+    with pytest.raises(ValueError, match=r"B: expected a tensor that holds its values.*resolve_neg"):
+        ssu_bridge.update(**lazy, **CASE.flags)
+    assert torch.equal(tensors["state"], before)
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch"])
+def test_donate_is_for_jax(mode):
+    arguments = {**to_mode(CASE.arrays(seed=6), mode), **CASE.flags, "donate": False}
+    assert_refused(mode, arguments, TypeError, "donate: expected True with Torch and NumPy arrays.*got False")
 
 
 def test_a_tensor_on_another_device():

@@ -208,7 +208,10 @@ def _explain_failure(arrays: Arrays) -> None:
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             continue
         if array.is_deleted():
-            raise ValueError(f"{name}: expected a live array, got one that was deleted (donated to an earlier call)")
+            raise ValueError(
+                f"{name}: expected a live array, got one that was deleted (donated to an earlier call); go on with the "
+                "state that update returned"
+            )
         if array.committed and state.committed and array.devices() != state.devices():
             raise ValueError(
                 f"{name}: expected an array on {_spell(state.devices())}, where the state is, "
@@ -230,7 +233,7 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
         return
     message = (
         "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
-        "somebody else still views (a live np.asarray, Torch or DLPack view), and a sharded state is gathered"
+        "somebody else still views (drop a live np.asarray, Torch or DLPack view), and a sharded state is gathered"
     )
     if options.config.strict_in_place:
         raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)

@@ -8,13 +8,14 @@ import numpy as np
 from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
-from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
 from ssu_bridge.library import library
 from ssu_bridge.problem import Options, Problem, describe
 
 
 def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that runs a call with these options."""
+    refuse_copy(options)
     return functools.partial(_update, options)
 
 

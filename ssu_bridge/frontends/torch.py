@@ -12,16 +12,20 @@ from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
 from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
+# A subclass may hold no memory of its own, as a FakeTensor does.
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 # Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
 _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
 
-# Shape, dtype, strides, device, layout, requires_grad of each tensor, out first: all that the check of a call looks at.
+# All that the check of a call looks at, for each tensor, out first: shape, dtype, strides, device, layout,
+# requires_grad, type, and whether its values are those in memory with the sign changed.
 Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
@@ -35,6 +39,7 @@ class _Plan(NamedTuple):
 
 def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that runs a call with these options."""
+    refuse_copy(options)
     return functools.partial(_update, options)
 
 
@@ -83,7 +88,9 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
     try:
         return tuple(
             [
-                None if a is None else (a.shape, a.dtype, a.stride(), a.device, a.layout, a.requires_grad)
+                None
+                if a is None
+                else (a.shape, a.dtype, a.stride(), a.device, a.layout, a.requires_grad, type(a), a.is_neg())
                 for a in (out, *arrays)
             ]
         )
@@ -98,7 +105,7 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
 def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
     problem = _describe(key, options)
     for name, entry in zip(_KEY_NAMES, key, strict=False):
-        if grad_enabled and name in _NO_GRAD and entry is not None and entry[-1]:
+        if grad_enabled and name in _NO_GRAD and entry is not None and entry[5]:
             raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
@@ -108,9 +115,15 @@ def _plan(key: Key, grad_enabled: bool, options: Options) -> _Plan:
 def _describe(key: Key, options: Options) -> Problem:
     given = {name: entry for name, entry in zip(_KEY_NAMES, key, strict=False) if entry is not None}
     infos = {}
-    for name, (shape, dtype, strides, device, layout, _) in given.items():
+    for name, (shape, dtype, strides, device, layout, _, kind, negated) in given.items():
         if layout != torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
+        if kind not in _PLAIN:
+            raise TypeError(
+                f"{name}: expected a plain torch.Tensor, whose memory a kernel can use, got {kind.__name__}"
+            )
+        if negated:
+            raise ValueError(f"{name}: expected a tensor that holds its values, got a lazy negation; use resolve_neg()")
         infos[name] = ArrayInfo(tuple(shape), _name(dtype), strides, str(device))
     device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
