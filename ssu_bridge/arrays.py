@@ -46,7 +46,8 @@ class QuantizedState(NamedTuple):
 def framework_of(array: object) -> str | None:
     """Return "jax" (tracers too), "torch" or "numpy" for an array of that framework, None for anything else."""
     if isinstance(array, np.ndarray):
-        return "numpy"
+        # Neither is what kernels and JAX take it for: a mask would be ignored, a matrix has axes of its own mind.
+        return None if isinstance(array, np.ma.MaskedArray | np.matrix) else "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return "torch"
@@ -69,7 +70,7 @@ def to_jax(tensor: Any) -> Any:
     Raises:
         TypeError: ``tensor`` is not a Torch tensor.
         BackendNotAvailableError: JAX is not installed.
-        ValueError: it has gaps, it requires grad, or JAX could only copy it.
+        ValueError: it has gaps, requires grad or is lazily negated or conjugated, or JAX could only copy it.
 
     Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
     more while the array, or a computation on it that has not finished, is alive. Streams: what Torch's current stream
@@ -80,6 +81,10 @@ def to_jax(tensor: Any) -> Any:
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.requires_grad:
         raise ValueError("tensor: expected one that does not require grad, got one that does; pass tensor.detach()")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            "tensor: expected one that holds its values, got a lazy one; use resolve_neg() or resolve_conj()"
+        )
     if not tensor.is_contiguous():
         raise ValueError(f"tensor: expected a dense row-major tensor, got strides {tuple(tensor.stride())}")
     try:

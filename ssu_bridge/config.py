@@ -7,7 +7,7 @@ import enum
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any
 
 ALGORITHMS = ("auto", "simple", "vertical", "horizontal")
 
@@ -71,19 +71,23 @@ class SSUConfig:
         for name in ("stochastic_rounding", "strict_in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if not isinstance(self.philox_rounds, int) or self.philox_rounds < 0:
+        if type(self.philox_rounds) is not int or self.philox_rounds < 0:
             raise ValueError(f"philox_rounds: expected an int >= 0 (0 means 10), got {self.philox_rounds!r}")
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
         fields = (self.backend, self.algorithm, self.stochastic_rounding, self.philox_rounds, self.strict_in_place)
         object.__setattr__(self, "_hash", hash(fields))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a hash of strings is another in another process
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
+
     def __hash__(self) -> int:  # in every call, and so computed once
         return self._hash
 
     @classmethod
-    def from_args(cls, namespace: argparse.Namespace) -> Self:
-        """Return the configuration that :func:`add_cli_args`'s arguments, once parsed, ask for."""
-        return cls(
+    def from_args(cls, namespace: argparse.Namespace) -> "SSUConfig":
+        """Return the configuration in force, changed as :func:`add_cli_args`'s arguments, once parsed, ask for."""
+        return dataclasses.replace(
+            get_config(),
             backend=namespace.mamba_backend,
             algorithm=namespace.mamba_ssu_algorithm,
             stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,

@@ -98,22 +98,18 @@ def update(
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
     config, array_type = get_config(), type(arrays[0])
-    kind = (
-        array_type,
-        dt_softplus,
-        pad_slot_id,
-        disable_state_update,
-        donate,
-        check_indices,
-        backend,
-        algorithm,
-        config,
-    )
+    # With the types of the flags, because 1 and True are equal, and only one of them is right.
+    kind: tuple[Any, ...]
+    kind = (array_type, dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
+    if not (donate is True and disable_state_update is check_indices is False):
+        rare = (disable_state_update, donate, check_indices)
+        kind += (*rare, *map(type, rare))
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        launch = launcher_of(arrays, out, options_of(*kind[1:]))
-        if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
+        launch = launcher_of(arrays, out, options_of(*flags, config))
+        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
             _launchers.clear()
         _launchers[kind] = launch
     return launch(arrays, out)
@@ -127,7 +123,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     """Say which backend :func:`update` would take for these arguments, and why; run nothing.
 
     Args:
-        *args, **kwargs: those of :func:`update`. Inside ``jax.jit`` each platform of the process is answered for.
+        *args, **kwargs: those of :func:`update`. For a traced state each platform of the process is asked about.
 
     Returns:
         An :class:`~ssu_bridge.choose.Explanation`: every backend's answer, as a value and, printed, as a table.
@@ -154,6 +150,9 @@ def _split_quantized(arrays: Arrays) -> Arrays:
     given: dict[str, Any] = dict.fromkeys(name for name in ARGUMENTS if name != "out")
     given |= zip(ARGUMENTS, arrays, strict=False)
     for name, scale in (("state", "state_scale"), ("intermediate_states", "intermediate_state_scales")):
-        if isinstance(given[name], QuantizedState):
-            given[name], given[scale] = given[name].values, given[name].scale
+        pair = given[name]
+        if isinstance(pair, QuantizedState):
+            if pair.values is None or pair.scale is None:
+                raise TypeError(f"{name}: expected a QuantizedState of two arrays, values and scale, got None in it")
+            given[name], given[scale] = pair
     return tuple(given.values())

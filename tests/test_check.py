@@ -102,6 +102,16 @@ def test_check_raises_what_update_raises():
         ssu_bridge.check(**{**CASE.arrays(seed=1), "B": None})
 
 
+def test_what_is_infinite_or_no_number_by_rights_passes():
+    case = Case("overflow", dtypes={"state": "float16", "x": "float16"}, headdim=4, dstate=8, dt_softplus=False)
+    arrays = case.arrays(seed=6)
+    arrays["state"][4, 0] = 6e4
+    arrays["x"][1] *= 1e4
+    arrays["x"][0, 0, 0] = np.nan
+    for mode in ("numpy", "torch", "jax"):
+        assert ssu_bridge.check(**to_mode(arrays, mode), **case.flags, backend="cpu")
+
+
 def test_check_is_not_for_tracers():
     arrays = to_mode(CASE.arrays(seed=1), "jax")
     with pytest.raises(ValueError, match="check: expected concrete arrays"):

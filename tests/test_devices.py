@@ -31,10 +31,38 @@ there["C"] = jax.device_put(arrays["C"], devices[2])
 try:
     ssu_bridge.update(**there, **case.flags)
 except ValueError as error:
-    assert str(error) == "C: expected an array on cpu:1, where the state is, got one on cpu:2", error
+    assert str(error) == "C: expected an array on cpu:1, where state is, got one on cpu:2", error
 else:
     raise AssertionError("no error")
 assert not there["state"].is_deleted()
+""",
+    "names the array on another device than the first that is on one": """
+mixed = {n: jax.numpy.array(a) for n, a in arrays.items()}
+mixed["x"], mixed["D"] = jax.device_put(arrays["x"], devices[1]), jax.device_put(arrays["D"], devices[2])
+try:
+    ssu_bridge.update(**mixed, **case.flags)
+except ValueError as error:
+    assert str(error) == "D: expected an array on cpu:1, where x is, got one on cpu:2", error
+else:
+    raise AssertionError("no error")
+""",
+    "is right inside shard_map": """
+mesh = Mesh(np.array(devices), ("s",))
+def body(B, **rest):
+    return ssu_bridge.update(B=B, **rest, **case.flags, backend="cpu")
+shared = {n: a for n, a in arrays.items() if n != "B"}
+stacked = np.concatenate([arrays["B"] * (1 + i) for i in range(4)])
+run = jax.jit(jax.shard_map(lambda B, rest: body(B, **rest), mesh=mesh, in_specs=(P("s"), P()), out_specs=P("s")))
+out, state = run(stacked, shared)
+for i in range(4):
+    one = ssu_bridge.update(**{**case.arrays(seed=0), "B": arrays["B"] * (1 + i)}, **case.flags)
+    assert np.array_equal(out[3 * i : 3 * i + 3], one[0]) and np.array_equal(state[6 * i : 6 * i + 6], one[1])
+try:
+    jax.shard_map(lambda B, rest: body(B, **rest), mesh=mesh, in_specs=(P("s"), P()), out_specs=P())(stacked, shared)
+except ValueError as error:
+    assert "replicated" in str(error) or "out_specs" in str(error), error
+else:
+    raise AssertionError("results that differ by shard were taken for the same")
 """,
     "is right for sharded arrays": """
 mesh = Mesh(np.array(devices), ("heads",))
