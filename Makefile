@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Torch first and pinned: a later package's wish for any torch is then met, and not by gigabytes of CUDA.
+# Where pip's torch is a build with CUDA, this installs gigabytes of it; any build of Torch's CPU version will do.
 .venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=..."'
 	$(PYTHON) -m venv .venv

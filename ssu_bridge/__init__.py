@@ -4,7 +4,7 @@ from ssu_bridge.arrays import QuantizedState, to_jax, to_torch
 from ssu_bridge.check import Report, check
 from ssu_bridge.config import Backend, SSUConfig, add_cli_args, get_config, set_config, using
 from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, UnsupportedError
-from ssu_bridge.update import explain, update
+from ssu_bridge.update import explain, update, warm_up
 
 __version__ = "0.1.0"
 
@@ -25,4 +25,5 @@ __all__ = [
     "to_torch",
     "update",
     "using",
+    "warm_up",
 ]

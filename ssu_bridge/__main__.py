@@ -99,7 +99,7 @@ def _check(only: str | None, backend: str | None, verbose: bool) -> int:
         for device, like in _devices(framework):
             for name in backends:
                 for number, case in enumerate(cases, 1):
-                    print(f"\r{f'{framework} on {device}, {name}: {number}/{len(cases)} {case.name}':<100}", end="")
+                    _show_progress(f"{framework} on {device}, {name}: {number}/{len(cases)} {case.name}")
                     try:
                         report = _check_case(framework, like, case, name)
                     except (UnsupportedError, BackendNotAvailableError) as refusal:
@@ -107,11 +107,18 @@ def _check(only: str | None, backend: str | None, verbose: bool) -> int:
                         continue
                     passed, failed = passed + report.passed, failed + (not report.passed)
                     if verbose or not report.passed:
-                        print(f"\n{report}")
-    print(f"\r{'':<100}\r{passed} passed, {failed} failed")
+                        print(f"{framework} on {device}, {case.name}: {report}")
+    _show_progress("")
+    print(f"{passed} passed, {failed} failed")
     for reason, count in refused.items():
-        print(f"  refused {count} times: {reason}")
+        print(f"  not to be run there, {count} times: {reason}")
     return 1 if failed or not passed else 0
+
+
+def _show_progress(line: str) -> None:
+    """Overwrite the terminal's last line; say nothing to a file or a pipe."""
+    if sys.stderr.isatty():
+        print(f"\r{line:<100}\r", end="", file=sys.stderr, flush=True)
 
 
 def _check_case(framework: str, like: Any, case: Case, backend: str) -> Any:

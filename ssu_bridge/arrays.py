@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge.errors import BackendNotAvailableError
+
 
 class ArrayInfo(NamedTuple):
     """What :class:`ssu_bridge.problem.Problem` needs to know of one array.
@@ -46,7 +48,8 @@ class QuantizedState(NamedTuple):
 def framework_of(array: object) -> str | None:
     """Return "jax" (tracers too), "torch" or "numpy" for an array of that framework, None for anything else."""
     if isinstance(array, np.ndarray):
-        return "numpy"
+        # Neither is what kernels and JAX take it for: a mask would be ignored, a matrix has axes of its own mind.
+        return None if isinstance(array, np.ma.MaskedArray | np.matrix) else "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         return "torch"
@@ -68,7 +71,8 @@ def to_jax(tensor: Any) -> Any:
 
     Raises:
         TypeError: ``tensor`` is not a Torch tensor.
-        ValueError: it has gaps, it requires grad, or JAX could only copy it.
+        BackendNotAvailableError: JAX is not installed.
+        ValueError: it has gaps, requires grad or is lazily negated or conjugated, or JAX could only copy it.
 
     Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
     more while the array, or a computation on it that has not finished, is alive. Streams: what Torch's current stream
@@ -79,10 +83,16 @@ def to_jax(tensor: Any) -> Any:
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.requires_grad:
         raise ValueError("tensor: expected one that does not require grad, got one that does; pass tensor.detach()")
+    if tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            "tensor: expected one that holds its values, got a lazy one; use resolve_neg() or resolve_conj()"
+        )
     if not tensor.is_contiguous():
         raise ValueError(f"tensor: expected a dense row-major tensor, got strides {tuple(tensor.stride())}")
-    import jax
-
+    try:
+        import jax
+    except ImportError:
+        raise BackendNotAvailableError('JAX is not installed: pip install "ssu-bridge[jax]"') from None
     array = jax.dlpack.from_dlpack(tensor)
     if array.size and array.unsafe_buffer_pointer() != tensor.data_ptr():
         raise ValueError(
@@ -102,6 +112,7 @@ def to_torch(array: Any) -> Any:
 
     Raises:
         TypeError: ``array`` is not a JAX array.
+        BackendNotAvailableError: Torch is not installed.
         ValueError: it was deleted (donated), is being traced, or lies on several devices.
 
     Lifetime: the tensor keeps the array's memory alive until the tensor and every view of it are collected *on the
@@ -113,8 +124,11 @@ def to_torch(array: Any) -> Any:
     if framework_of(array) != "jax":
         raise TypeError(f"array: expected a jax.Array, got {type(array).__name__}")
     import jax
-    import torch.utils.dlpack
 
+    try:
+        import torch.utils.dlpack
+    except ImportError:
+        raise BackendNotAvailableError('Torch is not installed: pip install "ssu-bridge[torch]"') from None
     if isinstance(array, jax.core.Tracer):
         raise ValueError("array: expected a concrete array, got a tracer; hand arrays across outside of jit")
     if array.is_deleted():

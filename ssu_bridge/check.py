@@ -12,7 +12,8 @@ from ssu_bridge.update import bind, explain, update
 # A float32 sum of n products differs from the exact one by about sqrt(n) roundings when they are of either sign, and by
 # n at worst; the exponential, softplus and sigmoid add a few. In units of 2**-24 of the sum of absolute values.
 _ROUNDINGS = 16
-# Half a unit in the last place of each storage dtype, relative and (for subnormal numbers) absolute.
+# Half a unit in the last place of each storage dtype, relative; and absolute where numbers are subnormal, which XLA may
+# take for zero in float32, and so in bfloat16.
 _HALF_ULP = {"float32": (2.0**-24, 2.0**-126), "bfloat16": (2.0**-8, 2.0**-126), "float16": (2.0**-11, 2.0**-25)}
 
 
@@ -81,20 +82,23 @@ def check(*args: Any, **kwargs: Any) -> Report:
         and whether the slots that the call does not name kept every bit.
 
     Raises:
-        As ``update``.
+        As ``update``; but tensors that require grad are checked too, as copies that do not.
+        ValueError: JAX is tracing the arguments.
     """
     arrays, out, options = bind(*args, **kwargs)
     side = frontend_of(arrays, out)
     explanation = explain(*args, **kwargs)
     problem = explanation.choices[0].problem
+    if problem.traced:
+        raise ValueError("check: expected concrete arrays, got some that JAX is tracing; call it outside of jit")
     if explanation.backend is None:
         raise explanation.choices[0].error()
     before = {name: side.to_host(array) for name, array in named(arrays).items()}
     exact = reference.compute(problem, before)
-    copies = {name: side.from_host(array, arrays[0]) for name, array in before.items()}
+    copies = {name: side.from_host(before[name], array) for name, array in named(arrays).items()}
     if problem.framework != "jax":  # an output that is not written must not look right by chance
         poison = np.full(before["x"].shape, np.nan, before["x"].dtype)
-        copies["out"] = side.from_host(poison, arrays[0])
+        copies["out"] = side.from_host(poison, copies["x"])
     # The backend that was chosen for the arguments as they are: the copies may be laid out differently.
     backend = explanation.backend
     softplus, pad = options.dt_softplus, options.pad_slot_id
@@ -127,9 +131,13 @@ def _row(name: str, got: np.ndarray, exact: np.ndarray, scale: np.ndarray, dtype
     tolerance = f"{relative:.1e} |ref| + {_ROUNDINGS} * 2**-24 * sum of |terms|"
     if not exact.size:
         return Row(name, 0.0, 0.0, (), 0.0, tolerance)
-    error = np.abs(got.astype(np.float64) - exact)
-    used = np.where(np.isnan(error), np.inf, error / allowed)
-    nonzero = np.abs(exact) > absolute
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = exact.astype(np.float32).astype(got.dtype)
+        # What is right to the bit is right, infinite or not: a value beyond the dtype's range, the caller's own NaN.
+        same = (got == rounded) | (np.isnan(got) & np.isnan(exact))
+        error = np.where(same, 0, np.abs(got.astype(np.float64) - exact))
+        used = np.where(same, 0, np.where(np.isnan(error), np.inf, error / allowed))
+    nonzero = (np.abs(exact) > absolute) & np.isfinite(exact)
     worst = np.unravel_index(int(np.argmax(used)), used.shape)
     return Row(
         name,

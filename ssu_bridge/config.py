@@ -8,7 +8,7 @@ import operator
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any
 
 ALGORITHMS = ("auto", "simple", "vertical", "horizontal")
 
@@ -51,8 +51,8 @@ class SSUConfig:
             kernel each and ignore it.
         stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
         philox_rounds: rounds of the Philox generator; 0 means 10.
-        strict_in_place: raise :class:`NotInPlaceError` where JAX could not update the state in place, instead of
-            warning once.
+        strict_in_place: raise :class:`NotInPlaceError` where an eager JAX call could not update the state in place,
+            instead of warning once. Under ``jax.jit`` the outer donation decides, and nothing is said.
         triton_tile: (rows of headdim, warps) of a program of the Triton kernel, powers of two; None: as measured for
             the GPU. It does not change the results.
 
@@ -76,7 +76,7 @@ class SSUConfig:
         for name in ("stochastic_rounding", "strict_in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
-        if not isinstance(self.philox_rounds, int) or self.philox_rounds < 0:
+        if type(self.philox_rounds) is not int or self.philox_rounds < 0:
             raise ValueError(f"philox_rounds: expected an int >= 0 (0 means 10), got {self.philox_rounds!r}")
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
         if self.triton_tile is not None:
@@ -84,13 +84,17 @@ class SSUConfig:
         fields = tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)
         object.__setattr__(self, "_hash", hash(fields))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a hash of strings is another in another process
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
+
     def __hash__(self) -> int:  # in every call, and so computed once
         return self._hash
 
     @classmethod
-    def from_args(cls, namespace: argparse.Namespace) -> Self:
-        """Return the configuration that :func:`add_cli_args`'s arguments, once parsed, ask for."""
-        return cls(
+    def from_args(cls, namespace: argparse.Namespace) -> "SSUConfig":
+        """Return the configuration in force, changed as :func:`add_cli_args`'s arguments, once parsed, ask for."""
+        return dataclasses.replace(
+            get_config(),
             backend=namespace.mamba_backend,
             algorithm=namespace.mamba_ssu_algorithm,
             stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,
@@ -115,14 +119,29 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """
     default = get_config()
     group = parser.add_argument_group("selective_state_update")
-    group.add_argument("--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend)
-    group.add_argument("--mamba-ssu-algorithm", type=str.lower, choices=ALGORITHMS, default=default.algorithm)
+    group.add_argument(
+        "--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend, help="who computes the step"
+    )
+    group.add_argument(
+        "--mamba-ssu-algorithm",
+        type=str.lower,
+        choices=ALGORITHMS,
+        default=default.algorithm,
+        help="FlashInfer's choice of kernel; the other backends have one each",
+    )
     group.add_argument(
         "--enable-mamba-cache-stochastic-rounding",
         action=argparse.BooleanOptionalAction,
         default=default.stochastic_rounding,
+        help="round 16-bit and 8-bit states stochastically",
     )
-    group.add_argument("--mamba-cache-philox-rounds", type=int, default=default.philox_rounds, metavar="ROUNDS")
+    group.add_argument(
+        "--mamba-cache-philox-rounds",
+        type=int,
+        default=default.philox_rounds,
+        metavar="ROUNDS",
+        help="of the random generator of stochastic rounding; 0 means 10",
+    )
 
 
 def _from_environment() -> SSUConfig:

@@ -233,7 +233,9 @@ def _check_dtype(name: str, dtype: str) -> None:
     allowed = ARGUMENTS[name].dtypes
     if dtype in allowed:
         return
-    raise ValueError(f"{name}: expected dtype {' or '.join(allowed)}, got {dtype}")
+    plain = [a for a in allowed if a not in QUANTIZED]
+    quantized = f" (or a QuantizedState of {', '.join(QUANTIZED)})" if len(plain) < len(allowed) else ""
+    raise ValueError(f"{name}: expected dtype {' or '.join(plain)}{quantized}, got {dtype}")
 
 
 def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> None:
@@ -287,13 +289,15 @@ class _Shapes:
                 f"state: expected shape (slots, nheads, headdim, dstate) or (slots, headdim, dstate), got {state.shape}"
             )
         self.heads_axis = len(state.shape) == 4
+        self.state_shape = state.shape
+        self.state_axes = "slots, nheads, headdim, dstate" if self.heads_axis else "slots, headdim, dstate"
         self.indexed = "state_batch_indices" in arrays
         self.sizes: dict[str, int] = {} if self.heads_axis else {"H": 1, "G": 1}
         extra = len(x.shape) - (len(state.shape) - 1)
         if extra not in (0, 1):
             raise ValueError(
-                f"x: expected {len(state.shape) - 1} axes, or {len(state.shape)} for several tokens, beside a state of "
-                f"shape {state.shape}; got shape {x.shape}"
+                f"x: expected {len(state.shape) - 1} axes, or {len(state.shape)} for several tokens, got shape "
+                f"{x.shape}, beside a state of ({self.state_axes}) {state.shape}"
             )
         if "cu_seqlens" in arrays:
             if extra:
@@ -316,7 +320,9 @@ class _Shapes:
                 if name in ("B", "C") and len(pattern) == len(self.token_axes) + 1:
                     self.sizes["G"] = 1
                 return
-        raise ValueError(f"{name}: expected shape {' or '.join(map(self._spell, patterns))}, got {info.shape}")
+        expected = " or ".join(map(self._spell, patterns))
+        beside = "" if name == "state" else f", beside a state of ({self.state_axes}) {self.state_shape}"
+        raise ValueError(f"{name}: expected shape {expected}, got {info.shape}{beside}")
 
     def check_sizes(self) -> None:
         size = self.sizes

@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from ssu_bridge.arrays import QuantizedState
-from ssu_bridge.choose import Explanation
+from ssu_bridge.choose import Explanation, load
 from ssu_bridge.config import get_config
 from ssu_bridge.frontends import Arrays, Launch, frontend_of, launcher_of
 from ssu_bridge.problem import ARGUMENTS, Options, options_of
@@ -97,37 +97,48 @@ def update(
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
-    config, array_type = get_config(), type(arrays[0])
-    kind = (
-        array_type,
-        dt_softplus,
-        pad_slot_id,
-        disable_state_update,
-        donate,
-        check_indices,
-        backend,
-        algorithm,
-        config,
-    )
-    try:
-        launch = _launchers[kind]
-    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        launch = launcher_of(arrays, out, options_of(*kind[1:]))
-        if len(_launchers) >= 1024:  # flags that vary without end must not fill the memory
-            _launchers.clear()
-        _launchers[kind] = launch
-    return launch(arrays, out)
+    flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
+    return _launch_of(arrays, out, *flags)(arrays, out)
 
 
 # How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
 _launchers: dict[tuple[Any, ...], Launch] = {}
 
 
+def _launch_of(
+    arrays: Arrays,
+    out: Any,
+    dt_softplus: Any,
+    pad_slot_id: Any,
+    disable_state_update: Any,
+    donate: Any,
+    check_indices: Any,
+    backend: Any,
+    algorithm: Any,
+) -> Launch:
+    config, array_type = get_config(), type(arrays[0])
+    # With the types of the flags, because 1 and True are equal, and only one of them is right.
+    kind: tuple[Any, ...]
+    kind = (array_type, dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
+    if not (donate is True and disable_state_update is check_indices is False):
+        rare = (disable_state_update, donate, check_indices)
+        kind += (*rare, *map(type, rare))
+    try:
+        return _launchers[kind]
+    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
+        launch = launcher_of(arrays, out, options_of(*flags, config))
+        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
+            _launchers.clear()
+        _launchers[kind] = launch
+        return launch
+
+
 def explain(*args: Any, **kwargs: Any) -> Explanation:
     """Say which backend :func:`update` would take for these arguments, and why; run nothing.
 
     Args:
-        *args, **kwargs: those of :func:`update`. Inside ``jax.jit`` each platform of the process is answered for.
+        *args, **kwargs: those of :func:`update`. For a traced state each platform of the process is asked about.
 
     Returns:
         An :class:`~ssu_bridge.choose.Explanation`: every backend's answer, as a value and, printed, as a table.
@@ -139,14 +150,46 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     return Explanation(frontend_of(arrays, out).consider(arrays, out, options))
 
 
+def warm_up(*args: Any, **kwargs: Any) -> Explanation:
+    """Compile and load what :func:`update` needs for these arguments, ahead of the first call; run nothing.
+
+    A kernel that Triton has to compile takes about a second, one that lies in its cache on disk a fraction of it. With
+    that done, a call can be captured in a CUDA graph or traced by ``torch.compile`` at once. JAX's own compilation of
+    a program is not part of it.
+
+    Args:
+        *args, **kwargs: those of :func:`update`. None of them is changed or donated.
+
+    Returns:
+        As :func:`explain`.
+
+    Raises:
+        As :func:`update`.
+    """
+    arrays, out, flags = _bound(*args, **kwargs)
+    _launch_of(arrays, out, *flags)
+    explanation = explain(*args, **kwargs)
+    able = [choice for choice in explanation.choices if choice.backend is not None]
+    if not able:
+        raise explanation.choices[0].error()
+    for choice in able:
+        load(choice.problem)
+    return explanation
+
+
 def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, Options]:
     """Return what :func:`update` makes of its arguments before it hands them to a frontend."""
+    arrays, out, flags = _bound(*args, **kwargs)
+    return arrays, out, options_of(*(*flags, get_config()))
+
+
+def _bound(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, tuple[Any, ...]]:
+    """Return the arrays, out, and the flags in the order of ``options_of``."""
     bound = inspect.signature(update).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS if name != "out"))
-    call = {name: given.get(name, get_config()) for name in inspect.signature(options_of).parameters}
-    return arrays, given["out"], options_of(**call)
+    return arrays, given["out"], tuple(given[n] for n in inspect.signature(options_of).parameters if n in given)
 
 
 def _split_quantized(arrays: Arrays) -> Arrays:
@@ -154,6 +197,9 @@ def _split_quantized(arrays: Arrays) -> Arrays:
     given: dict[str, Any] = dict.fromkeys(name for name in ARGUMENTS if name != "out")
     given |= zip(ARGUMENTS, arrays, strict=False)
     for name, scale in (("state", "state_scale"), ("intermediate_states", "intermediate_state_scales")):
-        if isinstance(given[name], QuantizedState):
-            given[name], given[scale] = given[name].values, given[name].scale
+        pair = given[name]
+        if isinstance(pair, QuantizedState):
+            if pair.values is None or pair.scale is None:
+                raise TypeError(f"{name}: expected a QuantizedState of two arrays, values and scale, got None in it")
+            given[name], given[scale] = pair
     return tuple(given.values())

@@ -44,6 +44,16 @@ def to_mode(arrays, mode):
     return {name: side.from_host(array, like) for name, array in arrays.items()}
 
 
+def convert(arguments, mode):
+    """Put a call's NumPy arrays into the framework of a mode, inside a QuantizedState too, and leave the rest."""
+    result = {}
+    for name, value in arguments.items():
+        if isinstance(value, ssu_bridge.QuantizedState):
+            value = ssu_bridge.QuantizedState(**convert(value._asdict(), mode))
+        result[name] = to_mode({name: value}, mode)[name] if isinstance(value, np.ndarray) else value
+    return result
+
+
 def to_host(arrays, mode):
     side = frontend(framework(mode))
     return {name: side.to_host(array) for name, array in arrays.items()}
@@ -62,9 +72,8 @@ def step(mode, arrays, **flags):
 
 
 def poisoned(x):
-    result = x * 0
-    result[...] = float("nan")
-    return result
+    full_like = np.full_like if isinstance(x, np.ndarray) else torch.full_like
+    return full_like(x, float("nan"))
 
 
 def _scanned(arrays, flags):

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -40,6 +41,7 @@ def test_names_are_parsed_whatever_their_case():
             "algorithm: expected one of auto, simple, vertical, horizontal; got 'fast'",
         ),
         ({"algorithm": None}, ValueError, "algorithm: .*got None"),
+        ({"philox_rounds": True}, ValueError, "philox_rounds: expected an int >= 0"),
         ({"philox_rounds": -1}, ValueError, "philox_rounds: expected an int >= 0"),
         ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding: expected a bool, got 1"),
         ({"strict_in_place": "yes"}, TypeError, "strict_in_place: expected a bool, got 'yes'"),
@@ -135,6 +137,8 @@ def test_command_line_defaults_are_those_in_force():
         parser = argparse.ArgumentParser()
         ssu_bridge.add_cli_args(parser)
         assert SSUConfig.from_args(parser.parse_args([])) == get_config()
+        with using(strict_in_place=True):
+            assert SSUConfig.from_args(parser.parse_args([])) == get_config()
         off = parser.parse_args(["--no-enable-mamba-cache-stochastic-rounding"])
         assert not SSUConfig.from_args(off).stochastic_rounding
 
@@ -145,6 +149,13 @@ def test_an_unknown_name_on_the_command_line_lists_the_valid_ones(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--mamba-backend", "cuda"])
     assert "reference" in capsys.readouterr().err
+
+
+def test_a_configuration_goes_to_another_process():
+    pickled = pickle.dumps(SSUConfig("cpu", "simple", strict_in_place=True))
+    code = f"""import pickle, ssu_bridge as s; c = pickle.loads({pickled!r})
+print(c == s.SSUConfig("cpu", "simple", strict_in_place=True), hash(c) == hash(s.SSUConfig("cpu", "simple", strict_in_place=True)))"""
+    assert run_with(code, PYTHONHASHSEED="7").stdout == "True True\n"
 
 
 def run_with(code, **variables):

@@ -1,6 +1,7 @@
 """Wrong arguments: the right type of error, naming the argument, what was expected and what came; nothing written."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import ml_dtypes  # noqa: F401  (gives NumPy the dtype "bfloat16")
 import numpy as np
 import pytest
 import torch
-from modes import bits, poisoned, to_host, to_mode
+from modes import bits, convert, poisoned, to_host, to_mode
+from torch._subclasses import FakeTensorMode
 
 import ssu_bridge
 from ssu_bridge.cases import Case
@@ -83,10 +85,14 @@ TYPES = [
     ("a list", replace(B=[[1.0]]), r"B: expected .*array, got list"),
     ("a list for indices", replace(state_batch_indices=[0, 1, 2]), r"state_batch_indices: expected .*array, got list"),
     ("dt_softplus a number", replace(dt_softplus=2), r"dt_softplus: expected a Python bool, got 2"),
-    ("dt_softplus an array", replace(dt_softplus=ones()), r"dt_softplus: expected a Python bool, got \w*"),
+    ("dt_softplus an array", replace(dt_softplus=ones()), r"dt_softplus: expected a Python bool, got (ndarray|Tensor|ArrayImpl|DynamicJaxprTracer)"),
     ("pad_slot_id a float", replace(pad_slot_id=-1.5), r"pad_slot_id: expected a Python int, got -1.5"),
     ("pad_slot_id a bool", replace(pad_slot_id=True), r"pad_slot_id: expected a Python int, got True"),
     ("donate None", replace(donate=None), r"donate: expected a Python bool, got None"),
+    ("dt_softplus 1", replace(dt_softplus=1), r"dt_softplus: expected a Python bool, got 1"),
+    ("donate 1", replace(donate=1), r"donate: expected a Python bool, got 1"),
+    ("pad_slot_id -1.0", replace(pad_slot_id=-1.0), r"pad_slot_id: expected a Python int, got -1.0"),
+    ("half a quantised state", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), None)}, r"state: expected a QuantizedState of two arrays"),
     ("a backend that is no name", replace(backend=3), r"backend: expected a string or a Backend, got int"),
     ("a list of backends", replace(backend=["cpu"]), r"backend: expected a string or a Backend, got list"),
 ]  # fmt: skip
@@ -94,6 +100,12 @@ VALUES = [
     ("an unknown backend", replace(backend="cuda"), r"backend: expected one of auto, triton, cpu, xla, reference; got 'cuda'"),
     ("an unknown algorithm", replace(algorithm="fast"), r"algorithm: expected one of auto, simple.*got 'fast'"),
     ("a pad id of 65 bits", replace(pad_slot_id=2**63), r"pad_slot_id: expected an int of 64 bits"),
+    ("a destination table of three axes", replace(dst_state_batch_indices=ones(3, 1, 1, dtype="int32")), r"dst_state_batch_indices: expected shape"),
+    ("intermediates of other heads", replace(intermediate_states=ones(6, 1, 5, 8, 16)), r"intermediate_states: expected shape .*got \(6, 1, 5, 8, 16\)"),
+    ("intermediate entries of other sequences", replace(intermediate_states=ones(6, 1, 4, 8, 16), intermediate_state_indices=ones(4, dtype="int32")), r"intermediate_state_indices: expected shape \(3,\)"),
+    ("a scale of another shape", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), ones(6, 4))}, r"state_scale: expected shape \(6, 4, 8\), got \(6, 4\)"),
+    ("a scale of another dtype", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), ones(6, 4, 8, dtype="float16"))}, r"state_scale: expected dtype float32, got float16"),
+    ("a seed of three words", lambda a: {**a, "state": a["state"].astype("float16"), "rand_seed": ones(3, dtype="uint32")}, r"rand_seed: expected shape .*got \(3,\)"),
     ("rand_seed for float32", replace(rand_seed=np.array([5, 0], "uint32")), r"rand_seed: expected None for a float32 state"),
 ]  # fmt: skip
 TABLE = [
@@ -115,16 +127,6 @@ def call(mode, arguments):
     arrays = {name: value for name, value in arguments.items() if isinstance(value, jax.Array)}
     flags = {name: value for name, value in arguments.items() if name not in arrays}
     return jax.jit(functools.partial(ssu_bridge.update, **flags), donate_argnames="state")(**arrays)
-
-
-def convert(arguments, mode):
-    """Put a case's arrays into the framework of a mode, inside a QuantizedState too, and leave the rest."""
-    result = {}
-    for name, value in arguments.items():
-        if isinstance(value, ssu_bridge.QuantizedState):
-            value = ssu_bridge.QuantizedState(**to_mode(value._asdict(), mode))
-        result[name] = to_mode({name: value}, mode)[name] if isinstance(value, np.ndarray) else value
-    return result
 
 
 def assert_refused(mode, arguments, error, message):
@@ -149,6 +151,7 @@ def assert_refused(mode, arguments, error, message):
 @pytest.mark.parametrize(("spoil", "error", "message"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
 def test_wrong_argument(mode, spoil, error, message):
     arguments = {**CASE.arrays(seed=1), **CASE.flags}
+    call(mode, convert({**CASE.arrays(seed=1), **CASE.flags}, mode))  # a right call before it changes nothing
     assert_refused(mode, convert(spoil(arguments), mode), error, message)
 
 
@@ -172,13 +175,17 @@ def test_wrong_shape_without_heads(mode, spoil, message):
 FRAMEWORKS = ("numpy", "torch", "jax")
 
 
-@pytest.mark.parametrize("mode", FRAMEWORKS)
-@pytest.mark.parametrize("other", FRAMEWORKS)
-@pytest.mark.parametrize("name", ("state", "x", "A", "D", "state_batch_indices"))
+# The framework of one array, that of the others, and which array it is; but NumPy arrays may stand beside a JAX state.
+MIXED = [
+    (mode, other, name)
+    for mode, other in itertools.permutations(FRAMEWORKS, 2)
+    for name in ("state", "x", "A", "D", "state_batch_indices")
+    if ((other, mode) if name == "state" else (mode, other)) != ("jax", "numpy")
+]
+
+
+@pytest.mark.parametrize(("mode", "other", "name"), MIXED)
 def test_mixed_frameworks(mode, other, name):
-    of_state, of_others = (other, mode) if name == "state" else (mode, other)
-    if mode == other or (of_state, of_others) == ("jax", "numpy"):
-        return  # not mixed, or as JAX takes it
     arrays = CASE.arrays(seed=2)
     arguments = {**to_mode(arrays, mode), name: to_mode({name: arrays[name]}, other)[name]}
     state = arguments["state"]
@@ -273,6 +280,80 @@ def test_a_sparse_tensor():
     tensors["D"] = tensors["D"].to_sparse()
     with pytest.raises(ValueError, match=r"D: expected a strided tensor, got layout torch\.sparse"):
         ssu_bridge.update(**tensors, **CASE.flags)
+
+
+def test_a_tensor_without_memory_of_its_own():
+    tensors = to_mode(CASE.arrays(seed=6), "torch")
+    before = tensors["state"].clone()
+    with FakeTensorMode() as mode:
+        fake = {**tensors, "B": mode.from_tensor(tensors["B"])}
+        with pytest.raises(TypeError, match=r"B: expected a plain torch\.Tensor.*got FakeTensor"):
+            ssu_bridge.update(**fake, **CASE.flags)
+    lazy = {**tensors, "B": torch._neg_view(tensors["B"])}
+    with pytest.raises(ValueError, match=r"B: expected a tensor that holds its values.*resolve_neg"):
+        ssu_bridge.update(**lazy, **CASE.flags)
+    assert torch.equal(tensors["state"], before)
+
+
+def test_a_tensor_that_lost_its_memory():
+    tensors = {name: tensor.clone() for name, tensor in to_mode(CASE.arrays(seed=6), "torch").items()}
+    before = tensors["state"].clone()
+    ssu_bridge.update(**{**tensors, "state": before.clone()}, **CASE.flags)
+    tensors["x"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="x has no memory"):
+        ssu_bridge.update(**tensors, **CASE.flags)
+    assert torch.equal(tensors["state"], before)
+
+
+def test_out_in_the_states_memory():
+    tensors = to_mode(CASE.arrays(seed=6), "torch")
+    before = tensors["state"].clone()
+    out = tensors["state"].view(-1)[-3 * 4 * 8 :].view(3, 4, 8)
+    with pytest.raises(ValueError, match="out: expected memory apart from the state's"):
+        ssu_bridge.update(**tensors, **CASE.flags, out=out)
+    assert torch.equal(tensors["state"], before)
+
+
+def test_the_state_is_given_once():
+    mamba1 = Case("twice", nheads=0, ngroups=1, headdim=1, dstate=16, slots=3, indices=(0, 1, 2))
+    arrays = to_mode(mamba1.arrays(seed=6), "jax")
+    with pytest.raises(ValueError, match="B: expected an array of its own, got the state"):
+        ssu_bridge.update(**{**arrays, "B": arrays["state"]}, **mamba1.flags)
+    assert not arrays["state"].is_deleted()
+
+
+def test_seeds_and_keys_that_jax_does_not_take():
+    arrays = to_mode(CASE.arrays(seed=6), "jax")
+    arrays["state"] = arrays["state"].astype("float16")
+    with pytest.raises(TypeError, match=r"rand_seed: expected a uint32\[2\] array or a jax.random.key, got int 5"):
+        ssu_bridge.explain(**arrays, rand_seed=5)
+    with pytest.raises(TypeError, match="rand_seed: expected uint32 numbers, got keys of key<rbg>"):
+        ssu_bridge.update(**arrays, rand_seed=jax.random.key(1, impl="rbg"))
+    with pytest.raises(TypeError, match="D: expected float16 numbers, got keys of key<fry>"):
+        ssu_bridge.update(**{**arrays, "D": jax.random.split(jax.random.key(1), 4)})
+    assert not arrays["state"].is_deleted()
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_arrays_that_are_more_than_arrays():
+    arrays = CASE.arrays(seed=6)
+    for odd in (np.ma.masked_array(arrays["dt"]), np.asmatrix(arrays["dt"])):
+        with pytest.raises(
+            TypeError, match=r"dt: expected a JAX, Torch or NumPy array, got numpy.*(MaskedArray|matrix)"
+        ):
+            ssu_bridge.update(**{**arrays, "dt": odd}, **CASE.flags)
+
+
+def test_numpy_of_foreign_byte_order_beside_jax():
+    arrays = to_mode(CASE.arrays(seed=6), "jax")
+    with pytest.raises(ValueError, match="x: expected numbers in this machine's byte order, got dtype >f4"):
+        ssu_bridge.update(**{**arrays, "x": np.ones((3, 4, 8), ">f4")}, **CASE.flags)
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch"])
+def test_donate_is_for_jax(mode):
+    arguments = {**to_mode(CASE.arrays(seed=6), mode), **CASE.flags, "donate": False}
+    assert_refused(mode, arguments, TypeError, "donate: expected True with Torch and NumPy arrays.*got False")
 
 
 def test_a_tensor_on_another_device():

@@ -223,6 +223,29 @@ def test_numpy_arrays_beside_jax_ones(arrays):
     np.testing.assert_array_equal(np.array(out), np.array(expected))
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_numpy_indices_that_32_bits_cannot_hold_are_pads(arrays, backend, jitted):
+    """JAX keeps the low 32 bits of an int64, and those would name a slot here."""
+    arrays["state_batch_indices"] = np.array([2**32 + 1, 0, -(2**63) + 2])
+    expected = ssu_bridge.update(**{n: a.copy() for n, a in arrays.items()}, **CASE.flags)
+    rest = {name: array for name, array in arrays.items() if name != "state"}
+
+    def step(state):
+        return ssu_bridge.update(state, **rest, **CASE.flags, backend=backend)
+
+    got = (jax.jit(step) if jitted else step)(jnp.array(arrays["state"]))
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_without_jit_too(arrays):
+    expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
+    with jax.disable_jit():
+        out, _ = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags, donate=False)
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_all_frameworks_give_the_same_bits(arrays):
     results = {}
     for mode in ("numpy", "torch", "jax"):

@@ -29,7 +29,7 @@ def load(problem: Problem) -> DeviceKernel:
     return _kernel(problem.names, problem.options.dt_softplus, problem.options.pad_slot_id)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _kernel(names: tuple[str, ...], dt_softplus: bool, pad_slot_id: int) -> DeviceKernel:
     # The first six arrays are always there, so the rest tell one kernel from another.
     optional = ",".join(names[6:])

@@ -84,10 +84,13 @@ def require_one_framework(arrays: Arrays, out: Any = None) -> None:
         framework = framework_of(array)
         if framework in (None, expected) or (framework == "numpy" and expected == "jax" and name != "state"):
             continue
-        raise TypeError(
-            f"{name}: expected a {expected} array, as the other arguments are, got a {framework} one; "
-            "ssu_bridge.to_jax and to_torch hand arrays across"
-        )
+        raise TypeError(f"{name}: expected a {expected} array, as the other arguments are, got a {framework} one")
+
+
+def refuse_copy(options: Options) -> None:
+    """Raise the error for ``donate=False`` where it would have to copy the state and does not."""
+    if not options.donate:
+        raise TypeError("donate: expected True with Torch and NumPy arrays, whose state is changed in place; got False")
 
 
 def _framework_of_all(values: Sequence[Any]) -> str | None:

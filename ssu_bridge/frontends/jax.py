@@ -6,7 +6,7 @@ registers it as an XLA FFI target. An eager call is a jitted function around the
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from ssu_bridge.config import Backend
 from ssu_bridge.errors import NotInPlaceError, UnsupportedError
 from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
 from ssu_bridge.frontends.jax_targets import register
-from ssu_bridge.problem import Options, Problem, describe
+from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 
 
 def launcher(state_type: type, options: Options) -> Launch:
@@ -70,7 +70,7 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 def _trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
     _refuse_out(out)
     require_one_framework(arrays)
-    return _trace(options, *arrays)
+    return _trace(options, *_narrowed(arrays))
 
 
 def _trace(options: Options, *positional: Any) -> tuple[Any, Any]:
@@ -84,8 +84,25 @@ def _trace(options: Options, *positional: Any) -> tuple[Any, Any]:
         kernel = load(choices[0].problem)
         assert isinstance(kernel, TracedKernel)
         return kernel.function(arrays)
-    out, state = _step.bind(*arrays.values(), problem=problem)  # type: ignore[no-untyped-call]
+    operands = _vary_alike(arrays.values())
+    out, state = _step.bind(*operands, problem=problem)  # type: ignore[no-untyped-call]
     return out, state
+
+
+def _vary_alike(arrays: Iterable[Any]) -> list[Any]:
+    """Inside shard_map, mark all operands as varying over each mesh axis that one varies over, as the results do."""
+    axes = [_varying(jax.typeof(array)) for array in arrays]
+    union = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(array, tuple(union - own), to="varying") if union - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def _varying(kind: Any) -> frozenset[Any]:
+    """Return the mesh axes over which an array of this type varies; versions of JAX differ in where they keep them."""
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(kind.vma if manual is None else manual.varying)
 
 
 def _describe(options: Options, arrays: dict[str, Any]) -> Problem:
@@ -95,14 +112,24 @@ def _describe(options: Options, arrays: dict[str, Any]) -> Problem:
 
 
 def _info(name: str, array: Any) -> ArrayInfo:
-    if name == "rand_seed" and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return ArrayInfo(array.shape, jnp.dtype(array.dtype).name)
+    if isinstance(array, int):
+        raise TypeError(f"{name}: expected a uint32[2] array or a jax.random.key, got int {array}")
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):  # type: ignore[attr-defined]
+        data = jax.random.key_data(array)
+        if name != "rand_seed" or data.shape != (2,):
+            raise TypeError(f"{name}: expected {ARGUMENTS[name].dtypes[-1]} numbers, got keys of {array.dtype}")
+        array = data
+    # NumPy arrays come as they are; JAX takes them in these dtypes.
+    return ArrayInfo(array.shape, jax.dtypes.canonicalize_dtype(array.dtype).name)
 
 
 def _platforms() -> dict[str, tuple[int, int] | None]:
     """Return the platforms of this process, the default first, each with the capability of its first device."""
-    return dict(map(_platform, (jax.devices()[0], jax.devices("cpu")[0])))
+    platforms = dict([_platform(jax.devices()[0])])
+    try:
+        return platforms | dict([_platform(jax.devices("cpu")[0])])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return platforms
 
 
 def _platform(device: Any) -> tuple[str, tuple[int, int] | None]:
@@ -122,6 +149,13 @@ _step.multiple_results = True
 @_step.def_abstract_eval  # type: ignore[untyped-decorator]
 def _result_types(state: Any, x: Any, *_: Any, problem: Problem) -> tuple[Any, Any]:
     return x.update(weak_type=False), state.update(weak_type=False)
+
+
+@_step.def_impl  # type: ignore[untyped-decorator]
+def _run_at_once(*operands: Any, problem: Problem) -> Any:
+    """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(_step.bind, problem=problem))(*operands)
 
 
 def _lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = None) -> Any:
@@ -172,6 +206,8 @@ def _eager_launcher(options: Options) -> Launch:
     def launch(arrays: Arrays, out: Any) -> tuple[Any, Any]:
         if out is not None:
             _refuse_out(out)
+        if type(arrays[_READ]) is np.ndarray or type(arrays[_WRITE]) is np.ndarray:
+            arrays = _narrowed(arrays)
         try:
             before = _address(arrays[0])
             results: tuple[Any, Any] = compiled(*arrays)
@@ -185,11 +221,30 @@ def _eager_launcher(options: Options) -> Launch:
     return launch
 
 
+_READ, _WRITE = (list(ARGUMENTS).index(name) for name in ("state_batch_indices", "dst_state_batch_indices"))
+
+
+def _narrowed(arrays: Arrays) -> Arrays:
+    """Make pads of NumPy's indices that 32 bits cannot hold.
+
+    JAX would keep the low 32 bits, and those may name another sequence's slot.
+    """
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return arrays
+    narrow = np.iinfo(np.int32)
+    return tuple(
+        np.where((array >= narrow.min) & (array <= narrow.max), array, -1).astype(np.int32)
+        if type(array) is np.ndarray and array.dtype == np.int64
+        else array
+        for array in arrays
+    )
+
+
 def _address(array: Any) -> Any:
     """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
     try:
         return array.unsafe_buffer_pointer()
-    except (ValueError, AttributeError, jax.errors.JAXTypeError):
+    except (RuntimeError, AttributeError, jax.errors.JAXTypeError):
         if isinstance(array, jax.core.Tracer):
             return None
         return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
@@ -203,15 +258,27 @@ def _refuse_out(out: Any) -> None:
 def _explain_failure(arrays: Arrays) -> None:
     """Raise the error that names the argument, if an argument is why a call failed."""
     require_one_framework(arrays)
-    state = arrays[0]
-    for name, array in named(arrays).items():
+    given = named(arrays)
+    committed = {}
+    for name, array in given.items():
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             continue
         if array.is_deleted():
-            raise ValueError(f"{name}: expected a live array, got one that was deleted (donated to an earlier call)")
-        if array.committed and state.committed and array.devices() != state.devices():
             raise ValueError(
-                f"{name}: expected an array on {_spell(state.devices())}, where the state is, "
+                f"{name}: expected a live array, got one that was deleted (donated to an earlier call); go on with the "
+                "state that update returned"
+            )
+        if array is given["state"] and name != "state":
+            raise ValueError(f"{name}: expected an array of its own, got the state, which is given up for the new one")
+        if array.committed:
+            committed[name] = array
+    for name, array in committed.items():
+        first, other = next(iter(committed.items()))
+        if array.devices() != other.devices():
+            raise ValueError(
+                f"{name}: expected an array on {_spell(other.devices())}, where {first} is, "
                 f"got one on {_spell(array.devices())}"
             )
 
@@ -230,7 +297,7 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
         return
     message = (
         "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
-        "somebody else still views (a live np.asarray, Torch or DLPack view)"
+        "somebody else still views (drop a live np.asarray, Torch or DLPack view), and a sharded state is gathered"
     )
     if options.config.strict_in_place:
         raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)
@@ -248,7 +315,7 @@ def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
     host = {name: to_host(array) for name, array in named(arrays).items()}
     host_out = np.empty(host["x"].shape, host["x"].dtype)
     kernel.function(host, host_out)
-    results = from_host(host_out, arrays[0]), from_host(host["state"], arrays[0])
+    results = from_host(host_out, arrays[1]), from_host(host["state"], arrays[0])
     if options.donate:
         arrays[0].delete()
     return results

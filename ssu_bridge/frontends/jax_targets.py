@@ -10,7 +10,8 @@ CAPACITY = 1024
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 _lock = threading.Lock()
-_registered: set[tuple[str, str]] = set()
+# Held here, because XLA calls them as long as the process lives.
+_registered: dict[tuple[str, str], DeviceKernel] = {}
 
 
 def register(kernel: DeviceKernel, platform: str) -> str:
@@ -32,5 +33,5 @@ def register(kernel: DeviceKernel, platform: str) -> str:
             jax_tvm_ffi.register_ffi_target(
                 kernel.target, kernel.function, platform=_PLATFORMS[platform], allow_cuda_graph=platform == "cuda"
             )
-            _registered.add(key)
+            _registered[key] = kernel
     return kernel.target

@@ -8,13 +8,14 @@ import numpy as np
 from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
-from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
 from ssu_bridge.library import library
 from ssu_bridge.problem import Options, Problem, describe
 
 
 def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that runs a call with these options."""
+    refuse_copy(options)
     return functools.partial(_update, options)
 
 
@@ -57,7 +58,7 @@ def _describe(arrays: Arrays, out: np.ndarray | None, options: Options) -> Probl
 def _info(name: str, array: Any) -> ArrayInfo:
     if isinstance(array, int):  # a seed
         return ArrayInfo((), "int64")
-    if not array.flags.aligned or any(stride % array.itemsize for stride in array.strides):
+    if not array.flags.aligned or any(array.itemsize and stride % array.itemsize for stride in array.strides):
         raise ValueError(f"{name}: expected elements aligned to their size, got byte strides {array.strides}")
     # A dtype of foreign byte order has the native one's name; its code, such as >f4, is refused with the dtypes.
     dtype = array.dtype.name if array.dtype.isnative else array.dtype.str

@@ -11,7 +11,7 @@ from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends import Arrays, Launch, named, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
 from ssu_bridge.frontends.torch_compile import trace
 from ssu_bridge.library import library
 from ssu_bridge.problem import ARGUMENTS, VECTOR_BYTES, Options, Problem, describe
@@ -19,20 +19,21 @@ from ssu_bridge.problem import ARGUMENTS, VECTOR_BYTES, Options, Problem, descri
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
 _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
+# A subclass may hold no memory of its own, as a FakeTensor does.
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
 # Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
 _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
 
-# Shape, dtype, strides, device, layout, requires_grad of each tensor, and on a GPU how far its address is from a
-# multiple of VECTOR_BYTES; out first. It is all that the check of a call looks at.
+# All that the check of a call looks at, for each tensor, out first: shape, dtype, strides, device, layout,
+# requires_grad, type, whether its values are those in memory with the sign changed, and on a GPU how far its address is
+# from a multiple of VECTOR_BYTES.
 Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
 
 # Runs a call, and returns whether it did: it does not if the tensors look otherwise than those it was made for.
 Step = Callable[..., bool]
-
-# Types that the native library is handed without a closer look. It would take arrays of other frameworks too.
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def launcher(state_type: type, options: Options) -> Launch:
@@ -41,6 +42,7 @@ def launcher(state_type: type, options: Options) -> Launch:
     A call that looks like the last one of its sizes is not checked again: the native library compares them, at a
     fraction of what it costs to look at each tensor from Python.
     """
+    refuse_copy(options)
     steps: dict[Any, Step] = {}
 
     def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +52,7 @@ def launcher(state_type: type, options: Options) -> Launch:
         try:
             state, x = arrays[0], arrays[1]
             step = steps[state.shape, x.shape]
-            if _PLAIN.issuperset(map(type, arrays)) and type(out) in _PLAIN and not (grad and _needs_grad(arrays, out)):
+            if _is_plain(arrays, out) and not (grad and _needs_grad(arrays, out)):
                 result = _new_out(x) if out is None else out
                 if step(*arrays, result, state):
                     return _written(result, state)
@@ -73,6 +75,20 @@ def launcher(state_type: type, options: Options) -> Launch:
         return _written(result, state)
 
     return launch
+
+
+_PLAIN_OR_ABSENT = {*_PLAIN, type(None)}
+
+
+def _is_plain(arrays: Arrays, out: torch.Tensor | None) -> bool:
+    """Whether the native library sees all that there is to see. It would take arrays of other frameworks too."""
+    given = [array for array in arrays if array is not None]
+    return (
+        _PLAIN_OR_ABSENT.issuperset(map(type, given))
+        and type(out) in _PLAIN_OR_ABSENT
+        and not any(map(torch.Tensor.is_neg, given))
+        and not (out is not None and out.is_neg())
+    )
 
 
 def _new_out(x: torch.Tensor) -> torch.Tensor:
@@ -125,24 +141,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _entry(a: torch.Tensor) -> tuple[Any, ...]:
+    offset = a.is_cuda and a.data_ptr() % VECTOR_BYTES
+    return a.shape, a.dtype, a.stride(), a.device, a.layout, a.requires_grad, type(a), a.is_neg(), offset
+
+
 def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
     try:
-        return tuple(
-            [
-                None
-                if a is None
-                else (
-                    a.shape,
-                    a.dtype,
-                    a.stride(),
-                    a.device,
-                    a.layout,
-                    a.requires_grad,
-                    a.is_cuda and a.data_ptr() % VECTOR_BYTES,
-                )
-                for a in (out, *arrays)
-            ]
-        )
+        return tuple([None if a is None else _entry(a) for a in (out, *arrays)])
     except (AttributeError, RuntimeError, TypeError):
         require_one_framework(arrays, out)
         if any(isinstance(array, int) for array in arrays):  # a seed
@@ -164,9 +170,15 @@ def _kernel(key: Key, grad_enabled: bool, options: Options) -> DeviceKernel | Ho
 def _describe(key: Key, options: Options) -> Problem:
     given = {name: entry for name, entry in zip(_KEY_NAMES, key, strict=False) if entry is not None}
     infos = {}
-    for name, (shape, dtype, strides, device, layout, _, offset) in given.items():
+    for name, (shape, dtype, strides, device, layout, _, kind, negated, offset) in given.items():
         if layout != torch.strided:
             raise ValueError(f"{name}: expected a strided tensor, got layout {layout}")
+        if kind not in _PLAIN:
+            raise TypeError(
+                f"{name}: expected a plain torch.Tensor, whose memory a kernel can use, got {kind.__name__}"
+            )
+        if negated:
+            raise ValueError(f"{name}: expected a tensor that holds its values, got a lazy negation; use resolve_neg()")
         infos[name] = ArrayInfo(tuple(shape), _name(dtype), strides, str(device), aligned=not offset)
     device = given["state"][3]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

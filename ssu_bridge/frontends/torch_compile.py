@@ -1,4 +1,8 @@
-"""``update`` under ``torch.compile``: an operator that says what it changes, and looks no further into."""
+"""``update`` under ``torch.compile``: an operator that says what it changes, so that nobody has to look into it.
+
+A graph can be traced once ``warm_up``, or ``update`` itself, was called with the same flags: before, finding the
+frontend is part of the call, and ``torch.compile`` cannot trace an import.
+"""
 
 from collections.abc import Sequence
 
@@ -8,7 +12,8 @@ from ssu_bridge.config import SSUConfig, get_config
 from ssu_bridge.frontends import Arrays, launcher_of
 from ssu_bridge.problem import Options
 
-torch.compiler.assume_constant_result(get_config)
+# The configuration that is in force while the graph is traced is the graph's.
+torch.compiler.assume_constant_result(get_config)  # type: ignore[no-untyped-call]
 
 
 def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 #include <tvm/ffi/error.h>
 
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace ssu_bridge {
@@ -64,6 +66,13 @@ ElementType element_type(const DLTensor& tensor, const char* name) {
                             << " bits";
 }
 
+// A Torch tensor may have lost its storage, or never had one.
+void check_memory(const DLTensor& tensor, const char* name) {
+  int64_t elements = 1;
+  for (int axis = 0; axis < tensor.ndim; ++axis) elements *= tensor.shape[axis];
+  if (tensor.data == nullptr && elements != 0) TVM_FFI_THROW(ValueError) << name << " has no memory";
+}
+
 int64_t& stride_of(Operand& operand, char axis) {
   switch (axis) {
     case 'b':
@@ -87,6 +96,7 @@ const char* layout_for(const DLTensor& tensor, const char* name, const Layouts& 
 
 Operand read_operand(const DLTensor& tensor, const char* name, const Layouts& layouts, const Sizes& sizes) {
   check_device(tensor, name);
+  check_memory(tensor, name);
   const char* layout = layout_for(tensor, name, layouts, sizes.has_heads);
   Operand operand;
   operand.data = data_of(tensor);
@@ -108,6 +118,7 @@ SlotTable read_table(const DLTensor* tensor, const char* name, int64_t sequences
   SlotTable table;
   if (!tensor) return table;
   check_device(*tensor, name);
+  check_memory(*tensor, name);
   table.is_64_bit = is_type(tensor->dtype, kDLInt, 64);
   if (!table.is_64_bit && !is_type(tensor->dtype, kDLInt, 32))
     TVM_FFI_THROW(ValueError) << name << " must be int32 or int64";
@@ -131,6 +142,7 @@ bool is_dense_from(const DLTensor& tensor, int first) {
 
 Sizes read_state(const DLTensor& state, StepArguments& a) {
   check_device(state, "state");
+  check_memory(state, "state");
   if (state.ndim != 3 && state.ndim != 4)
     TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
   if (!is_dense_from(state, 1)) TVM_FFI_THROW(ValueError) << "state must be contiguous inside a slot";
@@ -151,6 +163,23 @@ void read_out(const DLTensor& out, const Sizes& sizes, StepArguments& a) {
   a.out = data_of(out);
   a.out_type = operand.type;
   a.out_batch_stride = operand.batch_stride;
+}
+
+void check_out_apart_from_state(const DLTensor& out, const StepArguments& a) {
+  if (a.sequences == 0 || a.slots == 0) return;
+  auto begin_of = [](const void* data, int64_t count, int64_t stride, size_t size) {
+    int64_t back = stride < 0 ? (count - 1) * stride : 0;
+    return reinterpret_cast<intptr_t>(data) + back * static_cast<int64_t>(size);
+  };
+  size_t state_size = a.state_type == ElementType::kFloat32 ? 4 : 2;
+  size_t out_size = out.dtype.bits / 8;
+  intptr_t state = begin_of(a.state, a.slots, a.slot_stride, state_size);
+  intptr_t state_end = state + static_cast<int64_t>(state_size) * ((a.slots - 1) * std::abs(a.slot_stride) +
+                                                                   a.heads * a.rows * a.columns);
+  intptr_t first = begin_of(a.out, a.sequences, a.out_batch_stride, out_size);
+  intptr_t end = first + static_cast<int64_t>(out_size) * ((a.sequences - 1) * std::abs(a.out_batch_stride) +
+                                                           a.heads * a.rows);
+  if (first < state_end && state < end) TVM_FFI_THROW(ValueError) << "out: expected memory apart from the state's";
 }
 
 }  // namespace
@@ -185,6 +214,7 @@ void read_tensors(const CallTensors& tensors, StepArguments& a) {
     TVM_FFI_THROW(ValueError) << "state has " << a.slots << " slots for " << a.sequences << " sequences";
   if (data_of(*tensors.new_state) != a.state)
     TVM_FFI_THROW(ValueError) << "new_state must be the memory of state: the step works in place";
+  check_out_apart_from_state(*tensors.out, a);
 }
 
 }  // namespace ssu_bridge

@@ -1,0 +1,101 @@
+"""Several devices in one process: four virtual CPU devices, in a process of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import warnings
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import ssu_bridge
+from ssu_bridge.cases import CASES
+
+devices, case = jax.devices(), CASES[0]
+arrays = case.arrays(seed=0)
+expected = ssu_bridge.update(**case.arrays(seed=0), **case.flags)
+"""
+
+PROGRAMS = {
+    "runs where its arrays are": """
+out, state = ssu_bridge.update(**jax.device_put(arrays, devices[2]), **case.flags)
+assert out.devices() == state.devices() == {devices[2]}
+assert np.array_equal(out, expected[0]) and np.array_equal(state, expected[1])
+""",
+    "names the array on another device": """
+there = jax.device_put(arrays, devices[1])
+there["C"] = jax.device_put(arrays["C"], devices[2])
+try:
+    ssu_bridge.update(**there, **case.flags)
+except ValueError as error:
+    assert str(error) == "C: expected an array on cpu:1, where state is, got one on cpu:2", error
+else:
+    raise AssertionError("no error")
+assert not there["state"].is_deleted()
+""",
+    "names the array on another device than the first that is on one": """
+mixed = {n: jax.numpy.array(a) for n, a in arrays.items()}
+mixed["x"], mixed["D"] = jax.device_put(arrays["x"], devices[1]), jax.device_put(arrays["D"], devices[2])
+try:
+    ssu_bridge.update(**mixed, **case.flags)
+except ValueError as error:
+    assert str(error) == "D: expected an array on cpu:1, where x is, got one on cpu:2", error
+else:
+    raise AssertionError("no error")
+""",
+    "is right inside shard_map": """
+mesh = Mesh(np.array(devices), ("s",))
+def body(B, **rest):
+    return ssu_bridge.update(B=B, **rest, **case.flags, backend="cpu")
+shared = {n: a for n, a in arrays.items() if n != "B"}
+stacked = np.concatenate([arrays["B"] * (1 + i) for i in range(4)])
+run = jax.jit(jax.shard_map(lambda B, rest: body(B, **rest), mesh=mesh, in_specs=(P("s"), P()), out_specs=P("s")))
+out, state = run(stacked, shared)
+for i in range(4):
+    one = ssu_bridge.update(**{**case.arrays(seed=0), "B": arrays["B"] * (1 + i)}, **case.flags)
+    assert np.array_equal(out[3 * i : 3 * i + 3], one[0]) and np.array_equal(state[6 * i : 6 * i + 6], one[1])
+try:
+    jax.shard_map(lambda B, rest: body(B, **rest), mesh=mesh, in_specs=(P("s"), P()), out_specs=P())(stacked, shared)
+except ValueError as error:
+    assert "replicated" in str(error) or "out_specs" in str(error), error
+else:
+    raise AssertionError("results that differ by shard were taken for the same")
+""",
+    "is right for sharded arrays": """
+mesh = Mesh(np.array(devices), ("heads",))
+for backend in ("cpu", "xla"):
+    there = jax.device_put(arrays, NamedSharding(mesh, P()))
+    for name in ("state", "x"):
+        there[name] = jax.device_put(arrays[name], NamedSharding(mesh, P(None, "heads")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, state = ssu_bridge.update(**there, **case.flags, backend=backend)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state, expected[1], rtol=1e-5, atol=1e-5)
+""",
+    "runs on all devices at once": """
+import threading
+def run(device, results):
+    state = jax.device_put(arrays["state"], device)
+    rest = jax.device_put({n: a for n, a in arrays.items() if n != "state"}, device)
+    for _ in range(50):
+        out, state = ssu_bridge.update(state, **rest, **case.flags, backend="cpu")
+    results.append(np.array(state))
+results = []
+threads = [threading.Thread(target=run, args=(device, results)) for device in devices]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert len(results) == 4 and all(np.array_equal(result, results[0]) for result in results)
+""",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_four_devices(program):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", START + PROGRAMS[program]]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
