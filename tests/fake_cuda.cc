@@ -31,6 +31,7 @@ int cuFuncSetAttribute(long, int attribute, int value) {
   std::printf("attribute %d = %d\n", attribute, value);
   return 0;
 }
+int cuDriverGetVersion(int* version) { return *version = std::atoi(std::getenv("FAKE_CUDA_VERSION")), 0; }
 int cuLaunchKernel(long function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned shared, void*, void** arguments, void**) {
   std::printf("launch %ld in %ld: %u %u %u, %u threads, %u bytes:", function, current, x, y, z, threads, shared);
@@ -38,6 +39,17 @@ int cuLaunchKernel(long function, unsigned x, unsigned y, unsigned z, unsigned t
     std::printf(" %lld", *static_cast<long long*>(arguments[i]));
   std::printf("\n");
   return failing("cuLaunchKernel");
+}
+struct Launch {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const int* attributes;
+  unsigned count;
+};
+int cuLaunchKernelEx(const Launch* launch, long function, void** arguments, void**) {
+  std::printf("%u attribute %d = %d, ", launch->count, launch->attributes[0], launch->attributes[2]);
+  return cuLaunchKernel(function, launch->grid[0], launch->grid[1], launch->grid[2], launch->block[0], 1, 1,
+                        launch->shared, launch->stream, arguments, nullptr);
 }
 int cuGetErrorName(int, const char** name) { return *name = "CUDA_ERROR_ILLEGAL_ADDRESS", 0; }
 int cuGetErrorString(int, const char** text) { return *text = "an illegal memory access", 0; }

@@ -83,9 +83,9 @@ def test_kernels_that_make_no_sense(changes, message):
         kernel(**changes)
 
 
-def kernel(warps=4, programs=2, tensors=3, shared=100, scratch=2, device_arguments=None):
-    arguments = device_arguments or [(ADDRESS, 0, 16), (SIZE, 0, 1), (STRIDE, 1, 4)]
-    return library().cubin_kernel(b"cubin", "step", shared, warps, programs, tensors, arguments, scratch)
+def kernel(warps=4, programs=2, tensors=3, shared=100, scratch=2, overlapping=False):
+    arguments = [(ADDRESS, 0, 16), (SIZE, 0, 1), (STRIDE, 1, 4)]
+    return library().cubin_kernel(b"cubin", "step", shared, warps, programs, tensors, arguments, scratch, overlapping)
 
 
 def test_host_memory_and_wrong_counts_are_refused(state):
@@ -132,7 +132,13 @@ print("address", state.ctypes.data)
 
 
 def run_with_driver(code, driver_folder, **env):
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver_folder), "FAKE_CUDA_ARGUMENTS": "5", **env}
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(driver_folder),
+        "FAKE_CUDA_ARGUMENTS": "5",
+        "FAKE_CUDA_VERSION": "12030",
+    }
+    environment |= env
     script = SCRIPT.format(tests=os.path.dirname(__file__), code=code if code != "None" else "step(s(), t(), s())")
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
@@ -190,6 +196,12 @@ def test_it_loads_once_a_device_and_launches_in_its_context(driver):
         "function step",
         f"launch 1101 in 101: {launch}",
     ]
+
+
+@pytest.mark.parametrize(("version", "prefix"), [("12030", "1 attribute 6 = 1, "), ("12020", "")])
+def test_a_launch_overlaps_where_the_driver_can(driver, version, prefix):
+    lines = run_with_driver("kernel(overlapping=True)(s(), t(), s())", driver, FAKE_CUDA_VERSION=version).stdout
+    assert f"\n{prefix}launch 1100 in 100: 6 1 1, 128 threads, 100 bytes:" in lines
 
 
 def test_no_sequences_load_and_launch_nothing(driver):

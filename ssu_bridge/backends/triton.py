@@ -57,6 +57,7 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         len(specialisation.dtypes) + 2,
         compiled.arguments,
         compiled.scratch_pointers,
+        compiled.overlaps,
     )
     return DeviceKernel(specialisation.target, function)
 

@@ -10,6 +10,8 @@ import numpy as np
 from ssu_bridge.backends.triton_tiles import Tile
 from ssu_bridge.problem import ARGUMENTS, INDICES, VECTOR_BYTES, Problem
 
+# From this compute capability on, a kernel can start before those ahead of it are done.
+_OVERLAPPING = (9, 0)
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
 
 
@@ -85,6 +87,8 @@ class Compiled(NamedTuple):
     programs: int
     arguments: tuple[Argument, ...]
     scratch_pointers: int
+    # It may be launched before the kernels ahead of it are done, and waits for them itself.
+    overlaps: bool
     # The stages on the way, by Triton's names for them: "ttgir", "ptx".
     text: dict[str, str]
 
@@ -124,6 +128,7 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         programs=specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows),
         arguments=tuple(arguments.values()),
         scratch_pointers=_scratch_pointers(compiled, len(arguments)),
+        overlaps=constants["OVERLAP"],
         text={stage: compiled.asm[stage] for stage in ("ttgir", "ptx")},
     )
 
@@ -156,7 +161,14 @@ def _constants(s: Specialisation) -> dict[str, Any]:
     tied = {f"TIED_{name.upper()}": name in s.tied for name in ("dt", "A", "D", "dt_bias")}
     sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
-    return {**sizes, **tied, **blocks, "SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id}
+    return {
+        **sizes,
+        **tied,
+        **blocks,
+        "SOFTPLUS": s.dt_softplus,
+        "PAD": s.pad_slot_id,
+        "OVERLAP": s.capability >= _OVERLAPPING,
+    }
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

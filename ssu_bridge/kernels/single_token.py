@@ -6,6 +6,7 @@ told not to choose), so that an element's bits do not depend on the tile that co
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -46,11 +47,16 @@ def single_token(
     PAD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Advance ``state`` in place and write ``out``. An absent array is None; strides are those of the first axis.
 
-    The grid has a program for each sequence, head and block of rows, in this order.
+    The grid has a program for each sequence, head and block of rows, in this order. With OVERLAP it may start before
+    the kernels ahead of it are done, and lets the next one start; neither touches memory before the other is done.
     """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
     sequence = (program // (H * blocks)).to(tl.int64)

@@ -30,14 +30,15 @@ unsigned block_count(int64_t programs, const DLTensor& x) {
 class CubinKernel {
  public:
   CubinKernel(std::shared_ptr<CubinModule> module, unsigned shared_bytes, unsigned threads, int64_t programs,
-              int tensors, std::vector<KernelArgument> arguments, int scratch_pointers)
+              int tensors, std::vector<KernelArgument> arguments, int scratch_pointers, bool overlapping)
       : module_(std::move(module)),
         shared_bytes_(shared_bytes),
         threads_(threads),
         programs_(programs),
         tensors_(tensors),
         arguments_(std::move(arguments)),
-        values_(static_cast<int>(arguments_.size()) + scratch_pointers) {}
+        values_(static_cast<int>(arguments_.size()) + scratch_pointers),
+        overlapping_(overlapping) {}
 
   void operator()(ffi::PackedArgs given, ffi::Any*) const {
     const DLTensor* tensors[kMaxTensors];
@@ -69,10 +70,7 @@ class CubinKernel {
     for (int i = 0; i < values_; ++i) pointers[i] = &values[i];
     void* stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
     CurrentContext current(kernel.context);
-    const CudaDriver& driver = cuda_driver();
-    int result =
-        driver.launch(kernel.function, blocks, 1, 1, threads_, 1, 1, shared_bytes_, stream, pointers, nullptr);
-    driver.check(result, "cuLaunchKernel");
+    cuda_driver().launch_row(kernel.function, blocks, threads_, shared_bytes_, stream, pointers, overlapping_);
   }
 
   // Shared, because TVM-FFI copies what it is given.
@@ -83,6 +81,7 @@ class CubinKernel {
   int tensors_;
   std::vector<KernelArgument> arguments_;
   int values_;
+  bool overlapping_;
 };
 
 void check_counts(int64_t num_warps, int64_t programs, int64_t tensors, int64_t scratch_pointers, size_t arguments) {
@@ -99,13 +98,13 @@ void check_counts(int64_t num_warps, int64_t programs, int64_t tensors, int64_t 
 
 ffi::Function make_cubin_kernel(ffi::Bytes cubin, ffi::String name, int64_t shared_bytes, int64_t num_warps,
                                 int64_t programs, int64_t tensors, ffi::Array<ffi::Array<int64_t>> arguments,
-                                int64_t scratch_pointers) {
+                                int64_t scratch_pointers, bool overlapping) {
   check_counts(num_warps, programs, tensors, scratch_pointers, arguments.size());
   unsigned shared = static_cast<unsigned>(shared_bytes);
   auto module = std::make_shared<CubinModule>(cubin, name, shared);
   return ffi::Function::FromPacked(CubinKernel(
       std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp), programs, static_cast<int>(tensors),
-      parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers)));
+      parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers), overlapping));
 }
 
 ffi::Array<int64_t> cubin_arguments(int64_t programs, ffi::Array<ffi::Array<int64_t>> arguments,

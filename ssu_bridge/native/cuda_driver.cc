@@ -7,11 +7,23 @@ namespace ssu_bridge {
 namespace {
 
 constexpr const char* kLibrary = "libcuda.so.1";
+// The driver's number for CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
+constexpr int kProgrammaticStreamSerialization = 6;
 
 template <typename Function>
 void find(void* library, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(library, name));
   if (!function) TVM_FFI_THROW(RuntimeError) << kLibrary << " has no " << name << ": the NVIDIA driver is too old";
+}
+
+using OverlappingLaunch = decltype(CudaDriver::launch_with);
+
+// Since CUDA 12.3 such launches can be captured into graphs, too.
+OverlappingLaunch find_overlapping_launch(void* library) {
+  auto get_version = reinterpret_cast<int (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  int version = 0;
+  if (!get_version || get_version(&version) != 0 || version < 12030) return nullptr;
+  return reinterpret_cast<OverlappingLaunch>(dlsym(library, "cuLaunchKernelEx"));
 }
 
 CudaDriver open_driver() {
@@ -29,6 +41,7 @@ CudaDriver open_driver() {
   find(library, "cuModuleGetFunction", driver.module_get_function);
   find(library, "cuFuncSetAttribute", driver.function_set_attribute);
   find(library, "cuLaunchKernel", driver.launch);
+  driver.launch_with = find_overlapping_launch(library);
   find(library, "cuGetErrorName", driver.error_name);
   find(library, "cuGetErrorString", driver.error_text);
   driver.check(driver.init(0), "cuInit");
@@ -36,6 +49,17 @@ CudaDriver open_driver() {
 }
 
 }  // namespace
+
+void CudaDriver::launch_row(CudaFunction function, unsigned blocks, unsigned threads, unsigned shared_bytes,
+                            CudaStream stream, void** arguments, bool overlapping) const {
+  if (!overlapping || !launch_with) {
+    check(launch(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments, nullptr), "cuLaunchKernel");
+    return;
+  }
+  CudaLaunchAttribute attribute = {kProgrammaticStreamSerialization, 0, {1}};
+  CudaLaunch config = {{blocks, 1, 1}, {threads, 1, 1}, shared_bytes, stream, &attribute, 1};
+  check(launch_with(&config, function, arguments, nullptr), "cuLaunchKernelEx");
+}
 
 void CudaDriver::check(int result, const char* what) const {
   if (result == 0) return;

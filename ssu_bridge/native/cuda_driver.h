@@ -13,6 +13,21 @@ using CudaModule = struct CudaModuleHandle*;
 using CudaFunction = struct CudaFunctionHandle*;
 using CudaStream = void*;
 
+// How to launch, with one attribute: CUlaunchConfig and CUlaunchAttribute.
+struct CudaLaunchAttribute {
+  int id;
+  int padding;
+  int value[16];
+};
+struct CudaLaunch {
+  unsigned grid[3];
+  unsigned block[3];
+  unsigned shared_bytes;
+  CudaStream stream;
+  CudaLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+
 struct CudaDriver {
   int (*init)(unsigned flags);
   int (*device_get)(int* device, int ordinal);
@@ -27,8 +42,15 @@ struct CudaDriver {
   int (*launch)(CudaFunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                 unsigned block_y, unsigned block_z, unsigned shared_bytes, CudaStream stream, void** arguments,
                 void** extra);
+  // Null where the driver cannot do it, or not inside a graph.
+  int (*launch_with)(const struct CudaLaunch* launch, CudaFunction function, void** arguments, void** extra);
   int (*error_name)(int error, const char** name);
   int (*error_text)(int error, const char** text);
+
+  // Launches on one row of blocks. `overlapping` lets the kernel start before the one ahead of it is done: it waits by
+  // itself. Raises RuntimeError.
+  void launch_row(CudaFunction function, unsigned blocks, unsigned threads, unsigned shared_bytes, CudaStream stream,
+                  void** arguments, bool overlapping) const;
 
   // Raises RuntimeError with the error's name and text unless `result` is success. `what` says what was tried.
   void check(int result, const char* what) const;
