@@ -34,10 +34,12 @@ int cuFuncSetAttribute(long, int attribute, int value) {
 int cuDriverGetVersion(int* version) { return *version = std::atoi(std::getenv("FAKE_CUDA_VERSION")), 0; }
 int cuLaunchKernel(long function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
                    unsigned shared, void*, void** arguments, void**) {
+  flockfile(stdout);  // a line in one piece
   std::printf("launch %ld in %ld: %u %u %u, %u threads, %u bytes:", function, current, x, y, z, threads, shared);
   for (int i = 0; i < std::atoi(std::getenv("FAKE_CUDA_ARGUMENTS")); ++i)
     std::printf(" %lld", *static_cast<long long*>(arguments[i]));
   std::printf("\n");
+  funlockfile(stdout);
   return failing("cuLaunchKernel");
 }
 struct Launch {

@@ -97,6 +97,16 @@ def test_the_state_is_loaded_and_stored_16_bytes_at_a_time(dtype):
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= vectors
 
 
+def test_it_waits_for_other_kernels_before_it_touches_memory():
+    kernel = compiled(layer())
+    ptx = kernel.text["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.global", ptx).start()
+    assert kernel.overlaps
+    old = compiled(layer(), (8, 0))
+    assert "griddepcontrol" not in old.text["ptx"]
+    assert not old.overlaps
+
+
 LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], "
                     r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip
 
@@ -229,7 +239,7 @@ def interpret(case, arrays):
     from ssu_bridge.check import compare
     from ssu_bridge.frontends.torch import from_host, to_host
 
-    problem = problem_of(case)
+    problem = problem_of(case, (8, 0))  # from 9.0 on it waits for other kernels, and here there are none
     specialisation = specialise(problem, triton_tiles.tile(problem))
     tensors = {name: from_host(array) for name, array in arrays.items()}
     tensors["out"] = torch.full_like(tensors["x"], float("nan"))

@@ -161,14 +161,8 @@ def _constants(s: Specialisation) -> dict[str, Any]:
     tied = {f"TIED_{name.upper()}": name in s.tied for name in ("dt", "A", "D", "dt_bias")}
     sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
-    return {
-        **sizes,
-        **tied,
-        **blocks,
-        "SOFTPLUS": s.dt_softplus,
-        "PAD": s.pad_slot_id,
-        "OVERLAP": s.capability >= _OVERLAPPING,
-    }
+    flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
+    return {**sizes, **tied, **blocks, **flags}
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:
