@@ -13,7 +13,7 @@ from ssu_bridge.bench.cuda_timing import graph_times
 _TABLE = Path(triton_tiles.__file__).with_suffix(".toml")
 _CANDIDATES = [(rows, warps) for warps in (2, 4, 8) for rows in (4, 8, 16, 32, 64)]
 # A tile must be this much faster than the one that the next smaller work has, to be a row of its own.
-_WORTH_A_ROW = 0.99
+_WORTH_A_ROW = 0.995
 
 
 class Row(NamedTuple):

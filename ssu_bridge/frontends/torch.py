@@ -21,6 +21,7 @@ _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 
 # A subclass may hold no memory of its own, as a FakeTensor does.
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_TYPES = set(_PLAIN)
 
 # Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
 _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
@@ -52,9 +53,12 @@ def launcher(state_type: type, options: Options) -> Launch:
         try:
             state, x = arrays[0], arrays[1]
             step = steps[state.shape, x.shape]
-            if _is_plain(arrays, out) and not (grad and _needs_grad(arrays, out)):
+            given = [array for array in (out, *arrays) if array is not None]
+            # What the native library does not see; and it would take arrays of other frameworks too.
+            special = any(map(torch.Tensor.is_neg, given)) or (grad and _needs_grad(arrays, out))
+            if not special and _PLAIN_TYPES.issuperset(map(type, given)):
                 result = _new_out(x) if out is None else out
-                if step(*arrays, result, state):
+                if step(*arrays, result):
                     return _written(result, state)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             pass  # the first of its sizes; or else the check below says what is wrong
@@ -68,27 +72,13 @@ def launcher(state_type: type, options: Options) -> Launch:
             _run_on_host(kernel, arrays, result)
             return _written(result, state)
         step = library().guarded(kernel.function)
-        step(*arrays, result, state)
+        step(*arrays, result)
         if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
             steps.clear()
         steps[state.shape, x.shape] = step
         return _written(result, state)
 
     return launch
-
-
-_PLAIN_OR_ABSENT = {*_PLAIN, type(None)}
-
-
-def _is_plain(arrays: Arrays, out: torch.Tensor | None) -> bool:
-    """Whether the native library sees all that there is to see. It would take arrays of other frameworks too."""
-    given = [array for array in arrays if array is not None]
-    return (
-        _PLAIN_OR_ABSENT.issuperset(map(type, given))
-        and type(out) in _PLAIN_OR_ABSENT
-        and not any(map(torch.Tensor.is_neg, given))
-        and not (out is not None and out.is_neg())
-    )
 
 
 def _new_out(x: torch.Tensor) -> torch.Tensor:

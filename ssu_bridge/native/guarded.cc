@@ -46,10 +46,11 @@ class Guarded {
 
   bool call(ffi::PackedArgs arguments) {
     if (!matches(arguments)) return false;
-    ffi::AnyView given[kMaxArguments];
+    ffi::AnyView given[kMaxArguments + 1];
     int count = 0;
     for (int i = 0; i < arguments.size(); ++i)
       if (arguments[i] != nullptr) given[count++] = arguments[i];
+    given[count++] = arguments[0];
     ffi::Any result;
     function_.CallPacked(given, count, &result);
     return true;
@@ -57,8 +58,8 @@ class Guarded {
 
  private:
   bool matches(ffi::PackedArgs arguments) {
-    if (arguments.size() > kMaxArguments)
-      TVM_FFI_THROW(ValueError) << "at most " << kMaxArguments << " arguments, got " << arguments.size();
+    if (arguments.size() < 1 || arguments.size() > kMaxArguments)
+      TVM_FFI_THROW(ValueError) << "expected 1 to " << kMaxArguments << " arguments, got " << arguments.size();
     if (!noted_.load(std::memory_order_acquire)) note(arguments);
     const int64_t *next = words_.data(), *end = next + words_.size();
     bool alike = describe(arguments, [&](int64_t word) { return next != end && *next++ == word; });

@@ -6,8 +6,8 @@
 
 namespace ssu_bridge {
 
-// Returns fn(*arguments) -> bool, where arguments are DLTensors or None. The first call notes what they look like, calls
-// `function` with those that are not None, and returns true. Later calls do the same if theirs look alike (which are
+// Returns fn(state, *arguments) -> bool, where arguments are DLTensors or None. The first call notes what they look like,
+// calls `function` with those that are not None and the state again, and returns true. Later calls do the same if theirs look alike (which are
 // None, shapes, strides, dtypes, devices, the low bits of device addresses); else they return false and do nothing.
 // This way whoever checked a first call thoroughly need not look at the next ones.
 tvm::ffi::Function make_guarded(tvm::ffi::Function function);
