@@ -254,3 +254,22 @@ def interpret(case, arrays):
     exact = reference.compute(problem, arrays)
     rows = compare(exact, to_host(tensors["out"]), arrays["state"], to_host(tensors["state"]))
     assert all(row.passed for row in rows), (case.name, rows)
+
+
+WITHOUT_TORCH = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+from ssu_bridge.backends import triton
+from ssu_bridge.cases import CASES
+from ssu_bridge.update import explain
+print(triton.load(explain(**CASES[0].arrays(0)).choices[0].problem.on("cuda", (9, 0))).target)
+"""
+
+
+def test_it_loads_without_torch():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert result.stdout.startswith("ssu_bridge.triton(sm90;"), result.stderr
