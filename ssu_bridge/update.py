@@ -90,28 +90,30 @@ def update(
         Nothing has been written or donated when one of these is raised, but for the last.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
-    if (
-        not (num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is None)
-        or not (parent_tokens is rand_seed is None)
-        or type(state) is QuantizedState
+    if not (
+        num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
+        and parent_tokens is rand_seed is None
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
-    config, array_type = get_config(), type(arrays[0])
     # With the types of the flags, because 1 and True are equal, and only one of them is right.
     kind: tuple[Any, ...]
-    kind = (array_type, dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
+    softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
+    kind = (type(state), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
     if not (donate is True and disable_state_update is check_indices is False):
         rare = (disable_state_update, donate, check_indices)
         kind += (*rare, *map(type, rare))
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
+        if type(state) is QuantizedState:
+            arrays = _split_quantized(arrays)
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
         launch = launcher_of(arrays, out, options_of(*flags, config))
         if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
             _launchers.clear()
-        _launchers[kind] = launch
+        if type(state) is not QuantizedState:  # which has to be split each time
+            _launchers[kind] = launch
     return launch(arrays, out)
 
 
