@@ -5,7 +5,7 @@ from typing import Any
 
 from ssu_bridge.arrays import QuantizedState
 from ssu_bridge.choose import Explanation, load
-from ssu_bridge.config import get_config
+from ssu_bridge.config import SSUConfig, get_config
 from ssu_bridge.frontends import Arrays, Launch, frontend_of, launcher_of
 from ssu_bridge.problem import ARGUMENTS, Options, options_of
 
@@ -90,24 +90,37 @@ def update(
         Nothing has been written or donated when one of these is raised, but for the last.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
-    if (
-        not (num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is None)
-        or not (parent_tokens is rand_seed is None)
-        or type(state) is QuantizedState
+    if not (
+        num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
+        and parent_tokens is rand_seed is None
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
-    flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
-    return _launch_of(arrays, out, *flags)(arrays, out)
+    config = get_config()
+    kind = _kind(
+        state, config, dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm
+    )
+    try:
+        launch = _launchers[kind]
+    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
+        if type(state) is QuantizedState:
+            arrays = _split_quantized(arrays)
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
+        launch = launcher_of(arrays, out, options_of(*flags, config))
+        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
+            _launchers.clear()
+        if type(state) is not QuantizedState:  # which has to be split each time
+            _launchers[kind] = launch
+    return launch(arrays, out)
 
 
 # How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
 _launchers: dict[tuple[Any, ...], Launch] = {}
 
 
-def _launch_of(
-    arrays: Arrays,
-    out: Any,
+def _kind(
+    state: Any,
+    config: SSUConfig,
     dt_softplus: Any,
     pad_slot_id: Any,
     disable_state_update: Any,
@@ -115,23 +128,14 @@ def _launch_of(
     check_indices: Any,
     backend: Any,
     algorithm: Any,
-) -> Launch:
-    config, array_type = get_config(), type(arrays[0])
+) -> tuple[Any, ...]:
     # With the types of the flags, because 1 and True are equal, and only one of them is right.
-    kind: tuple[Any, ...]
-    kind = (array_type, dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
-    if not (donate is True and disable_state_update is check_indices is False):
-        rare = (disable_state_update, donate, check_indices)
-        kind += (*rare, *map(type, rare))
-    try:
-        return _launchers[kind]
-    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
-        launch = launcher_of(arrays, out, options_of(*flags, config))
-        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
-            _launchers.clear()
-        _launchers[kind] = launch
-        return launch
+    softplus_type, pad_type = type(dt_softplus), type(pad_slot_id)
+    kind = (type(state), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
+    if donate is True and disable_state_update is check_indices is False:
+        return kind
+    rare = (disable_state_update, donate, check_indices)
+    return (*kind, *rare, *map(type, rare))
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -166,14 +170,15 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
     Raises:
         As :func:`update`.
     """
-    arrays, out, flags = _bound(*args, **kwargs)
-    _launch_of(arrays, out, *flags)
     explanation = explain(*args, **kwargs)
     able = [choice for choice in explanation.choices if choice.backend is not None]
     if not able:
         raise explanation.choices[0].error()
     for choice in able:
         load(choice.problem)
+    arrays, out, flags = _bound(*args, **kwargs)
+    config = get_config()
+    _launchers[_kind(arrays[0], config, *flags)] = launcher_of(arrays, out, options_of(*(*flags, config)))
     return explanation
 
 

@@ -116,7 +116,7 @@ def _print_jax_host() -> None:
     def call_update() -> None:
         _, states[1] = update(
             states[1], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"],
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
         )  # fmt: skip
 
     times = interleaved({"update": call_update, "trivial": call_trivial}, rounds=200, seconds=0.004)
@@ -135,7 +135,8 @@ def _print_torch_host() -> None:
     def call_update() -> None:
         update(
             a["state"], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], out=out,
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
+            out=out,
         )  # fmt: skip
 
     def call_add() -> None:
