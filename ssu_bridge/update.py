@@ -96,10 +96,13 @@ def update(
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = _split_quantized((*arrays, *several, None, None, rand_seed))
-    config = get_config()
-    kind = _kind(
-        state, config, dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm
-    )
+    # What _kind returns, written out, because it is looked up in every call.
+    kind: tuple[Any, ...]
+    softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
+    kind = (type(state), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
+    if not (donate is True and disable_state_update is check_indices is False):
+        rare = (disable_state_update, donate, check_indices)
+        kind += (*rare, *map(type, rare))
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
@@ -118,24 +121,12 @@ def update(
 _launchers: dict[tuple[Any, ...], Launch] = {}
 
 
-def _kind(
-    state: Any,
-    config: SSUConfig,
-    dt_softplus: Any,
-    pad_slot_id: Any,
-    disable_state_update: Any,
-    donate: Any,
-    check_indices: Any,
-    backend: Any,
-    algorithm: Any,
-) -> tuple[Any, ...]:
-    # With the types of the flags, because 1 and True are equal, and only one of them is right.
-    softplus_type, pad_type = type(dt_softplus), type(pad_slot_id)
-    kind = (type(state), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
-    if donate is True and disable_state_update is check_indices is False:
-        return kind
+def _kind(state: Any, flags: tuple[Any, ...], config: SSUConfig) -> tuple[Any, ...]:
+    """Return what a call is looked up by: its flags with their types, because 1 equals True and only one is right."""
+    dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm = flags
+    usual = (type(state), dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
     rare = (disable_state_update, donate, check_indices)
-    return (*kind, *rare, *map(type, rare))
+    return usual if rare == (False, True, False) and {*map(type, rare)} == {bool} else (*usual, *rare, *map(type, rare))
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -178,7 +169,8 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
         load(choice.problem)
     arrays, out, flags = _bound(*args, **kwargs)
     config = get_config()
-    _launchers[_kind(arrays[0], config, *flags)] = launcher_of(arrays, out, options_of(*(*flags, config)))
+    # So that the first call finds it: torch.compile cannot trace how it is made.
+    _launchers[_kind(arrays[0], flags, config)] = launcher_of(arrays, out, options_of(*(*flags, config)))
     return explanation
 
 

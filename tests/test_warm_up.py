@@ -1,5 +1,7 @@
 """warm_up and torch.compile: kernels ahead of the first call, and the step inside a traced graph."""
 
+import importlib
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,18 @@ def test_it_loads_and_changes_nothing(mode, monkeypatch):
     assert len(loaded) == 1
     for name, array in to_host(given, mode).items():
         np.testing.assert_array_equal(bits(array), bits(arrays[name]))
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("flags", [{}, {"pad_slot_id": 2, "dt_softplus": True}, {"backend": "cpu"}])
+def test_the_first_call_finds_what_it_left(mode, flags):
+    known = importlib.import_module("ssu_bridge.update")._launchers
+    known.clear()
+    ssu_bridge.warm_up(**to_mode(CASE.arrays(seed=1), mode), **flags)
+    left = dict(known)
+    assert len(left) == 1
+    ssu_bridge.update(**to_mode(CASE.arrays(seed=1), mode), **flags)
+    assert known == left
 
 
 def test_it_raises_what_update_raises():

@@ -101,5 +101,8 @@ class _Slots:
         if self.indices is None:
             return state.at[: self.problem.sequences].set(rows)
         valid = self.valid if read.indices is None else self.valid & read.valid
-        # A row for a pad goes past the last slot, where the scatter drops it.
-        return state.at[jnp.where(valid, self.indices, self.problem.slots)].set(rows, mode="drop")
+        # The row of a pad goes past the last slot, where the scatter drops it; each to a place of its own, because XLA
+        # writes faster where no two rows go to one place.
+        dropped = self.problem.slots + jnp.arange(self.problem.sequences, dtype=self.indices.dtype)
+        places = jnp.where(valid, self.indices, dropped)
+        return state.at[places].set(rows, mode="drop", unique_indices=True)

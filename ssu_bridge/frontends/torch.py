@@ -50,7 +50,7 @@ def launcher(state_type: type, options: Options) -> Launch:
     def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.compiler.is_compiling():
             return trace(options, arrays, out)
-        grad = torch.is_grad_enabled()
+        grad, done = torch.is_grad_enabled(), False
         try:
             state, x = arrays[0], arrays[1]
             step = steps[state.shape, x.shape]
@@ -59,11 +59,10 @@ def launcher(state_type: type, options: Options) -> Launch:
             special = any(map(torch.Tensor.is_neg, given)) or (grad and _needs_grad(arrays, out))
             if not special and _PLAIN_TYPES.issuperset(map(type, given)):
                 result = _new_out(x) if out is None else out
-                if step(*arrays, result):
-                    return _written(result, state)
+                done = step(*arrays, result)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
-            pass  # the first of its sizes; or else the check below says what is wrong
-        return check_and_launch(arrays, out, grad)
+            done = False  # the first of its sizes; or else the check below says what is wrong
+        return _written(result, state) if done else check_and_launch(arrays, out, grad)
 
     def check_and_launch(arrays: Arrays, out: torch.Tensor | None, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
         kernel = _kernel(_key(arrays, out), grad, options)
