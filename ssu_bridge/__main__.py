@@ -13,7 +13,7 @@ from ssu_bridge.cases import CASES, Case
 from ssu_bridge.choose import BACKENDS
 from ssu_bridge.frontends import frontend
 
-_PACKAGES = ("ssu-bridge", "numpy", "jax", "jaxlib", "jax-tvm-ffi", "torch", "apache-tvm-ffi")
+_PACKAGES = ("ssu-bridge", "numpy", "jax", "jaxlib", "jax-tvm-ffi", "torch", "triton", "apache-tvm-ffi")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,15 +26,25 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
     checking.add_argument("-v", "--verbose", action="store_true", help="print every report")
     bench = commands.add_parser("bench", help="measure")
-    bench.add_argument("--device", choices=["cpu"], default="cpu")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    bench.add_argument("--tune", action="store_true", help="measure the triton backend's tiles and write their table")
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return _info()
     if arguments.command == "check":
         return _check(arguments.case, arguments.backend, arguments.verbose)
-    from ssu_bridge.bench import cpu
+    return _bench(arguments.device, arguments.tune)
 
-    cpu.main()
+
+def _bench(device: str, tune: bool) -> int:
+    if device == "cpu" and not tune:
+        from ssu_bridge.bench import cpu
+
+        cpu.main()
+    else:
+        from ssu_bridge.bench import cuda
+
+        cuda.main(["--tune"] if tune else [])
     return 0
 
 
