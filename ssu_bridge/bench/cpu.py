@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import update
+from ssu_bridge.bench.jax_calls import TRIVIAL, eager_calls
 from ssu_bridge.bench.timing import Timing, interleaved
 from ssu_bridge.cases import Case
 from ssu_bridge.library import library
@@ -96,34 +97,12 @@ def _tiny_arrays() -> dict[str, Any]:
 
 
 def _print_jax_host() -> None:
-    a = {name: jnp.array(array) for name, array in _tiny_arrays().items()}
-    states = [jnp.array(a["state"]), jnp.array(a["state"])]
-
-    def trivial(
-        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, *, D: Any, z: Any, dt_bias: Any, state_batch_indices: Any
-    ) -> tuple[Any, Any]:
-        return x + 1, state + 1
-
-    jitted = jax.jit(trivial, donate_argnums=0)
-
-    # Written out, because building the arguments would be part of what is measured.
-    def call_trivial() -> None:
-        _, states[0] = jitted(
-            states[0], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"],
-        )  # fmt: skip
-
-    def call_update() -> None:
-        _, states[1] = update(
-            states[1], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
-        )  # fmt: skip
-
-    times = interleaved({"update": call_update, "trivial": call_trivial}, rounds=200, seconds=0.004)
+    calls, _ = eager_calls({name: jnp.array(array) for name, array in _tiny_arrays().items()})
+    times = interleaved(calls, rounds=200, seconds=0.004)
     print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
-    _print_row("update", times["update"])
-    _print_row("a jitted function that adds 1 to x and to the state", times["trivial"])
-    print(f"ratio {times['update'].median / times['trivial'].median:.2f}\n")
+    for name, timing in times.items():
+        _print_row(name, timing)
+    print(f"ratio {times['update'].median / times[TRIVIAL].median:.2f}\n")
 
 
 def _print_torch_host() -> None:

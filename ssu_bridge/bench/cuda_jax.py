@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ssu_bridge import update
 from ssu_bridge.bench.cuda_steps import LAYER
+from ssu_bridge.bench.jax_calls import TRIVIAL, eager_calls
 from ssu_bridge.bench.timing import Timing, summary
 
 _H, _P, _N, _G = LAYER
@@ -85,33 +86,12 @@ def _loop_time(batch: int, caches: int, backend: str, rounds: int = 9) -> Timing
 def print_host() -> None:
     """Print the host time of an eager call beside that of a trivial jitted function with as many arguments."""
     state, a, slots = _arguments(1, 1)
-    slots = slots[0]
-    states = [state, jnp.copy(state)]
-
-    def trivial(
-        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, *, D: Any, dt_bias: Any, state_batch_indices: Any
-    ) -> tuple[Any, Any]:
-        return x + 1, state + 1
-
-    jitted = jax.jit(trivial, donate_argnums=0)
-
-    # Written out, because building the arguments would be part of what is measured.
-    def call_trivial() -> None:
-        _, states[0] = jitted(
-            states[0], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], dt_bias=a["dt_bias"], state_batch_indices=slots,
-        )  # fmt: skip
-
-    def call_update() -> None:
-        _, states[1] = update(
-            states[1], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], dt_bias=a["dt_bias"], state_batch_indices=slots, dt_softplus=True,
-        )  # fmt: skip
-
-    times = _host_times({"update": call_update, "trivial": call_trivial}, states)
+    calls, states = eager_calls({**a, "state": state, "state_batch_indices": slots[0]})
+    times = _host_times(calls, states)
     print("host time of an eager JAX call, batch 1, nine arrays, state donated")
-    print(f"  update {times['update']!s}; a jitted function that adds 1 to x and to the state {times['trivial']!s}")
-    print(f"  ratio {times['update'].median / times['trivial'].median:.2f}")
+    for name, timing in times.items():
+        print(f"  {name:<54}{timing!s}")
+    print(f"  ratio {times['update'].median / times[TRIVIAL].median:.2f}")
 
 
 def _host_times(functions: dict[str, Callable[[], Any]], states: list[Any]) -> dict[str, Timing]:
