@@ -31,7 +31,7 @@ there["C"] = jax.device_put(arrays["C"], devices[2])
 try:
     ssu_bridge.update(**there, **case.flags)
 except ValueError as error:
-    assert str(error) == "C: expected an array on cpu:1, where state is, got one on cpu:2", error
+    assert str(error) == f"C: expected an array on {devices[1]}, where state is, got one on {devices[2]}", error
 else:
     raise AssertionError("no error")
 assert not there["state"].is_deleted()
@@ -42,7 +42,7 @@ mixed["x"], mixed["D"] = jax.device_put(arrays["x"], devices[1]), jax.device_put
 try:
     ssu_bridge.update(**mixed, **case.flags)
 except ValueError as error:
-    assert str(error) == "D: expected an array on cpu:1, where x is, got one on cpu:2", error
+    assert str(error) == f"D: expected an array on {devices[1]}, where x is, got one on {devices[2]}", error
 else:
     raise AssertionError("no error")
 """,
