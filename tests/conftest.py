@@ -6,6 +6,9 @@ import torch
 
 from ssu_bridge import get_config, set_config
 
+# A second virtual one, for arrays that are not where the others are.
+jax.config.update("jax_num_cpu_devices", 2)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

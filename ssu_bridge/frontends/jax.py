@@ -68,8 +68,8 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 
 
 def _trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
-    _refuse_out(out)
     require_one_framework(arrays)
+    _refuse_out(out)
     return _trace(options, *_narrowed(arrays))
 
 
@@ -207,6 +207,7 @@ def _eager_launcher(options: Options) -> Launch:
 
     def launch(arrays: Arrays, out: Any) -> tuple[Any, Any]:
         if out is not None:
+            require_one_framework(arrays)
             _refuse_out(out)
         if type(arrays[read]) is host_array or type(arrays[write]) is host_array:
             arrays = _narrowed(arrays)
@@ -318,8 +319,8 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
 
 
 def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, Any]:
-    _refuse_out(out)
     _explain_failure(arrays)
+    _refuse_out(out)
     device = next(iter(arrays[0].devices()))
     kernel = load(_describe(options, named(arrays)).on(*_platform(device)))
     assert isinstance(kernel, HostKernel)
