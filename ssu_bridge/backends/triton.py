@@ -8,6 +8,7 @@ import importlib.util
 
 from ssu_bridge.backends import triton_tiles
 from ssu_bridge.backends.base import DeviceKernel, missing_jax_ffi, not_yet
+from ssu_bridge.backends.triton_cache import cached
 from ssu_bridge.backends.triton_compile import Specialisation, compile_step, specialise
 from ssu_bridge.library import library
 from ssu_bridge.problem import Problem
@@ -47,7 +48,7 @@ def load(problem: Problem) -> DeviceKernel:
 
 @functools.cache
 def _kernel(specialisation: Specialisation) -> DeviceKernel:
-    compiled = compile_step(specialisation)
+    compiled = cached(specialisation.target, functools.partial(compile_step, specialisation))
     function = library().cubin_kernel(
         compiled.cubin,
         compiled.name,
