@@ -76,8 +76,9 @@ def to_jax(tensor: Any) -> Any:
 
     Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
     more while the array, or a computation on it that has not finished, is alive. Streams: what Torch's current stream
-    was given before is done before JAX reads the array. JAX did not allocate this memory and so does not donate it:
-    ``update`` gives such a state new memory.
+    was given before is done before JAX reads the array. Donation: on a GPU ``update`` changes such a state in the
+    tensor's own memory, which then lives as long as the tensor or the new state; on the CPU, JAX does not donate memory
+    that it did not allocate, and the new state has other memory.
     """
     if framework_of(tensor) != "torch":
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")

@@ -145,6 +145,49 @@ def test_foreign_memory_is_not_donated(arrays):
     np.testing.assert_array_equal(bits(tensor.numpy()), bits(arrays["state"]))
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_warn_again")
+@pytest.mark.parametrize("steps_before", (0, 1))
+def test_on_a_gpu_a_live_view_makes_a_copy_too(arrays, steps_before):
+    state, rest = jax_args(arrays)
+    for _ in range(steps_before):
+        _, state = ssu_bridge.update(state, **rest, **CASE.flags)
+    before, view = np.array(state), ssu_bridge.to_torch(state)
+    problem = explain(state, **rest, **CASE.flags).choices[0].problem
+    with pytest.warns(RuntimeWarning, match="the state was copied.*still views"):
+        out, new = ssu_bridge.update(state, **rest, **CASE.flags)
+    exact = reference.compute(problem, {**arrays, "state": before})
+    assert all(row.passed for row in compare(exact, np.array(out), before, np.array(new)))
+    assert address(new) != address(view)
+    np.testing.assert_array_equal(bits(view.cpu().numpy()), bits(before))
+    np.testing.assert_array_equal(bits(np.array(state)), bits(before))  # alive still, as on a CPU
+    with ssu_bridge.using(strict_in_place=True), pytest.raises(ssu_bridge.NotInPlaceError):
+        ssu_bridge.update(state, **rest, **CASE.flags)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_foreign_memory_is_updated_in_place(arrays):
+    _, rest = jax_args(arrays)
+    tensor = torch.from_numpy(arrays["state"]).cuda()
+    place, held = tensor.data_ptr(), torch.cuda.memory_allocated()
+    state = ssu_bridge.to_jax(tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            _, state = ssu_bridge.update(state, **rest, **CASE.flags)
+    assert address(state) == place
+    after = np.array(state)
+    np.testing.assert_array_equal(bits(tensor.cpu().numpy()), bits(after))
+    del tensor
+    assert torch.cuda.memory_allocated() == held  # the state's
+    spoiler = torch.full((2**20,), float("nan"), device="cuda")
+    np.testing.assert_array_equal(bits(np.array(state)), bits(after))
+    held = torch.cuda.memory_allocated()
+    del state
+    assert torch.cuda.memory_allocated() < held
+    assert spoiler.isnan().all()
+
+
 def strided(array, gap):
     """Copy an array into one with a gap of poison behind each entry of its first axis; return both."""
     width = array[0].numel()

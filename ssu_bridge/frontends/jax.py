@@ -215,12 +215,9 @@ def _eager_launcher(options: Options) -> Launch:
         try:
             before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
             results: tuple[Any, Any] = compiled(*arrays)
-        except Exception:
+        except Exception as error:
             _explain_failure(arrays)
-            if state.is_fully_addressable and len(state.addressable_shards) == 1:
-                raise
-            before = _address(state)  # of all shards
-            results = compiled(*arrays)
+            before, results = _address(state), compiled(*_retry(arrays, error))
         if donate:
             new_state = results[1]
             if state.is_deleted() if before is None else _address(new_state) == before:
@@ -233,6 +230,22 @@ def _eager_launcher(options: Options) -> Launch:
 
 
 _MARK = "_ssu_bridge_step"
+
+
+def _retry(arrays: Arrays, error: Exception) -> Arrays:
+    """Return what to call the step with after it failed although no argument is wrong; raise the error if nothing is.
+
+    A sharded state has no single address. A state that somebody else still views is not donated: XLA copies it on a
+    CPU and refuses the call on a GPU.
+    """
+    state = arrays[0]
+    if "external reference" in str(error):
+        return jnp.copy(state), *arrays[1:]
+    if state.is_fully_addressable and len(state.addressable_shards) == 1:
+        raise error
+    return arrays
+
+
 _READ, _WRITE = (list(ARGUMENTS).index(name) for name in ("state_batch_indices", "dst_state_batch_indices"))
 
 
@@ -308,8 +321,9 @@ def _report_copy(results: tuple[Any, Any], options: Options) -> None:
     if isinstance(results[1], jax.core.Tracer) or results[1].size == 0:  # no memory to speak of
         return
     message = (
-        "the state was copied: JAX does not donate memory that it did not allocate (an array from DLPack) or that "
-        "somebody else still views (drop a live np.asarray, Torch or DLPack view), and a sharded state is gathered"
+        "the state was copied: JAX does not donate memory that somebody else still views (drop a live np.asarray, "
+        "Torch or DLPack view) or, on the CPU, that it did not allocate (an array from DLPack), and a sharded state is "
+        "gathered"
     )
     if options.config.strict_in_place:
         raise NotInPlaceError(f"state: {message}; the results are in this error's .results", results)

@@ -24,6 +24,8 @@ _NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _PLAIN_TYPES = set(_PLAIN)
 
+_is_neg = torch.Tensor.is_neg
+
 # Dtypes that Torch and NumPy do not hand each other, and those of the same size that they do.
 _BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8}
 
@@ -45,7 +47,8 @@ def launcher(state_type: type, options: Options) -> Launch:
     fraction of what it costs to look at each tensor from Python.
     """
     refuse_copy(options)
-    steps: dict[Any, Step] = {}
+    # By the shapes of state and x; with each step, what picks the arrays that were given.
+    steps: dict[Any, tuple[Step, Callable[[Arrays], tuple[torch.Tensor, ...]]]] = {}
 
     def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.compiler.is_compiling():
@@ -53,12 +56,12 @@ def launcher(state_type: type, options: Options) -> Launch:
         grad, done = torch.is_grad_enabled(), False
         try:
             state, x = arrays[0], arrays[1]
-            step = steps[state.shape, x.shape]
-            given = [array for array in (out, *arrays) if array is not None]
+            step, present = steps[state.shape, x.shape]
+            result = _new_out(x) if out is None else out
+            given = (result, *present(arrays))
             # What the native library does not see; and it would take arrays of other frameworks too.
-            special = any(map(torch.Tensor.is_neg, given)) or (grad and _needs_grad(arrays, out))
+            special = any(map(_is_neg, given)) or (grad and _needs_grad(arrays, out))
             if not special and _PLAIN_TYPES.issuperset(map(type, given)):
-                result = _new_out(x) if out is None else out
                 done = step(*arrays, result)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             done = False  # the first of its sizes; or else the check below says what is wrong
@@ -75,7 +78,8 @@ def launcher(state_type: type, options: Options) -> Launch:
         step(*arrays, result)
         if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
             steps.clear()
-        steps[state.shape, x.shape] = step
+        places = [place for place, array in enumerate(arrays) if array is not None]
+        steps[state.shape, x.shape] = step, operator.itemgetter(*places)
         return _written(result, state)
 
     return launch

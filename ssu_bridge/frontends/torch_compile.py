@@ -12,8 +12,9 @@ from ssu_bridge.config import SSUConfig, get_config
 from ssu_bridge.frontends import Arrays, launcher_of
 from ssu_bridge.problem import Options
 
-# The configuration that is in force while the graph is traced is the graph's.
-torch.compiler.assume_constant_result(get_config)  # type: ignore[no-untyped-call]
+# The configuration that is in force while the graph is traced is the graph's. This is all that
+# torch.compiler.assume_constant_result does, but for importing the compiler, which takes two seconds.
+get_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
