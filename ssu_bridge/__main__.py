@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ssu_bridge import BackendNotAvailableError, UnsupportedError, check, explain
-from ssu_bridge.cases import CASES, Case
+from ssu_bridge.cases import CASES, Case, arguments
 from ssu_bridge.choose import BACKENDS
 from ssu_bridge.frontends import frontend
+from ssu_bridge.support import table
 
 _PACKAGES = ("ssu-bridge", "numpy", "jax", "jaxlib", "jax-tvm-ffi", "torch", "triton", "apache-tvm-ffi")
 
@@ -20,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge", description="selective_state_update, bridged")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, and what each backend says")
+    info = commands.add_parser("info", help="versions, devices, and what each backend says")
+    info.add_argument("--table", action="store_true", help="print which backend does what, as the README shows it")
     checking = commands.add_parser("check", help="run all cases on all backends against the float64 reference")
     checking.add_argument("--case", help="only cases with this in their name")
     checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
@@ -29,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     bench.add_argument("--tune", action="store_true", help="measure the triton backend's tiles and write their table")
     arguments = parser.parse_args(argv)
+    if arguments.command == "info" and arguments.table:
+        print(table())
+        return 0
     if arguments.command == "info":
         return _info()
     if arguments.command == "check":
@@ -73,7 +78,7 @@ def _devices(framework: str) -> Iterator[tuple[str, Any]]:
 
 def _on(framework: str, like: Any, case: Case) -> dict[str, Any]:
     side = frontend(framework)
-    return {name: side.from_host(array, like) for name, array in case.arrays(seed=0).items()}
+    return arguments(case.arrays(seed=0), framework, lambda array: side.from_host(array, like))
 
 
 def _info() -> int:

@@ -1,30 +1,37 @@
 """Any backend against the float64 reference, and the one place where tolerances are set."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge import rounding
+from ssu_bridge.arrays import SCALES, paired, unpaired
 from ssu_bridge.backends import reference
+from ssu_bridge.config import using
 from ssu_bridge.frontends import frontend_of, named
-from ssu_bridge.update import bind, explain, update
+from ssu_bridge.update import bind, update
 
 # A float32 sum of n products differs from the exact one by about sqrt(n) roundings when they are of either sign, and by
-# n at worst; the exponential, softplus and sigmoid add a few. In units of 2**-24 of the sum of absolute values.
+# n at worst; the exponential, softplus and sigmoid add a few. So much is allowed, in units of 2**-24 of the sum of
+# absolute values, before the result is rounded to its dtype; and as much as the subnormal numbers, which XLA may take
+# for zero. Rounding is exact: what is stored must be what the dtype's rule makes of a number within that distance.
 _ROUNDINGS = 16
-# Half a unit in the last place of each storage dtype, relative; and absolute where numbers are subnormal, which XLA may
-# take for zero in float32, and so in bfloat16.
-_HALF_ULP = {"float32": (2.0**-24, 2.0**-126), "bfloat16": (2.0**-8, 2.0**-126), "float16": (2.0**-11, 2.0**-25)}
+_SMALLEST_NORMAL = 2.0**-126
+_TOLERANCE = f"rounding of what is within {_ROUNDINGS} * 2**-24 * sum of |terms|"
+# The shares of it that are tried.
+_SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 class Row(NamedTuple):
     """How one result compares with the reference.
 
     Attributes:
-        name: "out", "state" (the slots that were to be written) or "untouched" (all others, compared bit for bit).
-        absolute, relative: the worst errors.
-        where: the index of the worst error in units of what is allowed there.
-        used: that error over what is allowed; above 1 it is too much.
+        name: the result's, for its part that was to be written; "rest of" it for all else, compared bit for bit.
+        absolute, relative: the worst errors; of a quantised state's values, times their scale.
+        where: the index of the element that comes worst of what is allowed.
+        used: the share of what is allowed that this element needs; above 1 it is too much.
         tolerance: what is allowed, in words.
     """
 
@@ -57,14 +64,15 @@ class Report:
         return self.passed
 
     def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
         lines = [
             f"backend {self.backend} against the float64 reference",
-            f"{'':<11}{'abs. error':>11}{'rel. error':>12}{'of allowed':>12}  {'':<6}{'worst at':<20} allowed",
+            f"{'':<{width}}{'abs. error':>11}{'rel. error':>12}{'of allowed':>12}  {'':<6}{'worst at':<20} allowed",
         ]
         for row in self.rows:
             where = ", ".join(map(str, row.where))
             lines.append(
-                f"{row.name:<11}{row.absolute:>11.2e}{row.relative:>12.2e}{row.used:>11.0%}   "
+                f"{row.name:<{width}}{row.absolute:>11.2e}{row.relative:>12.2e}{row.used:>11.0%}   "
                 f"{'pass' if row.passed else 'FAIL':<6}[{where}]{'':<{max(0, 18 - len(where))}} {row.tolerance}"
             )
         return "\n".join(lines)
@@ -78,8 +86,8 @@ def check(*args: Any, **kwargs: Any) -> Report:
             them is changed or donated.
 
     Returns:
-        The worst absolute and relative error of output and state, where they are, what the dtypes allow, pass or fail,
-        and whether the slots that the call does not name kept every bit.
+        For each result the worst absolute and relative error, where it is, what is allowed, pass or fail; and whether
+        what the call does not store to kept every bit.
 
     Raises:
         As ``update``; but tensors that require grad are checked too, as copies that do not.
@@ -87,63 +95,172 @@ def check(*args: Any, **kwargs: Any) -> Report:
     """
     arrays, out, options = bind(*args, **kwargs)
     side = frontend_of(arrays, out)
-    explanation = explain(*args, **kwargs)
-    problem = explanation.choices[0].problem
+    arrays = side.seeded(arrays, options)
+    choice = side.consider(arrays, out, options)[0]
+    problem, backend = choice.problem, choice.backend
     if problem.traced:
         raise ValueError("check: expected concrete arrays, got some that JAX is tracing; call it outside of jit")
-    if explanation.backend is None:
-        raise explanation.choices[0].error()
+    if backend is None:
+        raise choice.error()
     before = {name: side.to_host(array) for name, array in named(arrays).items()}
-    exact = reference.compute(problem, before)
     copies = {name: side.from_host(before[name], array) for name, array in named(arrays).items()}
     if problem.framework != "jax":  # an output that is not written must not look right by chance
-        poison = np.full(before["x"].shape, np.nan, before["x"].dtype)
-        copies["out"] = side.from_host(poison, copies["x"])
+        before["out"] = np.full(before["x"].shape, np.nan, before["x"].dtype)
+        copies["out"] = side.from_host(before["out"], copies["x"])
+    exact = reference.compute(problem, before)
     # The backend that was chosen for the arguments as they are: the copies may be laid out differently.
-    backend = explanation.backend
-    softplus, pad = options.dt_softplus, options.pad_slot_id
-    out, state = update(**copies, dt_softplus=softplus, pad_slot_id=pad, backend=backend)
-    return Report(str(explanation.backend), compare(exact, side.to_host(out), before["state"], side.to_host(state)))
+    with using(options.config, backend=backend):
+        results = update(**paired(copies), **{name: getattr(options, name) for name in _FLAGS})
+    after = {name: side.to_host(array) for name, array in results_by_name(results).items()}
+    return Report(str(backend), compare(exact, before, after))
 
 
-def compare(exact: reference.Exact, out: np.ndarray, before: np.ndarray, after: np.ndarray) -> tuple[Row, ...]:
-    """Compare an output and the states before and after the step with the exact step."""
-    stored = exact.slots >= 0
-    slots = exact.slots[stored]
-    shape = (len(slots), *exact.states.shape[1:])
-    untouched = np.setdiff1d(np.arange(len(after)), slots)
-    same = _bits(before[untouched]) == _bits(after[untouched])
-    changed = (int(untouched[np.argwhere(~same)[0][0]]),) if not same.all() else ()
-    return (
-        _row("out", out.reshape(exact.out.shape), exact.out, exact.out_scale, str(out.dtype)),
-        _row("state", after[slots].reshape(shape), exact.states[stored], exact.states_scale[stored], str(after.dtype)),
-        Row("untouched", 0.0, 0.0, changed, 0.0 if same.all() else np.inf, f"no bit of {len(untouched)} slots"),
-    )
+_FLAGS = ("dt_softplus", "pad_slot_id", "disable_state_update")
+
+
+def results_by_name(results: tuple[Any, ...]) -> dict[str, Any]:
+    """Return what ``update`` returned by the names of kernels' arrays."""
+    return unpaired(dict(zip(("out", *SCALES), results, strict=False)))
+
+
+def compare(
+    exact: reference.Exact, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
+) -> tuple[Row, ...]:
+    """Compare the results of a call with the exact ones.
+
+    Args:
+        exact: what :func:`ssu_bridge.backends.reference.compute` returned.
+        before: the call's arrays by name; "out" only if it was given.
+        after: its results by name.
+    """
+    out = after["out"].reshape(exact.out.shape)
+    rows = [
+        _rounded_row("out", (np.flatnonzero(exact.rows),), out, exact.out[exact.rows], exact.out_bounds[exact.rows])
+    ]
+    if "out" in before and not exact.rows.all():
+        rows.append(_rest("out", [(before["out"].reshape(out.shape), out)], ~exact.rows))
+    for name, scale in SCALES.items():
+        if name not in after:
+            continue
+        untouched = np.ones(before[name].shape[: 1 if name == "state" else 2], bool)
+        if name in exact.stores:
+            store = _last(exact.stores[name])
+            untouched[store.places] = False
+            rows += _stored(name, scale, store, after)
+        rows.append(_rest(name, [(before[n], after[n]) for n in (name, scale) if n in before], untouched))
+    return tuple(rows)
+
+
+def _last(store: reference.Store) -> reference.Store:
+    """Keep the last of several stores to one place."""
+    numbers = {place: number for number, place in enumerate(zip(*map(np.ndarray.tolist, store.places), strict=True))}
+    kept = np.array(list(numbers.values()), np.int64)
+    places = tuple(index[kept] for index in store.places)
+    words = None if store.words is None else store.words[kept]
+    return reference.Store(places, store.states[kept], store.bounds[kept], words)
+
+
+def _stored(name: str, scale: str, store: reference.Store, after: Mapping[str, np.ndarray]) -> list[Row]:
+    """Compare the states that were stored to one array, and to its scales."""
+    places, exact, bounds, words = store
+    values = after[name].reshape(*after[name].shape[: len(places)], *exact.shape[1:])
+    if scale not in after:
+        return [_rounded_row(name, places, values, exact, bounds, words)]
+    dtype, scales = values.dtype.name, after[scale].reshape(values.shape[:-1])[places]
+
+    def rounded(states: np.ndarray) -> np.ndarray:
+        # With the scale that was stored, which the other row is about.
+        return rounding.rounded(_single(states) * (1 / scales)[..., None], dtype, words)
+
+    with np.errstate(all="ignore"):
+        got = values[places]
+        worth = got.astype(np.float64) * scales[..., None]
+        used = _used(got, exact, bounds, rounded)
+        return [
+            _scale_row(scale, places, scales, exact, bounds, dtype),
+            _row(name, places, worth, exact, used, _TOLERANCE + ", over the scale"),
+        ]
+
+
+def _scale_row(
+    name: str, places: tuple[np.ndarray, ...], got: np.ndarray, exact: np.ndarray, bounds: np.ndarray, dtype: str
+) -> Row:
+    """Compare the scales of rows, which grow with the largest magnitude of a row."""
+    wanted = rounding.scale_rows(np, _single(exact), dtype)[1]
+    used = np.full(got.shape, np.inf)
+    for share in reversed(_SHARES):
+        slack = share * _slack(bounds)
+        largest = rounding.scale_rows(np, _single(np.abs(exact) + slack), dtype)[1]
+        least = rounding.scale_rows(np, _single(np.maximum(np.abs(exact) - slack, 0)), dtype)[1]
+        # A scale that would be subnormal is 1.
+        used[(least <= got) & (got <= largest) | (got == 1) & (least == 1) | (np.isnan(got) & np.isnan(wanted))] = share
+    return _row(name, places, got, wanted.astype(np.float64), used, _TOLERANCE)
+
+
+def _rest(name: str, pairs: list[tuple[np.ndarray, np.ndarray]], untouched: np.ndarray) -> Row:
+    """Compare what must not have changed, bit for bit."""
+    changed = np.zeros_like(untouched)
+    for before, after in pairs:
+        flat = (*untouched.shape, -1) if before.size else before.shape
+        changed |= (_bits(before).reshape(flat) != _bits(after).reshape(flat)).any(
+            tuple(range(changed.ndim, len(flat)))
+        )
+    wrong = np.argwhere(changed & untouched)
+    where = tuple(wrong[0].tolist()) if len(wrong) else ()
+    return Row(f"rest of {name}", 0.0, 0.0, where, np.inf if where else 0.0, f"no bit of {untouched.sum()} entries")
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.itemsize}")
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
 
 
-def _row(name: str, got: np.ndarray, exact: np.ndarray, scale: np.ndarray, dtype: str) -> Row:
-    relative, absolute = _HALF_ULP[dtype]
-    allowed = relative * np.abs(exact) + _ROUNDINGS * 2.0**-24 * scale + absolute
-    tolerance = f"{relative:.1e} |ref| + {_ROUNDINGS} * 2**-24 * sum of |terms|"
+def _single(values: np.ndarray) -> np.ndarray:
+    return reference.single(values)
+
+
+def _slack(bounds: np.ndarray) -> np.ndarray:
+    return _ROUNDINGS * 2.0**-24 * bounds + _SMALLEST_NORMAL
+
+
+def _rounded_row(
+    name: str,
+    places: tuple[np.ndarray, ...],
+    array: np.ndarray,
+    exact: np.ndarray,
+    bounds: np.ndarray,
+    words: np.ndarray | None = None,
+) -> Row:
+    """Compare elements of an array that is not quantised."""
+    got = array[places]
+    used = _used(got, exact, bounds, lambda values: rounding.rounded(_single(values), got.dtype.name, words))
+    return _row(name, places, got.astype(np.float64), exact, used, _TOLERANCE)
+
+
+def _used(got: np.ndarray, exact: np.ndarray, bounds: np.ndarray, rounded: Any) -> np.ndarray:
+    """Return the least share of the tolerance within which there is a number that is rounded to what was got."""
+    used = np.full(got.shape, np.inf)
+    for share in reversed(_SHARES):
+        least, most = rounded(exact - share * _slack(bounds)), rounded(exact + share * _slack(bounds))
+        used[((least <= got) & (got <= most)) | (np.isnan(got) & np.isnan(exact))] = share
+    return used
+
+
+def _row(
+    name: str, places: tuple[np.ndarray, ...], got: np.ndarray, exact: np.ndarray, used: np.ndarray, tolerance: str
+) -> Row:
     if not exact.size:
         return Row(name, 0.0, 0.0, (), 0.0, tolerance)
-    with np.errstate(over="ignore", invalid="ignore"):
-        rounded = exact.astype(np.float32).astype(got.dtype)
-        # What is right to the bit is right, infinite or not: a value beyond the dtype's range, the caller's own NaN.
-        same = (got == rounded) | (np.isnan(got) & np.isnan(exact))
-        error = np.where(same, 0, np.abs(got.astype(np.float64) - exact))
-        used = np.where(same, 0, np.where(np.isnan(error), np.inf, error / allowed))
-    nonzero = (np.abs(exact) > absolute) & np.isfinite(exact)
+    with np.errstate(invalid="ignore"):
+        # What is right and infinite or no number has no error.
+        error = np.where((used == 0) & ~np.isfinite(got), 0, np.abs(got - exact))
+    nonzero = (np.abs(exact) > _SMALLEST_NORMAL) & np.isfinite(exact)
     worst = np.unravel_index(int(np.argmax(used)), used.shape)
+    where = (*(index[worst[0]] for index in places), *worst[1:])
     return Row(
         name,
         float(np.max(error)),
         float(np.max(error[nonzero] / np.abs(exact[nonzero]), initial=0)),
-        tuple(int(i) for i in worst),
+        tuple(map(int, where)),
         float(used[worst]),
         tolerance,
     )

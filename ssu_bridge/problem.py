@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
 
-from ssu_bridge.arrays import ArrayInfo
+from ssu_bridge.arrays import SCALES, ArrayInfo
 from ssu_bridge.config import SSUConfig, replaced
+from ssu_bridge.rounding import LARGEST
 
 FLOATS = ("float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
-QUANTIZED = ("int16", "int8", "float8_e4m3fn")
+QUANTIZED = tuple(LARGEST)
 # A state of one of these can be rounded stochastically; float32 holds the result as it is, int16 all but so.
 ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
 # The most that a thread of a GPU loads at once, and from multiples of it only.
@@ -57,6 +58,8 @@ ARGUMENTS: dict[str, _Argument] = {
     "out": _Argument(("*HP",), FLOATS, "*", written=True),
 }
 REQUIRED = ("state", "x", "dt", "A", "B", "C")
+# What disable_state_update leaves alone.
+STATE = ("state", "state_scale")
 # These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.
 _TIED_AXES = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
 _NAMES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
@@ -110,14 +113,16 @@ class Problem:
         platform: "cpu", "cuda" or what else the framework calls it; None while JAX traces and has not lowered.
         capability: of a CUDA device, such as (9, 0).
         traced: JAX is tracing, so there are no values.
-        form: "single" token, "multi" (T tokens) or "packed" (by cu_seqlens).
+        form: "single" token, x (b, H, P); "multi", x (b, T, H, P); or "packed", x (rows, H, P) and cu_seqlens.
         sequences, tokens, slots, nheads, headdim, dstate, ngroups: sizes; tokens is the number of packed rows when
             packed. A state without a head axis has nheads = ngroups = 1.
         heads_axis: the arrays have an axis of heads.
         dtypes: (name, dtype) of every array that was given, in the order of ``ARGUMENTS``.
         tied: names of the parameters that are one number a head.
-        tables: names of the slot tables that have a column for each token.
-        stochastic_rounding: the state is to be rounded stochastically.
+        tables: names of the slot tables that have a column for each token. How many columns they have, how many steps
+            the intermediate states, a kernel reads from the arrays: a token past the last one stores nothing there.
+        stochastic_rounding: the state is to be rounded stochastically, by ``options.config.philox_rounds`` rounds of
+            Philox with the key in ``rand_seed``: 8 bytes, the low word first, whatever its dtype and shape.
         unaligned: names of the arrays, out included, that do not lie so that all that a kernel reads of them in
             vectors begins at a multiple of VECTOR_BYTES.
         options: the arguments that are not arrays.
@@ -147,6 +152,12 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """The arrays that were given, in the order in which kernels take them, without ``out``."""
         return tuple(name for name, _ in self.dtypes if name != "out")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the call computes, in the order in which kernels take it: "out", then the arrays it writes in place."""
+        kept = STATE if self.options.disable_state_update else ()
+        return ("out", *(name for name in self.names if ARGUMENTS[name].written and name not in kept))
 
     def on(self, platform: str, capability: tuple[int, int] | None = None) -> "Problem":
         """Return the same problem on a platform."""
@@ -180,6 +191,7 @@ def describe(
     for name, info in arrays.items():
         _check_dtype(name, info.dtype)
     _check_contradictions(arrays, options)
+    _check_seed(arrays, options, framework)
     shapes = _Shapes(arrays)
     for name in ARGUMENTS:
         if name in arrays:
@@ -189,7 +201,7 @@ def describe(
     for name, info in arrays.items():
         _check_device(name, info, arrays)
         shapes.check_strides(name, info, name in tied)
-        if ARGUMENTS[name].written and not info.writeable and not (name == "state" and options.disable_state_update):
+        if ARGUMENTS[name].written and not info.writeable and not (name in STATE and options.disable_state_update):
             raise ValueError(f"{name}: expected a writeable array, because it is updated in place; got a read-only one")
     size = shapes.sizes
     return Problem(
@@ -209,8 +221,7 @@ def describe(
         dtypes=tuple((name, arrays[name].dtype) for name in ARGUMENTS if name in arrays),
         tied=tied,
         tables=tuple(n for n in arrays if n.endswith("state_batch_indices") and len(arrays[n].shape) == 2),
-        stochastic_rounding="rand_seed" in arrays
-        or (options.config.stochastic_rounding and arrays["state"].dtype in ROUNDABLE),
+        stochastic_rounding="rand_seed" in arrays,
         unaligned=_unaligned(shapes, arrays, tied),
         options=options,
     )
@@ -240,7 +251,7 @@ def _check_dtype(name: str, dtype: str) -> None:
 
 def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> None:
     given = arrays.keys()
-    for name, scale in (("state", "state_scale"), ("intermediate_states", "intermediate_state_scales")):
+    for name, scale in SCALES.items():
         if name in given and (arrays[name].dtype in QUANTIZED) != (scale in given):
             raise ValueError(
                 f"{name}: expected a QuantizedState(values, scale) for a quantised dtype and a plain array for a float "
@@ -262,11 +273,26 @@ def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> 
         raise ValueError("intermediate_state_indices: expected None without intermediate_states, got an array")
     if "num_accepted_tokens" in given and len(_shape(arrays, "state_batch_indices")) != 2:
         raise ValueError("num_accepted_tokens: expected a 2-D state_batch_indices beside it, got none")
-    if "rand_seed" in given and arrays["state"].dtype not in ROUNDABLE:
+
+
+def _check_seed(arrays: Mapping[str, ArrayInfo], options: Options, framework: str) -> None:
+    dtype, seed = arrays["state"].dtype, arrays.get("rand_seed")
+    if seed is None:
+        if options.config.stochastic_rounding and dtype in ROUNDABLE:
+            raise ValueError(
+                "rand_seed: expected a key, because stochastic rounding is configured, got None; pass a key of its own "
+                "to each call, such as rand_seed=jax.random.key_data(key) with key, next = jax.random.split(next)"
+            )
+        return
+    if dtype not in ROUNDABLE:
         raise ValueError(
-            f"rand_seed: expected None for a {arrays['state'].dtype} state, which is not rounded stochastically "
+            f"rand_seed: expected None for a {dtype} state, which is not rounded stochastically "
             f"({', '.join(ROUNDABLE)} are), got a seed"
         )
+    shapes = {"uint32": [(2,)]} if framework == "jax" else {"int64": [(), (1,)]}
+    if seed.shape not in shapes.get(seed.dtype, ()):
+        expected = "a uint32[2] array or a jax.random.key" if framework == "jax" else "an int, or one int64 in an array"
+        raise ValueError(f"rand_seed: expected {expected}, got {seed.dtype} of shape {seed.shape}")
 
 
 def _shape(arrays: Mapping[str, ArrayInfo], name: str) -> tuple[int, ...]:

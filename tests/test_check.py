@@ -9,7 +9,9 @@ import pytest
 from modes import bits, to_mode
 
 import ssu_bridge
+from ssu_bridge import rounding
 from ssu_bridge.__main__ import main
+from ssu_bridge.arrays import paired
 from ssu_bridge.backends import cpu, reference
 from ssu_bridge.cases import CASES, Case
 from ssu_bridge.update import explain
@@ -25,8 +27,9 @@ def test_a_right_backend_passes_and_nothing_of_the_callers_changes(mode):
     report = ssu_bridge.check(**given, **CASE.flags, backend="cpu")
     assert report
     assert report.passed
-    assert [row.name for row in report.rows] == ["out", "state", "untouched"]
-    assert 0 < report.rows[0].used <= 1
+    assert [row.name for row in report.rows] == ["out", "state", "rest of state"]
+    assert 0 < report.rows[0].absolute < 1e-4
+    assert 0 <= report.rows[0].used <= 1
     for name, array in arrays.items():
         np.testing.assert_array_equal(bits(np.asarray(given[name])), bits(array))
     table = str(report)
@@ -34,8 +37,8 @@ def test_a_right_backend_passes_and_nothing_of_the_callers_changes(mode):
     assert table.count("pass") == 3
 
 
-def spoiled(monkeypatch, spoil):
-    """Make the cpu backend do something wrong after the right thing."""
+def spoiled(monkeypatch, spoil, backend=cpu):
+    """Make a backend do something wrong after the right thing."""
     right = reference.load
 
     def load(problem):
@@ -47,7 +50,7 @@ def spoiled(monkeypatch, spoil):
 
         return kernel._replace(function=function)
 
-    monkeypatch.setattr(cpu, "load", load)
+    monkeypatch.setattr(backend, "load", load)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def spoiled(monkeypatch, spoil):
     [
         (lambda arrays, out: out.__setitem__((1, 2, 3), out[1, 2, 3] + 0.01), 0, (1, 2, 3)),
         (lambda arrays, out: out.__setitem__((2, 0, 0), np.nan), 0, (2, 0, 0)),
-        (lambda arrays, out: arrays["state"].__setitem__((0, 1, 2, 3), 9.0), 1, (1, 1, 2, 3)),
+        (lambda arrays, out: arrays["state"].__setitem__((0, 1, 2, 3), 9.0), 1, (0, 1, 2, 3)),
         (lambda arrays, out: arrays["state"].__setitem__((5, 0, 0, 0), 1e-30), 2, (5,)),
     ],
 )
@@ -67,6 +70,67 @@ def test_a_wrong_backend_fails_and_the_place_is_named(monkeypatch, spoil, row, w
     assert [r.passed for r in report.rows] == [i != row for i in range(3)]
     assert report.rows[row].where == where
     assert "FAIL" in str(report)
+
+
+ALL = Case(
+    "all",
+    headdim=4,
+    dstate=8,
+    tokens=7,
+    cu_seqlens=(1, 3, 4, 6),
+    steps=2,
+    spare_entries=1,
+    entries=(6, 1, 3),
+    dtypes={"state": "int8"},
+    seed=5,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "row"),
+    [
+        ("out", (6, 0, 0), "rest of out"),
+        ("state", (2, 3, 1, 5), "state"),
+        ("state", (5, 0, 0, 0), "rest of state"),
+        ("state_scale", (2, 3, 1), "state_scale"),
+        ("state_scale", (1, 0, 0), "rest of state"),
+        ("intermediate_states", (6, 1, 2, 3, 4), "intermediate_states"),
+        ("intermediate_states", (1, 1, 0, 0, 0), "rest of intermediate_states"),
+        ("intermediate_state_scales", (3, 0, 2, 1), "intermediate_state_scales"),
+        ("intermediate_state_scales", (0, 0, 0, 0), "rest of intermediate_states"),
+    ],
+)
+def test_every_part_of_every_result_is_looked_at(monkeypatch, name, place, row):
+    arrays = paired(ALL.arrays(seed=2))
+    rows = ssu_bridge.check(**arrays, **ALL.flags, backend="reference").rows
+    assert all(r.passed for r in rows)
+
+    def spoil(arrays, out):
+        array = arrays.get(name, out) if name != "out" else out
+        array[place] = 1.0 if np.isnan(array[place]) else array[place] + np.array(1.5).astype(array.dtype)
+
+    spoiled(monkeypatch, spoil, backend=reference)
+    spoilt = ssu_bridge.check(**arrays, **ALL.flags, backend="reference").rows
+    assert [r.name for r in spoilt] == [r.name for r in rows]
+    (failed,) = (r for r in spoilt if r.name == row)
+    assert not failed.passed
+    assert failed.where == place[: len(failed.where)]
+
+
+def test_the_random_numbers_are_looked_at():
+    """A state that is rounded to nearest, or with the numbers of another token, is within a unit and yet wrong."""
+    case = Case("random", dtypes={"state": "bfloat16"}, seed=5)
+    arrays = case.arrays(seed=2)
+    exact = reference.compute(explain(**arrays, **case.flags).choices[0].problem, arrays)
+    store = exact.stores["state"]
+    others = {"right": store.words, "nearest": None, "shifted": np.roll(store.words, 1)}
+    passed = {}
+    for name, words in others.items():
+        after = {"out": arrays["x"], "state": arrays["state"].copy()}
+        after["state"][store.places] = rounding.rounded(store.states.astype(np.float32), "bfloat16", words)
+        (row,) = (row for row in check.compare(exact, arrays, after) if row.name == "state")
+        passed[name] = row.passed
+    assert passed == {"right": True, "nearest": False, "shifted": False}
 
 
 def test_an_output_that_is_not_written_fails(monkeypatch):
@@ -84,20 +148,23 @@ def test_an_error_of_one_unit_in_the_last_place_is_seen(dtype):
     case = Case("ulp", dtypes={"state": dtype, "*": dtype, "A": "float32"}, dt_softplus=False)
     arrays = case.arrays(seed=4)
     problem = explain(**arrays, **case.flags).choices[0].problem
-    exact = reference.compute(problem, arrays)
-    right = exact.states.astype(np.float32).astype(dtype)
+    _, states, bounds, _ = reference.compute(problem, arrays).stores["state"]
+    right = states.astype(np.float32).astype(dtype)
     up = np.nextafter(right, np.array(np.inf, dtype)) if dtype != "bfloat16" else (right.view("u2") + 1).view(dtype)
     up = np.nextafter(up, np.array(np.inf, dtype)) if dtype != "bfloat16" else (up.view("u2") + 1).view(dtype)
-    row = check._row("state", up, exact.states, exact.states_scale * 0, dtype)
-    assert not row.passed
-    assert check._row("state", right, exact.states, exact.states_scale, dtype).passed
+    places = (np.arange(3),)
+    assert not check._rounded_row("state", places, up, states, bounds * 0).passed
+    row = check._rounded_row("state", places, right, states, bounds)
+    assert row.passed
+    assert row.used == 0
 
 
 def test_check_raises_what_update_raises():
     with pytest.raises(ssu_bridge.UnsupportedError, match="xla"):
         ssu_bridge.check(**CASE.arrays(seed=1), backend="xla")
-    with pytest.raises(ssu_bridge.UnsupportedError, match="disable_state_update"):
-        ssu_bridge.check(**CASE.arrays(seed=1), disable_state_update=True)
+    trees = {"parent_tokens": np.zeros((3, 1), "int32")}
+    with pytest.raises(ssu_bridge.UnsupportedError, match="parent_tokens"):
+        ssu_bridge.check(**Case("trees", tokens=1).arrays(seed=1), **trees)
     with pytest.raises(TypeError, match="B: expected"):
         ssu_bridge.check(**{**CASE.arrays(seed=1), "B": None})
 
@@ -133,9 +200,9 @@ def test_the_command_info(capsys):
 
 
 def test_the_command_check(capsys):
-    assert main(["check", "--case", "odd", "-v"]) == 0
+    assert main(["check", "--case", "odd sizes, untied", "-v"]) == 0
     printed = capsys.readouterr().out
-    cases = sum("odd" in case.name for case in CASES)
+    cases = sum("odd sizes, untied" in case.name for case in CASES)
     assert f"{7 * cases} passed, 0 failed" in printed
     assert f"not to be run there, {cases} times: backend xla" in printed
 

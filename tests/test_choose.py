@@ -2,12 +2,12 @@
 
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.test_util import check_grads
 from modes import PAIRS, bits, convert, to_host, to_mode
 
@@ -27,73 +27,41 @@ def quantized(arrays, dtype="int8"):
     return ssu_bridge.QuantizedState(arrays["state"].astype(dtype), np.ones(arrays["state"].shape[:3], "float32"))
 
 
-# What every backend refuses for now, as changes to a call, and what the refusal must name.
-NOT_YET = {
-    "several tokens": (several_tokens, "several tokens"),
-    "packed": (lambda a: {"cu_seqlens": np.arange(4, dtype="int32")}, "cu_seqlens"),
-    "slot table": (lambda a: {"state_batch_indices": np.zeros((3, 2), "int32")}, "slot tables"),
-    "destination table": (lambda a: {"dst_state_batch_indices": np.zeros((3, 2), "int32")}, "slot tables"),
-    "accepted": (
-        lambda a: {"state_batch_indices": np.zeros((3, 2), "int32"), "num_accepted_tokens": np.ones(3, "int32")},
-        "accepted token counts",
-    ),
-    "intermediates": (lambda a: {"intermediate_states": np.ones((6, 1, 4, 8, 16), "float32")}, "intermediate states"),
+# What backends refuse, as changes to a call, and what the refusal must name.
+REFUSED = {
     "trees": (lambda a: {**several_tokens(a), "parent_tokens": np.zeros((3, 2), "int32")}, "parent_tokens"),
-    "no update": (lambda a: {"disable_state_update": True}, "disable_state_update"),
-    "checked indices": (lambda a: {"check_indices": True}, "check_indices"),
     **{
         f"quantised {dtype}": (lambda a, d=dtype: {"state": quantized(a, d)}, "quantised states")
         for dtype in ("int16", "int8", "float8_e4m3fn")
     },
     "stochastic rounding": (
-        lambda a: {"state": a["state"].astype("float16"), "rand_seed": np.array([3, 0], "uint32")},
+        lambda a: {"state": a["state"].astype("float16"), "rand_seed": np.array(3)},
         "stochastic rounding",
     ),
 }
-
-
 EACH = [*(pair for pair in PAIRS if pair[0] != "jax.lax.scan"), ("numpy", "auto"), ("torch", "auto"), ("jax", "auto")]
 
 
-@pytest.mark.parametrize(("mode", "backend"), EACH)
-@pytest.mark.parametrize("what", NOT_YET)
+@pytest.mark.parametrize(
+    ("what", "mode", "backend"),
+    [*(("trees", *pair) for pair in EACH), *((what, m, "xla") for what in REFUSED for m in ("jax", "jax.jit"))],
+)
 def test_refused_not_ignored(what, mode, backend):
-    change, named = NOT_YET[what]
+    change, named = REFUSED[what]
     arrays = CASE.arrays(seed=1)
     arguments = convert({**arrays, **change(arrays)}, mode)
-    flags = {name: value for name, value in arguments.items() if isinstance(value, bool)}
-    arguments = {name: value for name, value in arguments.items() if name not in flags}
-    before = [to_host({"_": leaf}, mode)["_"] for leaf in jax.tree.leaves(arguments)]
-    call = functools.partial(ssu_bridge.update, **CASE.flags, **flags, backend=backend)
+    before = to_host(arguments, mode)
+    call = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
     with pytest.raises(ssu_bridge.UnsupportedError, match=named):
         (jax.jit(call, donate_argnames="state") if mode == "jax.jit" else call)(**arguments)
-    for leaf, held in zip(jax.tree.leaves(arguments), before, strict=True):
-        np.testing.assert_array_equal(bits(to_host({"_": leaf}, mode)["_"]), bits(held))
-
-
-@pytest.mark.parametrize("seed", [7, np.array(7, "int64")])
-def test_a_seed_is_refused_for_numpy_and_torch(seed):
-    arrays = Case("seed", dtypes={"state": "float16"}).arrays(seed=1)
-    for mode in ("numpy", "torch"):
-        given = to_mode(arrays, mode)
-        its = torch.tensor(int(seed)) if mode == "torch" and not isinstance(seed, int) else seed
-        with pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"):
-            ssu_bridge.update(**given, rand_seed=its)
-
-
-def test_configured_stochastic_rounding_is_refused_not_ignored():
-    arrays = Case("seed", dtypes={"state": "bfloat16"}).arrays(seed=1)
-    with (
-        ssu_bridge.using(stochastic_rounding=True),
-        pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"),
-    ):
-        ssu_bridge.update(**arrays)
+    for name, after in to_host(arguments, mode).items():
+        np.testing.assert_array_equal(bits(after), bits(before[name]))
 
 
 def test_a_jax_key_is_a_seed():
     arrays = to_mode(Case("seed", dtypes={"state": "float16"}).arrays(seed=1), "jax")
     with pytest.raises(ssu_bridge.UnsupportedError, match="stochastic rounding"):
-        ssu_bridge.update(**arrays, rand_seed=jax.random.key(3))
+        ssu_bridge.update(**arrays, rand_seed=jax.random.key(3), backend="xla")
 
 
 def test_xla_refuses_other_arrays_and_says_who_can():
@@ -128,9 +96,9 @@ def test_explain_runs_nothing_and_reads_as_a_table():
     assert "cpu         taken, the first here that can" in text
     assert "xla         refuses: it runs on JAX arrays only" in text
     np.testing.assert_array_equal(bits(arrays["state"]), bits(state))
-    refused = ssu_bridge.explain(**arrays, disable_state_update=True)
+    refused = ssu_bridge.explain(**{**arrays, **REFUSED["trees"][0](arrays)})
     assert refused.backend is None
-    assert "refuses: it cannot do disable_state_update yet" in str(refused)
+    assert re.search("refuses: it cannot do .*trees of draft tokens", str(refused))
 
 
 def test_explain_while_tracing_answers_for_each_platform():
@@ -197,6 +165,30 @@ def test_xla_is_differentiable():
             **floats, state_batch_indices=indices, dt_softplus=True, backend="xla", donate=False
         )
         return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(state))
+
+    with jax.enable_x64(False):
+        check_grads(loss, (floats,), order=1, modes=("fwd", "rev"), rtol=2e-2, atol=2e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"tokens": 2, "steps": 2, "entries": (1, 0, 3)},
+        {"tokens": 2, "destinations": ((1, 3), (0, -1), (5, 2))},
+        {"tokens": 4, "cu_seqlens": (0, 2, 2, 4), "steps": 2},
+    ],
+    ids=["intermediates", "destinations", "packed"],
+)
+def test_xla_is_differentiable_over_tokens(form):
+    case = Case("gradient", headdim=2, dstate=3, ngroups=1, nheads=2, **form)
+    arrays = to_mode(case.arrays(seed=8), "jax")
+    tables = {name: array for name, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.floating)}
+    floats = {name: array for name, array in arrays.items() if name not in tables}
+
+    def loss(floats):
+        floats = jax.tree.map(jnp.asarray, floats)
+        results = ssu_bridge.update(**floats, **tables, dt_softplus=True, backend="xla", donate=False)
+        return sum(jnp.sum(jnp.sin((i + 1) * result)) for i, result in enumerate(results))
 
     with jax.enable_x64(False):
         check_grads(loss, (floats,), order=1, modes=("fwd", "rev"), rtol=2e-2, atol=2e-2, eps=1e-2)

@@ -64,6 +64,24 @@ except ValueError as error:
 else:
     raise AssertionError("results that differ by shard were taken for the same")
 """,
+    "gives each shard of a state a seed of its own": """
+from ssu_bridge.frontends.jax import _shard_seed
+mesh = Mesh(np.array(devices).reshape(2, 2), ("a", "b"))
+seed = np.array([3, 4], "uint32")
+def seeds(state_spec, seed_spec, seed):
+    body = lambda state, seed: _shard_seed(seed.reshape(2), state)[None]
+    specs = (state_spec, seed_spec)
+    return np.array(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(("a", "b")))(np.zeros((4, 4)), seed))
+both = seeds(P("a", "b"), P(), seed)
+assert len({*map(tuple, both)}) == 4
+assert np.array_equal(both, seeds(P("a", "b"), P(), seed))
+# A seed that is a shard's own already stays.
+own = np.arange(8, dtype="uint32").reshape(4, 2)
+assert np.array_equal(seeds(P("a", "b"), P(("a", "b")), own), own)
+# Along an axis over which the state does not vary, its copies are rounded alike.
+along = jax.shard_map(lambda x, s: _shard_seed(s, x)[None], mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"))
+assert len({*map(tuple, np.array(along(np.zeros((4, 4)), seed)))}) == 2
+""",
     "is right for sharded arrays": """
 mesh = Mesh(np.array(devices), ("heads",))
 for backend in ("cpu", "xla"):

@@ -1,6 +1,7 @@
 """Whose memory the new state has, in each framework, and what happens where JAX cannot donate."""
 
 import functools
+import importlib
 import warnings
 
 import jax
@@ -130,8 +131,8 @@ def test_strict_in_place_raises_and_hands_the_results_over(arrays):
         pytest.raises(ssu_bridge.NotInPlaceError, match="state: the state was copied") as caught,
     ):
         ssu_bridge.update(state, **rest, **CASE.flags)
-    out, new = map(np.array, caught.value.results)
-    assert all(row.passed for row in compare(reference.compute(problem, arrays), out, arrays["state"], new))
+    after = dict(zip(("out", "state"), map(np.array, caught.value.results), strict=True))
+    assert all(row.passed for row in compare(reference.compute(problem, arrays), arrays, after))
     np.testing.assert_array_equal(bits(view), bits(arrays["state"]))
 
 
@@ -156,8 +157,9 @@ def test_on_a_gpu_a_live_view_makes_a_copy_too(arrays, steps_before):
     problem = explain(state, **rest, **CASE.flags).choices[0].problem
     with pytest.warns(RuntimeWarning, match="the state was copied.*still views"):
         out, new = ssu_bridge.update(state, **rest, **CASE.flags)
-    exact = reference.compute(problem, {**arrays, "state": before})
-    assert all(row.passed for row in compare(exact, np.array(out), before, np.array(new)))
+    arrays = {**arrays, "state": before}
+    after = {"out": np.array(out), "state": np.array(new)}
+    assert all(row.passed for row in compare(reference.compute(problem, arrays), arrays, after))
     assert address(new) != address(view)
     np.testing.assert_array_equal(bits(view.cpu().numpy()), bits(before))
     np.testing.assert_array_equal(bits(np.array(state)), bits(before))  # alive still, as on a CPU
@@ -186,6 +188,67 @@ def test_on_a_gpu_foreign_memory_is_updated_in_place(arrays):
     del state
     assert torch.cuda.memory_allocated() < held
     assert spoiler.isnan().all()
+
+
+DRAFTS = Case("drafts", headdim=8, dstate=16, tokens=3, steps=3)
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_without_donation_nothing_that_was_given_changes(backend):
+    arrays = DRAFTS.arrays(seed=7)
+    given = to_mode(arrays, "jax")
+    results = ssu_bridge.update(**given, **DRAFTS.flags, backend=backend, donate=False)
+    assert len(results) == 3
+    for name, array in given.items():
+        np.testing.assert_array_equal(bits(np.array(array)), bits(arrays[name]), err_msg=name)
+    assert not np.array_equal(results[2], arrays["intermediate_states"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"), [("numpy", "reference"), ("torch", "reference"), ("jax", "reference"), ("jax", "xla")]
+)
+def test_a_state_that_is_only_read_comes_back_as_it_is(mode, backend):
+    arrays = DRAFTS.arrays(seed=7)
+    given = to_mode(arrays, mode)
+    flags = {**DRAFTS.flags, "disable_state_update": True, "backend": backend}
+    _, state, steps = ssu_bridge.update(**given, **flags)
+    assert state is given["state"]
+    host = to_host({"state": state, "steps": steps}, mode)
+    np.testing.assert_array_equal(bits(host["state"]), bits(arrays["state"]))
+    assert not np.array_equal(host["steps"], arrays["intermediate_states"])
+    if mode == "jax":
+        assert given["intermediate_states"].is_deleted()
+        ssu_bridge.update(**{**given, "intermediate_states": steps}, **flags)  # it was not given up
+    elif mode == "numpy":
+        arrays["state"].setflags(write=False)
+        ssu_bridge.update(**arrays, **flags)
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+def test_a_quantised_state_comes_back_as_one(mode):
+    case = Case("quantised", headdim=8, dstate=16, steps=1, dtypes={"state": "int8"})
+    known = importlib.import_module("ssu_bridge.update")._launchers
+    known.clear()
+    given = to_mode(case.arrays(seed=7), mode)
+    _, state, steps = ssu_bridge.update(**given, **case.flags, backend="reference")
+    for new, old in ((state, given["state"]), (steps, given["intermediate_states"])):
+        assert isinstance(new, ssu_bridge.QuantizedState)
+        assert (new is old) == (mode != "jax")
+        assert mode != "jax" or (old.values.is_deleted() and old.scale.is_deleted())
+    again = {**given, "state": state, "intermediate_states": steps}
+    ssu_bridge.update(**again, **case.flags, backend="reference")
+    assert len(known) == 1  # looked up, like any call
+
+
+def test_what_jax_gives_up_is_given_once():
+    case = Case("twice", sequences=2, slots=2, indices=None, dtypes={"state": "int8"})
+    arrays = to_mode(case.arrays(seed=6), "jax")
+    arrays["x"] = arrays["state"].scale
+    with pytest.raises(ValueError, match="x: expected an array of its own, got state_scale, which is given up"):
+        ssu_bridge.update(**arrays, **case.flags)
+    assert not arrays["x"].is_deleted()
+    plain = to_mode(CASE.arrays(seed=6), "jax")
+    ssu_bridge.update(**{**plain, "z": plain["x"]}, **CASE.flags)  # what is only read may be given twice
 
 
 def strided(array, gap):

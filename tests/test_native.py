@@ -6,17 +6,13 @@ import sys
 import threading
 import zlib
 
-import ml_dtypes
 import numpy as np
 import pytest
+from native import BF16, F16, F32, ISAS, run, same_bits, view
 
 from ssu_bridge.library import library
 
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F16 = np.dtype(np.float16)
-F32 = np.dtype(np.float32)
 DTYPES = [F32, BF16, F16]
-ISAS = list(library().cpu_isas())
 # Half a unit in the last place of each type, with some room.
 ROUNDING = {F32: 4e-7, BF16: 4.0e-3, F16: 5.0e-4}
 INDICES = ("state_batch_indices", "dst_state_batch_indices")
@@ -25,12 +21,6 @@ INDICES = ("state_batch_indices", "dst_state_batch_indices")
 @pytest.fixture
 def rng(request):
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
-
-
-def view(array):
-    """Hand a NumPy array over as it lies."""
-    strides = tuple(s // array.itemsize for s in array.strides)
-    return library().view(array.ctypes.data, array.shape, strides, str(array.dtype))
 
 
 def problem(rng, b=3, heads=4, rows=8, columns=16, groups=2, slots=6, state=F32, other=F32, tied="A dt D", **options):
@@ -54,15 +44,6 @@ def problem(rng, b=3, heads=4, rows=8, columns=16, groups=2, slots=6, state=F32,
     }
     arguments.update(options)
     return {name: value for name, value in arguments.items() if value is not None}
-
-
-def run(arguments, isa="auto", softplus=True, pad=-1):
-    """Run the kernel on copies. Return out and the new state."""
-    state = arguments["state"].copy()
-    out = np.full_like(arguments["x"], np.nan, order="C")
-    views = [view(state if name == "state" else value) for name, value in arguments.items()]
-    library().cpu_kernel(list(arguments), softplus, pad, isa)(*views, view(out), views[0])
-    return out, state
 
 
 def expected(arguments, softplus=True, pad=-1):
@@ -109,10 +90,6 @@ def check(arguments, isa="auto", **options):
         else:
             assert same_bits(value, arguments["state"][slot])
     return out, state
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -215,7 +192,7 @@ def test_padding_behind_a_slot(rng):
     slots[...] = arguments["state"]
     views = [view(slots if name == "state" else value) for name, value in arguments.items()]
     strided_out = np.full_like(out, np.nan)
-    library().cpu_kernel(list(arguments), True, -1, "auto")(*views, view(strided_out), views[0])
+    library().cpu_kernel(list(arguments), ["out", "state"], True, -1, 10, "auto")(*views, view(strided_out), views[0])
     assert same_bits(strided_out, out)
     assert same_bits(np.ascontiguousarray(slots), state)
     assert (memory[:, -5:] == 7).all()
@@ -236,7 +213,7 @@ def test_pads_touch_nothing(rng, isa, dtype):
     before = guarded.copy()
     views = [view(guarded[1:-1] if name == "state" else value) for name, value in arguments.items()]
     out = np.full_like(arguments["x"], np.nan)
-    library().cpu_kernel(list(arguments), True, -1, isa)(*views, view(out), views[0])
+    library().cpu_kernel(list(arguments), ["out", "state"], True, -1, 10, isa)(*views, view(out), views[0])
     assert same_bits(guarded[[0, -1]], before[[0, -1]])
     assert np.isfinite(out).all()
 
@@ -456,9 +433,14 @@ def test_names_and_variants():
     six = ["state", "x", "dt", "A", "B", "C"]
     for names in (six[:5], [*six, "E"], [*six, "z", "D"], [*six, "D", "D"], ["x", "state", *six[2:]]):
         with pytest.raises(ValueError, match="argument_names"):
-            library().cpu_kernel(names, True, -1, "auto")
+            library().cpu_kernel(names, ["out", "state"], True, -1, 10, "auto")
+    for results in ([], ["state"], ["state", "out"], ["out", "intermediate_states"], ["out", "state", "state_scale"]):
+        with pytest.raises(ValueError, match="result_names"):
+            library().cpu_kernel(six, results, True, -1, 10, "auto")
+    with pytest.raises(ValueError, match="philox_rounds"):
+        library().cpu_kernel(six, ["out", "state"], True, -1, -1, "auto")
     with pytest.raises(ValueError, match=r"isa must be one of auto, .*portable"):
-        library().cpu_kernel(six, True, -1, "sse9")
+        library().cpu_kernel(six, ["out", "state"], True, -1, 10, "sse9")
 
 
 def test_wrong_tensors(rng):
@@ -475,7 +457,7 @@ def test_wrong_tensors(rng):
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"{name}|groups"):
             run({**arguments, name: value})
-    kernel = library().cpu_kernel(list(arguments), True, -1, "auto")
+    kernel = library().cpu_kernel(list(arguments), ["out", "state"], True, -1, 10, "auto")
     views = [view(value) for value in arguments.values()]
     out = np.full_like(arguments["x"], np.nan)
     before = arguments["state"].copy()

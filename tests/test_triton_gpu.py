@@ -199,7 +199,7 @@ def test_special_values_and_extremes():
     arrays["dt"][0, 7] = 0
     out, state = to_host(dict(zip("os", run_torch(case, arrays), strict=True)), "torch").values()
     problem = explain(**to_mode(arrays, "torch.cuda"), **case.flags).choices[0].problem
-    rows = compare(reference.compute(problem, arrays), out, arrays["state"], state)
+    rows = compare(reference.compute(problem, arrays), arrays, {"out": out, "state": state})
     assert all(row.passed for row in rows), rows
 
 

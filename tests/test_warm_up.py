@@ -11,6 +11,7 @@ from modes import bits, to_host, to_mode
 import ssu_bridge
 from ssu_bridge import choose
 from ssu_bridge.cases import Case
+from ssu_bridge.check import results_by_name
 
 CASE = Case("warm", headdim=8, dstate=16)
 
@@ -43,8 +44,6 @@ def test_the_first_call_finds_what_it_left(mode, flags):
 
 def test_it_raises_what_update_raises():
     given = CASE.arrays(seed=1)
-    with pytest.raises(ssu_bridge.UnsupportedError, match="disable_state_update"):
-        ssu_bridge.warm_up(**given, disable_state_update=True)
     with pytest.raises(ssu_bridge.UnsupportedError, match="JAX arrays only"):
         ssu_bridge.warm_up(**given, backend="xla")
     with pytest.raises(ValueError, match="pad_slot_id"):
@@ -84,3 +83,24 @@ def test_torch_compile_of_a_whole_graph(mode, given_out):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for mine, eager in zip(run(compiled), run(model), strict=True):
         assert torch.equal(mine, eager)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("changes", [{}, {"dtypes": {"state": "int8"}}, {"dtypes": {"state": "float16"}, "seed": 5}])
+def test_torch_compile_of_several_tokens(changes):
+    case = Case("compiled", headdim=8, dstate=16, tokens=3, steps=3, **changes)
+    flags = {**case.flags, "backend": "reference"}
+
+    def model(given):
+        return ssu_bridge.update(**given, **flags)
+
+    def run(function):
+        with torch.no_grad():
+            return results_by_name(function(to_mode(case.arrays(seed=3), "torch")))
+
+    expected = run(model)
+    torch._dynamo.reset()
+    compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert compiled.keys() == expected.keys()
+    for name, tensor in compiled.items():
+        assert torch.equal(tensor, expected[name]), name

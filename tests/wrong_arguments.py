@@ -137,7 +137,7 @@ VALUES = [
     ("intermediate entries of other sequences", replace(intermediate_states=ones(6, 1, 4, 8, 16), intermediate_state_indices=ones(4, dtype="int32")), r"intermediate_state_indices: expected shape \(3,\)"),
     ("a scale of another shape", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), ones(6, 4))}, r"state_scale: expected shape \(6, 4, 8\), got \(6, 4\)"),
     ("a scale of another dtype", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), ones(6, 4, 8, dtype="float16"))}, r"state_scale: expected dtype float32, got float16"),
-    ("a seed of three words", lambda a: {**a, "state": a["state"].astype("float16"), "rand_seed": ones(3, dtype="uint32")}, r"rand_seed: expected shape .*got \(3,\)"),
+    ("a seed of three words", lambda a: {**a, "state": a["state"].astype("float16"), "rand_seed": ones(3, dtype="uint32")}, r"rand_seed: expected .*got uint32 of shape \(3,\)"),
     ("rand_seed for float32", replace(rand_seed=np.array([5, 0], "uint32")), r"rand_seed: expected None for a float32 state"),
 ]  # fmt: skip
 WITHOUT_HEADS = [

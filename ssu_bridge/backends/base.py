@@ -1,5 +1,6 @@
 """What a backend is, what it loads, and the refusals that several share."""
 
+import enum
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -10,9 +11,10 @@ from ssu_bridge.problem import Problem
 class DeviceKernel(NamedTuple):
     """A kernel on the arrays' own memory, called with DLTensors.
 
-    ``function(*inputs, out, new_state)`` takes the arrays that ``problem.names`` lists, then the results; the new state
-    has the state's own memory. It launches on the stream that TVM-FFI's environment names. ``target`` spells out all
-    that was compiled into it, the same in every process, and is its name as an XLA FFI target.
+    ``function(*inputs, *results)`` takes the arrays that ``problem.names`` lists, then those of ``problem.results``; a
+    result other than out has the very memory of the input of that name. It launches on the stream that TVM-FFI's
+    environment names. ``target`` spells out all that was compiled into it, the same in every process, and is its name
+    as an XLA FFI target.
     """
 
     target: str
@@ -20,15 +22,15 @@ class DeviceKernel(NamedTuple):
 
 
 class HostKernel(NamedTuple):
-    """A kernel that works on NumPy arrays: ``function(arrays, out)`` by name, writing out and the state in place."""
+    """A kernel that works on NumPy arrays: ``function(arrays, out)`` by name, writing all results in place."""
 
     function: Callable[[dict[str, Any], Any], None]
 
 
 class TracedKernel(NamedTuple):
-    """A kernel in jax.numpy: ``function(arrays)`` takes them by name and returns ``(out, new_state)``."""
+    """A kernel in jax.numpy: ``function(arrays)`` takes them by name and returns what ``problem.results`` lists."""
 
-    function: Callable[[dict[str, Any]], tuple[Any, Any]]
+    function: Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 Kernel = DeviceKernel | HostKernel | TracedKernel
@@ -57,26 +59,42 @@ def missing_jax_ffi(framework: str) -> str | None:
     return None
 
 
-_NOT_YET = {
-    "num_accepted_tokens": "accepted token counts",
-    "cu_seqlens": "packed sequences (cu_seqlens)",
-    "intermediate_states": "intermediate states",
-    "parent_tokens": "trees of draft tokens (parent_tokens)",
-    "state_scale": "quantised states",
-}
+class Feature(enum.StrEnum):
+    """What a call can ask for beyond one token for each sequence and a float state that is rounded to nearest."""
+
+    TOKENS = "several tokens in one call"
+    PACKED = "packed sequences (cu_seqlens)"
+    TABLES = "slot tables with a column for each token"
+    ACCEPTED = "accepted token counts"
+    INTERMEDIATE = "intermediate states"
+    NO_UPDATE = "disable_state_update"
+    QUANTIZED = "quantised states"
+    STOCHASTIC = "stochastic rounding"
+    TREES = "trees of draft tokens (parent_tokens)"
+
+
+def features(problem: Problem) -> tuple[Feature, ...]:
+    """Return what a problem asks for."""
+    asked = {
+        Feature.TOKENS: problem.form == "multi",
+        Feature.PACKED: problem.form == "packed",
+        Feature.TABLES: bool(problem.tables),
+        Feature.ACCEPTED: "num_accepted_tokens" in problem.names,
+        Feature.INTERMEDIATE: "intermediate_states" in problem.names,
+        Feature.NO_UPDATE: problem.options.disable_state_update,
+        Feature.QUANTIZED: "state_scale" in problem.names,
+        Feature.STOCHASTIC: problem.stochastic_rounding,
+        Feature.TREES: "parent_tokens" in problem.names,
+    }
+    return tuple(feature for feature, is_asked in asked.items() if is_asked)
+
+
+def cannot(problem: Problem, *lacking: Feature) -> str | None:
+    """Refuse the features that a backend lacks."""
+    asked = [str(feature) for feature in features(problem) if feature in lacking]
+    return f"it cannot do {', '.join(asked)}" if asked else None
 
 
 def not_yet(problem: Problem) -> str | None:
-    """Refuse what ``update`` describes but no backend computes yet."""
-    given = [what for name, what in _NOT_YET.items() if name in problem.names]
-    if problem.form == "multi":
-        given.append("several tokens in one call")
-    if problem.tables:
-        given.append("slot tables with a column for each token")
-    if problem.stochastic_rounding:
-        given.append("stochastic rounding")
-    if problem.options.disable_state_update:
-        given.append("disable_state_update")
-    if problem.options.check_indices:
-        given.append("check_indices")
-    return f"it cannot do {', '.join(given)} yet" if given else None
+    """Refuse every feature."""
+    return cannot(problem, *Feature)

@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, missing_jax_ffi, not_yet
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, missing_jax_ffi
 from ssu_bridge.library import library
 from ssu_bridge.problem import Problem
 
@@ -13,10 +13,10 @@ def missing(framework: str) -> str | None:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse other devices than the CPU, and what is not written yet."""
+    """Refuse other devices than the CPU, and trees."""
     if problem.platform != "cpu":
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
-    return not_yet(problem)
+    return cannot(problem, Feature.TREES)
 
 
 def settings(problem: Problem) -> str:
@@ -26,12 +26,17 @@ def settings(problem: Problem) -> str:
 
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel: dtypes, sizes and strides are read in each call, the rest is built in."""
-    return _kernel(problem.names, problem.options.dt_softplus, problem.options.pad_slot_id)
+    options = problem.options
+    rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
+    return _kernel(problem.names, problem.results, options.dt_softplus, options.pad_slot_id, rounds)
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(names: tuple[str, ...], dt_softplus: bool, pad_slot_id: int) -> DeviceKernel:
-    # The first six arrays are always there, so the rest tell one kernel from another.
+def _kernel(
+    names: tuple[str, ...], results: tuple[str, ...], dt_softplus: bool, pad_slot_id: int, rounds: int
+) -> DeviceKernel:
+    # The first six arrays are always there, and the results follow from the names but for whether the state is one.
     optional = ",".join(names[6:])
-    target = f"ssu_bridge.cpu({optional};softplus={int(dt_softplus)};pad={pad_slot_id})"
-    return DeviceKernel(target, library().cpu_kernel(names, dt_softplus, pad_slot_id, "auto"))
+    flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={'state' in results:d};philox={rounds}"
+    function = library().cpu_kernel(names, results, dt_softplus, pad_slot_id, rounds, "auto")
+    return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function)

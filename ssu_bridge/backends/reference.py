@@ -6,27 +6,45 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.backends.base import HostKernel, not_yet
+from ssu_bridge import rounding
+from ssu_bridge.arrays import SCALES
+from ssu_bridge.backends.base import Feature, HostKernel, cannot
 from ssu_bridge.problem import Problem
+from ssu_bridge.tables import routes
+
+
+class Store(NamedTuple):
+    """The states that go to one array, before they are rounded to its dtype.
+
+    Attributes:
+        places: an index array for each leading axis of the array; of two stores to one place the later one counts.
+        states: (n, H, P, N), float64.
+        bounds: the same shape, as ``out_bounds`` in :class:`Exact`.
+        words: the same shape, the random words of stochastic rounding; None for rounding to nearest.
+    """
+
+    places: tuple[np.ndarray, ...]
+    states: np.ndarray
+    bounds: np.ndarray
+    words: np.ndarray | None
 
 
 class Exact(NamedTuple):
     """The step before anything is rounded, and how much rounding it could bear.
 
     Attributes:
-        out: (b, H, P), float64.
-        states: (b, H, P, N), float64; the state of each sequence after the step.
-        slots: the slot that each sequence writes, -1 for none.
-        out_scale, states_scale: of the same shapes; the sum of the absolute values that were added up, each weighted
-            with how strongly it carries on the rounding of what it was computed from. A float32 computation differs
-            from the exact one by a few times 2**-24 of this.
+        out: (rows, H, P), float64; rows are the tokens of all sequences, one after another.
+        out_bounds: the same shape; the sum of the absolute values that were added up, each weighted with how strongly
+            it carries on the rounding of what it was computed from. A float32 computation differs from the exact one by
+            a few times 2**-24 of this.
+        rows: (rows,), whether the row belongs to a sequence.
+        stores: what goes to each array that is stored to.
     """
 
     out: np.ndarray
-    states: np.ndarray
-    slots: np.ndarray
-    out_scale: np.ndarray
-    states_scale: np.ndarray
+    out_bounds: np.ndarray
+    rows: np.ndarray
+    stores: dict[str, Store]
 
 
 def missing(framework: str) -> str | None:
@@ -35,10 +53,10 @@ def missing(framework: str) -> str | None:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse tracing, where there are no values to copy, and what is not written yet."""
+    """Refuse tracing, where there are no values to copy, and trees."""
     if problem.traced:
         return "it computes on the host and so cannot be traced by JAX"
-    return not_yet(problem)
+    return cannot(problem, Feature.TREES)
 
 
 def settings(problem: Problem) -> str:
@@ -53,71 +71,134 @@ def load(problem: Problem) -> HostKernel:
 
 def _run(problem: Problem, arrays: dict[str, np.ndarray], out: np.ndarray) -> None:
     exact = compute(problem, arrays)
-    state = arrays["state"]
-    with np.errstate(over="ignore"):  # a value beyond the dtype's range is stored as inf, as everywhere
-        out[...] = exact.out.reshape(out.shape).astype(np.float32).astype(out.dtype)
-        for sequence, slot in enumerate(exact.slots):
-            if slot >= 0:
-                state[slot] = exact.states[sequence].reshape(state.shape[1:]).astype(np.float32).astype(state.dtype)
+    rows = out.reshape(-1, *exact.out.shape[1:])
+    rows[exact.rows] = rounding.rounded(single(exact.out[exact.rows]), out.dtype.name)
+    out[...] = rows.reshape(out.shape)
+    for name, store in exact.stores.items():
+        for number in range(len(store.states)):  # one after another, so that the last one counts
+            place = tuple(index[number] for index in store.places)
+            values = single(store.states[number])
+            if SCALES[name] in arrays:
+                values, scales = rounding.scale_rows(np, values, arrays[name].dtype.name)
+                arrays[SCALES[name]][place] = scales.reshape(arrays[SCALES[name]][place].shape)
+            words = None if store.words is None else store.words[number]
+            stored = rounding.rounded(values, arrays[name].dtype.name, words)
+            arrays[name][place] = stored.reshape(arrays[name][place].shape)
+
+
+def single(values: np.ndarray) -> np.ndarray:
+    """Round to float32; a value beyond its range becomes infinite, as everywhere."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def compute(problem: Problem, arrays: Mapping[str, Any]) -> Exact:
-    """Compute one step in float64.
+    """Compute a call in float64, with the state rounded to float32 between the tokens of a sequence.
 
     Args:
         problem: the description of the call.
         arrays: NumPy arrays by name, as ``problem.names`` lists them. They are only read.
     """
-    b, H, P, N, G = problem.sequences, problem.nheads, problem.headdim, problem.dstate, problem.ngroups
-
-    def wide(name: str, shape: tuple[int, ...]) -> Any:
-        """Widen to float64 and give every array the axes (b, H, P, N) or a broadcastable part of them."""
-        return arrays[name].astype(np.float64).reshape(shape)
-
-    def parameter(name: str) -> Any:
-        return wide(name, (1, H, -1, 1))
-
-    def grouped(name: str) -> Any:
-        return np.repeat(wide(name, (b, G, 1, N)), H // G, axis=1)
-
-    x, dt = wide("x", (b, H, P, 1)), wide("dt", (b, H, -1 if b else P, 1))
-    dt_scale = np.abs(dt)
-    if "dt_bias" in arrays:
-        dt, dt_scale = dt + parameter("dt_bias"), dt_scale + np.abs(parameter("dt_bias"))
-    if problem.options.dt_softplus:
-        # A change of dt changes softplus by at most the sigmoid's share of it.
-        dt_scale = dt_scale / (1 + np.exp(-dt))
-        dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
-    dt_scale = np.maximum(dt_scale, np.abs(dt))
-    A = wide("A", (1, H, -1, N) if arrays["A"].size > H else (1, H, 1, 1))
-    B, C = grouped("B"), grouped("C")
-    reads, writes = _slots(problem, arrays)
-    old = np.zeros((b, H, P, N))
-    for sequence, slot in enumerate(reads):
-        if slot >= 0:
-            old[sequence] = arrays["state"][slot].astype(np.float64).reshape(H, P, N)
-    decay = np.exp(A * dt)
-    states = old * decay + dt * x * B
-    states_scale = np.abs(old) * decay * (1 + np.abs(A) * dt_scale) + dt_scale * np.abs(x * B)
-    out, out_scale = (states * C).sum(-1), (states_scale * np.abs(C)).sum(-1)
-    if "D" in arrays:
-        skip = (parameter("D") * x)[..., 0]
-        out, out_scale = out + skip, out_scale + np.abs(skip)
-    if "z" in arrays:
-        z = wide("z", (b, H, P))
-        gate = z * np.exp(-np.logaddexp(0, -z))
-        out, out_scale = out * gate, out_scale * np.abs(gate) * (1 + np.abs(z))
-    return Exact(out, states, np.where(reads >= 0, writes, -1), out_scale, states_scale)
+    step = _Step(problem, arrays)
+    b, shape = problem.sequences, (problem.nheads, problem.headdim, problem.dstate)
+    plan = routes(problem, arrays)
+    count = _row_count(problem)
+    out, out_bounds, rows = np.zeros((count, *shape[:2])), np.zeros((count, *shape[:2])), np.zeros(count, bool)
+    kept: dict[str, list[Any]] = {"state": [], "intermediate_states": []}
+    for sequence in range(b):
+        state, bounds = step.initial(plan.reads[sequence]), np.zeros(shape)
+        for token in range(plan.lengths[sequence]):
+            row = plan.starts[sequence] + token
+            rows[row] = True
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as everywhere
+                out[row], out_bounds[row], state, bounds = step.token(row, state, bounds)
+            slot, entry = plan.slots[sequence, token], plan.entries[sequence, token]
+            if slot >= 0:
+                kept["state"].append(((slot,), state, bounds, step.words(slot, token, 0)))
+            if entry >= 0:
+                kept["intermediate_states"].append(((entry, token), state, bounds, step.words(entry, token, 1)))
+            state = single(state).astype(np.float64)
+    stores = {name: _stacked(kept[name], name, shape) for name in kept if name in problem.results}
+    return Exact(out, out_bounds, rows, stores)
 
 
-def _slots(problem: Problem, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the slot that each sequence reads and the one that it writes, -1 for a pad."""
+def _row_count(problem: Problem) -> int:
+    return problem.tokens if problem.form == "packed" else problem.sequences * problem.tokens
 
-    def slots(name: str) -> Any:
-        indices = arrays[name].astype(np.int64)
-        pad = (indices == problem.options.pad_slot_id) | (indices < 0) | (indices >= problem.slots)
-        return np.where(pad, -1, indices)
 
-    reads = slots("state_batch_indices") if "state_batch_indices" in arrays else np.arange(problem.sequences)
-    writes = slots("dst_state_batch_indices") if "dst_state_batch_indices" in arrays else reads
-    return reads, writes
+def _stacked(kept: list[Any], name: str, shape: tuple[int, ...]) -> Store:
+    axes = 2 if name == "intermediate_states" else 1
+    places = np.array([place for place, *_ in kept], np.int64).reshape(-1, axes)
+    states, bounds = (np.array([k[i] for k in kept]).reshape(-1, *shape) for i in (1, 2))
+    words = np.array([k[3] for k in kept]) if kept and kept[0][3] is not None else None
+    return Store(tuple(places.T), states, bounds, words)
+
+
+class _Step:
+    """The recurrence for one token of one sequence, with the arrays widened to float64 once."""
+
+    def __init__(self, problem: Problem, arrays: Mapping[str, Any]):
+        self.problem, self.arrays = problem, arrays
+        H, P, N = problem.nheads, problem.headdim, problem.dstate
+        rows = _row_count(problem)
+
+        def rowwise(name: str, *axes: int) -> Any:
+            return arrays[name].astype(np.float64).reshape(rows, *axes)
+
+        def parameter(name: str) -> Any:
+            """Return (H, P, 1), or (H, 1, 1) for one number a head."""
+            return arrays[name].astype(np.float64).reshape(H, -1, 1)
+
+        def grouped(name: str) -> Any:
+            return np.repeat(rowwise(name, problem.ngroups, 1, N), H // problem.ngroups, axis=1)
+
+        self.x = rowwise("x", H, P, 1)
+        self.dt = rowwise("dt", H, P if arrays["dt"].ndim == arrays["x"].ndim else 1, 1)
+        self.z = rowwise("z", H, P) if "z" in arrays else None
+        self.B, self.C = grouped("B"), grouped("C")
+        self.A = arrays["A"].astype(np.float64).reshape((H, P, N) if arrays["A"].size > H else (H, 1, 1))
+        self.D = parameter("D") if "D" in arrays else None
+        self.dt_bias = parameter("dt_bias") if "dt_bias" in arrays else None
+        self.key = rounding.key_of(arrays["rand_seed"]) if problem.stochastic_rounding else None
+
+    def initial(self, slot: int) -> np.ndarray:
+        """Return the state that a sequence starts from, (H, P, N): zeros if it has no slot."""
+        shape = (self.problem.nheads, self.problem.headdim, self.problem.dstate)
+        if slot < 0:
+            return np.zeros(shape)
+        state = self.arrays["state"][slot].astype(np.float32).reshape(shape)
+        if "state_scale" in self.arrays:
+            state = state * self.arrays["state_scale"][slot].reshape(*shape[:2], 1)
+        return np.asarray(state, np.float64)
+
+    def token(self, row: int, old: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the output for a row, its bounds, the new state and its bounds."""
+        x, dt, B, C = self.x[row], self.dt[row], self.B[row], self.C[row]
+        dt_bounds = np.abs(dt)
+        if self.dt_bias is not None:
+            dt, dt_bounds = dt + self.dt_bias, dt_bounds + np.abs(self.dt_bias)
+        if self.problem.options.dt_softplus:
+            # A change of dt changes softplus by at most the sigmoid's share of it.
+            dt_bounds = dt_bounds / (1 + np.exp(-dt))
+            dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
+        dt_bounds = np.maximum(dt_bounds, np.abs(dt))
+        decay = np.exp(self.A * dt)
+        state = old * decay + dt * x * B
+        # What the tokens before left, and what this one adds.
+        bounds = bounds * decay + np.abs(old) * decay * (1 + np.abs(self.A) * dt_bounds) + dt_bounds * np.abs(x * B)
+        out, out_bounds = (state * C).sum(-1), (bounds * np.abs(C)).sum(-1)
+        if self.D is not None:
+            skip = (self.D * x)[..., 0]
+            out, out_bounds = out + skip, out_bounds + np.abs(skip)
+        if self.z is not None:
+            z = self.z[row]
+            gate = z * np.exp(-np.logaddexp(0, -z))
+            out, out_bounds = out * gate, out_bounds * np.abs(gate) * (1 + np.abs(z))
+        return out, out_bounds, state, bounds
+
+    def words(self, slot: int, token: int, kind: int) -> np.ndarray | None:
+        """Return the random words for a store."""
+        if self.key is None:
+            return None
+        shape = (self.problem.nheads, self.problem.headdim, self.problem.dstate)
+        return rounding.slot_words(slot, shape, token, kind, self.key, self.problem.options.config.philox_rounds)

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from ssu_bridge.backends.base import TracedKernel, not_yet
+from ssu_bridge.backends.base import Feature, TracedKernel, cannot
 from ssu_bridge.problem import Problem
 
 
@@ -13,10 +13,10 @@ def missing(framework: str) -> str | None:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse arrays that are not JAX's, and what is not written yet."""
+    """Refuse arrays that are not JAX's, and states that are not simply rounded."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    return not_yet(problem)
+    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC, Feature.TREES)
 
 
 def settings(problem: Problem) -> str:
@@ -26,10 +26,81 @@ def settings(problem: Problem) -> str:
 
 def load(problem: Problem) -> TracedKernel:
     """Return the function that computes the step; it is traced into the caller's program."""
-    return TracedKernel(functools.partial(_step, problem))
+    return TracedKernel(functools.partial(_run, problem))
 
 
-def _step(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, Any]:
+# What has a row for each token.
+_TOKENWISE = ("x", "dt", "B", "C", "z")
+
+
+def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    read = _read_slots(problem, arrays)
+    form = {"single": _single, "multi": _multi, "packed": _packed}[problem.form]
+    results = form(problem, arrays, read)
+    return tuple(results[name] for name in problem.results)
+
+
+def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    new, out = _token(problem, arrays, _load(problem, arrays["state"], read))
+    written, places = _stored_each_token(problem, arrays, read, jnp.arange(problem.sequences), 0, True)
+    written = {name: _store(array, places[name], new) for name, array in written.items()}
+    return _results(problem, arrays, read, written, new, out)
+
+
+def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
+    """All sequences side by side, one token after another."""
+    import jax
+    import jax.numpy as jnp
+
+    def body(carry: Any, token: Any) -> tuple[Any, Any]:
+        states, written = carry
+        rows, places = token
+        states, out = _token(problem, arrays | rows, states)
+        return (states, {name: _store(array, places[name], states) for name, array in written.items()}), out
+
+    rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in _TOKENWISE if name in arrays}
+    sequences, tokens = jnp.arange(problem.sequences)[None], jnp.arange(problem.tokens)[:, None]
+    written, places = _stored_each_token(problem, arrays, read, sequences, tokens, True)
+    start = _load(problem, arrays["state"], read), written
+    (states, written), outs = jax.lax.scan(body, start, (rows, places))
+    return _results(problem, arrays, read, written, states, jnp.moveaxis(outs, 0, 1), problem.tokens > 0)
+
+
+def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
+    """One row after another, each with the state of its sequence; a row of no sequence has zeros for its output."""
+    import jax
+    import jax.numpy as jnp
+
+    if not problem.sequences:
+        return arrays | {"out": jnp.zeros_like(arrays["x"])}
+
+    def body(carry: Any, row: Any) -> tuple[Any, Any]:
+        states, written = carry
+        own, places, sequence, is_owned = row
+        new, out = _token(problem, arrays | own, states[sequence])
+        written = {name: _store(array, places[name], new) for name, array in written.items()}
+        states = states.at[sequence].set(jnp.where(is_owned, new, states[sequence]))
+        return (states, written), jnp.where(is_owned, out[0], 0)
+
+    edges = jnp.clip(arrays["cu_seqlens"], 0, problem.tokens)
+    starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
+    number = jnp.arange(problem.tokens)[:, None]
+    owned = (starts <= number) & (number < ends)
+    sequence, is_owned = jnp.argmax(owned, axis=1)[:, None], owned.any(axis=1)[:, None]
+    written, places = _stored_each_token(problem, arrays, read, sequence, number - starts[sequence], is_owned)
+    rows = {name: arrays[name][:, None] for name in _TOKENWISE if name in arrays}
+    start = _load(problem, arrays["state"], read), written
+    (states, written), outs = jax.lax.scan(body, start, (rows, places, sequence, is_owned[:, 0]))
+    return _results(problem, arrays, read, written, states, outs, ends > starts)
+
+
+# --- One token ---
+
+
+def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any]:
+    """Return the new states of some sequences and their outputs, from their old states in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -43,23 +114,19 @@ def _step(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, Any]:
 
     def by_head(name: str) -> Any:
         """Give B or C an axis of heads: (b, H, 1, N)."""
-        grouped = wide(name).reshape(problem.sequences, problem.ngroups, 1, problem.dstate)
+        grouped = wide(name).reshape(len(x), problem.ngroups, 1, problem.dstate)
         repeated = jnp.repeat(grouped, problem.nheads // problem.ngroups, axis=1)
         return repeated if problem.heads_axis else repeated[:, 0]
 
-    state, x = arrays["state"], wide("x")
+    x, dt, A = wide("x"), wide("dt"), wide("A")
     channels = x.shape[1:]
-    dt = wide("dt")
     dt = dt[..., None] if dt.ndim < x.ndim else dt
     if "dt_bias" in arrays:
         dt = dt + by_channel("dt_bias")
     if problem.options.dt_softplus:
         # Above 20 the exponential is not needed, and must not overflow in the branch that is not taken either.
         dt = jnp.where(dt > 20, dt, jnp.log1p(jnp.exp(jnp.minimum(dt, 20))))
-    A = wide("A")
-    A = A[:, None, None] if A.ndim < state.ndim - 1 else A
-    read = _Slots(arrays.get("state_batch_indices"), problem)
-    old = read.load(state)
+    A = A[:, None, None] if A.ndim < old.ndim - 1 else A
     new = old * jnp.exp(A * dt[..., None]) + (dt * x)[..., None] * by_head("B")
     out = jnp.sum(new * by_head("C"), axis=-1)
     if "D" in arrays:
@@ -67,42 +134,105 @@ def _step(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, Any]:
     if "z" in arrays:
         z = wide("z")
         out = out * z * jax.nn.sigmoid(z)
-    write = _Slots(arrays["dst_state_batch_indices"], problem) if "dst_state_batch_indices" in arrays else read
-    return out.astype(arrays["x"].dtype), write.store(state, new.astype(state.dtype), read)
+    return new, out.astype(arrays["x"].dtype)
 
 
-class _Slots:
-    """The slots that the sequences read or write: one each, some of them pads."""
+# --- Where to ---
 
-    def __init__(self, indices: Any | None, problem: Problem):
-        self.problem = problem
-        self.indices = indices
-        if indices is not None:
-            inside = (indices >= 0) & (indices < problem.slots)
-            self.valid = inside & (indices != problem.options.pad_slot_id) if self._pad_fits() else inside
+# An array of places has -1 where nothing is loaded or stored; None stands for each sequence's own number.
 
-    def _pad_fits(self) -> bool:
-        """A pad id outside the slots is a pad by being outside, and need not fit the indices' dtype."""
-        return 0 <= self.problem.options.pad_slot_id < self.problem.slots
 
-    def load(self, state: Any) -> Any:
-        import jax.numpy as jnp
+def _slots(problem: Problem, indices: Any) -> Any:
+    """Make -1 of each pad."""
+    import jax.numpy as jnp
 
-        if self.indices is None:
-            return state[: self.problem.sequences].astype(jnp.float32)
-        if self.problem.slots == 0:
-            return jnp.zeros((self.problem.sequences, *state.shape[1:]), jnp.float32)
-        rows = state[jnp.where(self.valid, self.indices, 0)].astype(jnp.float32)
-        return jnp.where(self.valid.reshape(-1, *[1] * (state.ndim - 1)), rows, 0)
+    valid = (indices >= 0) & (indices < problem.slots)
+    if 0 <= problem.options.pad_slot_id < problem.slots:  # else it is out of range, and need not fit the indices' dtype
+        valid &= indices != problem.options.pad_slot_id
+    return jnp.where(valid, indices, -1)
 
-    def store(self, state: Any, rows: Any, read: "_Slots") -> Any:
-        import jax.numpy as jnp
 
-        if self.indices is None:
-            return state.at[: self.problem.sequences].set(rows)
-        valid = self.valid if read.indices is None else self.valid & read.valid
-        # The row of a pad goes past the last slot, where the scatter drops it; each to a place of its own, because XLA
-        # writes faster where no two rows go to one place.
-        dropped = self.problem.slots + jnp.arange(self.problem.sequences, dtype=self.indices.dtype)
-        places = jnp.where(valid, self.indices, dropped)
-        return state.at[places].set(rows, mode="drop", unique_indices=True)
+def _read_slots(problem: Problem, arrays: dict[str, Any]) -> Any:
+    import jax.numpy as jnp
+
+    indices = arrays.get("state_batch_indices")
+    if indices is None:
+        return None
+    if indices.ndim == 2:
+        accepted = arrays.get("num_accepted_tokens", jnp.ones(problem.sequences, jnp.int32))
+        column = jnp.clip(accepted, 1, indices.shape[1]) - 1
+        indices = indices[jnp.arange(problem.sequences), column]
+    return _slots(problem, indices)
+
+
+def _stored_each_token(
+    problem: Problem, arrays: dict[str, Any], read: Any, sequence: Any, token: Any, is_owned: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arrays that are stored to after each token, with one leading axis, and the places in them."""
+    import jax.numpy as jnp
+
+    written, places = {}, {}
+    stores = is_owned if read is None else is_owned & (read[sequence] >= 0)
+    if "dst_state_batch_indices" in problem.tables:
+        table = arrays["dst_state_batch_indices"]
+        slots = _slots(problem, table[sequence, jnp.minimum(token, table.shape[1] - 1)])
+        written["state"] = arrays["state"]
+        places["state"] = jnp.where(stores & (token < table.shape[1]), slots, -1)
+    if "intermediate_states" in arrays:
+        buffer = arrays["intermediate_states"]
+        entries, steps = buffer.shape[:2]
+        entry = arrays.get("intermediate_state_indices", jnp.arange(problem.sequences) if read is None else read)[
+            sequence
+        ]
+        inside = stores & (entry >= 0) & (entry < entries) & (token < steps)
+        written["intermediate_states"] = buffer.reshape(entries * steps, *buffer.shape[2:])
+        # Only entries in range are multiplied: others could overflow into it.
+        places["intermediate_states"] = jnp.where(inside, jnp.where(inside, entry, 0) * steps + token, -1)
+    return written, places
+
+
+def _results(
+    problem: Problem,
+    arrays: dict[str, Any],
+    read: Any,
+    written: dict[str, Any],
+    states: Any,
+    out: Any,
+    some: Any = True,
+) -> dict[str, Any]:
+    """Return the arrays as they are after the call; the final state of a sequence is stored if it had some token."""
+    import jax.numpy as jnp
+
+    results = {name: array.reshape(arrays[name].shape) for name, array in written.items()}
+    if "state" in problem.results and "state" not in written:
+        final = _slots(problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else read
+        if read is not None or some is not True:
+            final = jnp.arange(problem.sequences) if final is None else final
+            final = jnp.where(some if read is None else some & (read >= 0), final, -1)
+        results["state"] = _store(arrays["state"], final, states)
+    return arrays | results | {"out": out}
+
+
+def _load(problem: Problem, state: Any, places: Any) -> Any:
+    """Return states in float32; zeros for a pad."""
+    import jax.numpy as jnp
+
+    if places is None:
+        return state[: problem.sequences].astype(jnp.float32)
+    if problem.slots == 0:
+        return jnp.zeros((problem.sequences, *state.shape[1:]), jnp.float32)
+    rows = state[jnp.where(places >= 0, places, 0)].astype(jnp.float32)
+    return jnp.where((places >= 0).reshape(-1, *[1] * (state.ndim - 1)), rows, 0)
+
+
+def _store(array: Any, places: Any, rows: Any) -> Any:
+    """Put rows into an array, in its dtype."""
+    import jax.numpy as jnp
+
+    rows = rows.astype(array.dtype)
+    if places is None:
+        return array.at[: len(rows)].set(rows)
+    # A pad goes past the end, where the scatter drops it; each to a place of its own, because XLA writes faster where
+    # no two rows go to one place.
+    dropped = len(array) + jnp.arange(len(rows), dtype=places.dtype)
+    return array.at[jnp.where(places >= 0, places, dropped)].set(rows, mode="drop", unique_indices=True)

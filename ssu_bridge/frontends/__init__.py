@@ -3,22 +3,24 @@
 Each module has the functions of :class:`Frontend`; it is imported when the first arrays of its framework arrive.
 """
 
+import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from ssu_bridge.arrays import framework_of
+from ssu_bridge.arrays import SCALES, framework_of, paired
 from ssu_bridge.choose import Choice
-from ssu_bridge.problem import ARGUMENTS, REQUIRED, Options
+from ssu_bridge.problem import ARGUMENTS, REQUIRED, ROUNDABLE, Options
+from ssu_bridge.tables import TABLES, require_valid
 
 # The array arguments of one call, in the order of ARGUMENTS and without out. None stands for one that was not given;
 # a shorter tuple leaves out the rest.
 Arrays = tuple[Any, ...]
 
 
-# Runs one call, of a type of state and options that are fixed, from its arrays and out; returns (out, state).
+# Runs one call, of a type of state and options that are fixed, from its arrays and out; returns what ``update`` does.
 Launch = Callable[[Arrays, Any], tuple[Any, ...]]
 
 
@@ -30,6 +32,9 @@ class Frontend(Protocol):
 
     def consider(self, arrays: Arrays, out: Any, options: Options) -> tuple[Choice, ...]:
         """Check the call and return the choice for each platform that it could run on."""
+
+    def seeded(self, arrays: Arrays, options: Options) -> Arrays:
+        """Return the arrays with a seed for stochastic rounding as kernels take it, drawn if there has to be one."""
 
     def to_host(self, array: Any) -> np.ndarray:
         """Return a NumPy copy."""
@@ -59,12 +64,64 @@ def launcher_of(arrays: Arrays, out: Any, options: Options) -> Launch:
     Raises:
         TypeError: as :func:`frontend_of`.
     """
-    return frontend_of(arrays, out).launcher(type(arrays[0]), options)
+    side = frontend_of(arrays, out)
+    launch = side.launcher(type(arrays[0]), options)
+    return functools.partial(_check_and_launch, side, launch, options) if options.check_indices else launch
+
+
+def _check_and_launch(side: Frontend, launch: Launch, options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
+    """Look at the index tables on the host before the call is launched."""
+    problem = side.consider(arrays, out, options)[0].problem
+    if any(name in problem.names for name in TABLES):
+        if problem.traced:
+            raise ValueError(
+                "check_indices: expected False while JAX traces, where indices have no values yet, got True; "
+                "check them outside of jit"
+            )
+        given = named(arrays)
+        looked_at = (*TABLES, "intermediate_states")
+        require_valid(
+            problem, {n: a if n not in TABLES else side.to_host(a) for n, a in given.items() if n in looked_at}
+        )
+    return launch(arrays, out)
 
 
 def named(arrays: Arrays, out: Any = None) -> dict[str, Any]:
     """Return the arrays that were given, by name."""
     return {name: array for name, array in (*zip(ARGUMENTS, arrays, strict=False), ("out", out)) if array is not None}
+
+
+def returned(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what ``update`` does, from the arrays of a call by name as they are after it, out among them."""
+    results = paired(arrays)
+    return results["out"], *(results[name] for name in SCALES if name in results)
+
+
+SEED = list(ARGUMENTS).index("rand_seed")
+
+
+def with_seed(arrays: Arrays, options: Options, make: Callable[[int | None], Any]) -> Arrays:
+    """Give a call the array that its seed travels in.
+
+    Args:
+        arrays: of the call; its seed may be an int, or missing where stochastic rounding is configured.
+        options: the configuration is theirs.
+        make: returns an array of one int64, with the bits of the int that it is given; drawn at random for None.
+    """
+    seed = arrays[SEED] if len(arrays) > SEED else None
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"rand_seed: expected an int of 64 bits, got {seed}")
+        seed = make((int(seed) + 2**63) % 2**64 - 2**63)
+    elif seed is None and options.config.stochastic_rounding and _dtype_name(arrays[0]) in ROUNDABLE:
+        seed = make(None)
+    else:
+        return arrays
+    return (*arrays, *[None] * (SEED - len(arrays)), seed) if len(arrays) <= SEED else (*arrays[:SEED], seed)
+
+
+def _dtype_name(array: Any) -> str:
+    return str(getattr(array, "dtype", "")).removeprefix("torch.")
 
 
 def require_one_framework(arrays: Arrays, out: Any = None) -> None:
@@ -77,7 +134,7 @@ def require_one_framework(arrays: Arrays, out: Any = None) -> None:
     """
     given = {**dict.fromkeys(REQUIRED), **named(arrays, out)}
     for name, array in given.items():
-        if framework_of(array) is None and not (name == "rand_seed" and isinstance(array, int)):
+        if framework_of(array) is None and not (name == "rand_seed" and type(array) is int):
             raise TypeError(f"{name}: expected a JAX, Torch or NumPy array, got {_type_name(array)}")
     expected = _framework_of_all(list(given.values()))
     for name, array in given.items():

@@ -8,7 +8,7 @@ import numpy as np
 from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
-from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
+from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework, returned, with_seed
 from ssu_bridge.library import library
 from ssu_bridge.problem import Options, Problem, describe
 
@@ -19,24 +19,37 @@ def launcher(state_type: type, options: Options) -> Launch:
     return functools.partial(_update, options)
 
 
-def _update(options: Options, arrays: Arrays, out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Run the step; out is new unless it was given, the state is changed in place."""
-    kernel = load(_describe(arrays, out, options))
+def _update(options: Options, arrays: Arrays, out: np.ndarray | None) -> tuple[Any, ...]:
+    """Run the step; out is new unless it was given, all other results are changed in place."""
+    arrays = seeded(arrays, options)
+    problem = _describe(arrays, out, options)
+    kernel = load(problem)
     given = named(arrays)
-    state, x = given["state"], given["x"]
     if out is None:
-        out = np.empty(x.shape, x.dtype)
+        out = np.empty(given["x"].shape, given["x"].dtype)
     if isinstance(kernel, HostKernel):
         kernel.function(given, out)
     else:
         assert isinstance(kernel, DeviceKernel)
-        kernel.function(*map(_view, given.values()), _view(out), _view(state))
-    return out, state
+        results = ({**given, "out": out}[name] for name in problem.results)
+        kernel.function(*map(_view, (*given.values(), *results)))
+    return returned({**given, "out": out})
 
 
 def consider(arrays: Arrays, out: np.ndarray | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the one platform there is."""
-    return (consider_problem(_describe(arrays, out, options)),)
+    with_any_seed = with_seed(arrays, options, lambda _: np.zeros((), np.int64))
+    return (consider_problem(_describe(with_any_seed, out, options)),)
+
+
+def seeded(arrays: Arrays, options: Options) -> Arrays:
+    """Return the arrays with the seed in one; if it has to be drawn, by NumPy's global generator."""
+    return with_seed(arrays, options, _seed)
+
+
+def _seed(value: int | None) -> np.ndarray:
+    narrow = np.iinfo(np.int64)
+    return np.asarray(np.random.randint(narrow.min, narrow.max, dtype=np.int64) if value is None else value, np.int64)
 
 
 def to_host(array: np.ndarray) -> np.ndarray:
@@ -56,8 +69,6 @@ def _describe(arrays: Arrays, out: np.ndarray | None, options: Options) -> Probl
 
 
 def _info(name: str, array: Any) -> ArrayInfo:
-    if isinstance(array, int):  # a seed
-        return ArrayInfo((), "int64")
     if not array.flags.aligned or any(array.itemsize and stride % array.itemsize for stride in array.strides):
         raise ValueError(f"{name}: expected elements aligned to their size, got byte strides {array.strides}")
     # A dtype of foreign byte order has the native one's name; its code, such as >f4, is refused with the dtypes.

@@ -12,7 +12,7 @@ from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.choose import Choice, consider_problem, load
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework
+from ssu_bridge.frontends import SEED, Arrays, Launch, named, refuse_copy, require_one_framework, returned, with_seed
 from ssu_bridge.frontends.torch_compile import trace
 from ssu_bridge.library import library
 from ssu_bridge.problem import ARGUMENTS, VECTOR_BYTES, Options, Problem, describe
@@ -49,8 +49,11 @@ def launcher(state_type: type, options: Options) -> Launch:
     refuse_copy(options)
     # By the shapes of state and x; with each step, what picks the arrays that were given.
     steps: dict[Any, tuple[Step, Callable[[Arrays], tuple[torch.Tensor, ...]]]] = {}
+    seeds = options.config.stochastic_rounding
 
-    def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
+        if seeds or len(arrays) > SEED:
+            arrays = seeded(arrays, options)
         if torch.compiler.is_compiling():
             return trace(options, arrays, out)
         grad, done = torch.is_grad_enabled(), False
@@ -67,20 +70,25 @@ def launcher(state_type: type, options: Options) -> Launch:
             done = False  # the first of its sizes; or else the check below says what is wrong
         return _written(result, state) if done else check_and_launch(arrays, out, grad)
 
-    def check_and_launch(arrays: Arrays, out: torch.Tensor | None, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        kernel = _kernel(_key(arrays, out), grad, options)
-        state, x = arrays[0], arrays[1]
-        result = _new_out(x) if out is None else out
+    def check_and_launch(arrays: Arrays, out: torch.Tensor | None, grad: bool) -> tuple[Any, ...]:
+        kernel, results = _kernel(_key(arrays, out), grad, options)
+        given = named(arrays)
+        state, x = given["state"], given["x"]
+        given["out"] = _new_out(x) if out is None else out
+        written = [given[name] for name in results]
         if isinstance(kernel, HostKernel):
-            _run_on_host(kernel, arrays, result)
-            return _written(result, state)
-        step = library().guarded(kernel.function)
-        step(*arrays, result)
-        if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
-            steps.clear()
-        places = [place for place, array in enumerate(arrays) if array is not None]
-        steps[state.shape, x.shape] = step, operator.itemgetter(*places)
-        return _written(result, state)
+            _run_on_host(kernel, results, given)
+        elif results == ("out", "state"):
+            step = library().guarded(kernel.function)
+            step(*arrays, given["out"])
+            if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
+                steps.clear()
+            places = [place for place, array in enumerate(arrays) if array is not None]
+            steps[state.shape, x.shape] = step, operator.itemgetter(*places)
+        else:
+            kernel.function(*named(arrays).values(), *written)
+        _written(*written)
+        return returned(given)
 
     return launch
 
@@ -89,10 +97,10 @@ def _new_out(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _written(out: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _written(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tell autograd of a write that it did not see, or it would use a saved tensor that has changed."""
-    torch.autograd.graph.increment_version((out, state))
-    return out, state
+    torch.autograd.graph.increment_version(tensors)
+    return tensors
 
 
 # Those of _NO_GRAD that every call's tuple of arrays has a place for; only calls that are refused have more.
@@ -106,7 +114,23 @@ def _needs_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
 
 def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the device that the tensors are on."""
-    return (consider_problem(_describe(_key(arrays, out), options)),)
+    with_any_seed = with_seed(arrays, options, lambda _: torch.zeros((), dtype=torch.int64, device=arrays[0].device))
+    return (consider_problem(_describe(_key(with_any_seed, out), options)),)
+
+
+def seeded(arrays: Arrays, options: Options) -> Arrays:
+    """Return the arrays with the seed in one on the state's device; if it has to be drawn, by Torch's generator there.
+
+    In a CUDA graph that generator gives each replay a seed of its own.
+    """
+
+    def make(value: int | None) -> torch.Tensor:
+        state, narrow = arrays[0], torch.iinfo(torch.int64)
+        if value is None:
+            return torch.randint(narrow.min, narrow.max, (), dtype=torch.int64, device=state.device)
+        return torch.full((), value, dtype=torch.int64, device=state.device)
+
+    return with_seed(arrays, options, make)
 
 
 def to_host(tensor: torch.Tensor) -> np.ndarray:
@@ -140,20 +164,18 @@ def _key(arrays: Arrays, out: torch.Tensor | None) -> Key:
         return tuple([None if a is None else _entry(a) for a in (out, *arrays)])
     except (AttributeError, RuntimeError, TypeError):
         require_one_framework(arrays, out)
-        if any(isinstance(array, int) for array in arrays):  # a seed
-            return _key(tuple(torch.tensor(a) if isinstance(a, int) else a for a in arrays), out)
         raise
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(key: Key, grad_enabled: bool, options: Options) -> DeviceKernel | HostKernel:
+def _kernel(key: Key, grad_enabled: bool, options: Options) -> tuple[DeviceKernel | HostKernel, tuple[str, ...]]:
     problem = _describe(key, options)
     for name, entry in zip(_KEY_NAMES, key, strict=False):
         if grad_enabled and name in _NO_GRAD and entry is not None and entry[5]:
             raise UnsupportedError(f"{name}: it requires grad, and no gradient goes through here; use torch.no_grad()")
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
-    return kernel
+    return kernel, problem.results
 
 
 def _describe(key: Key, options: Options) -> Problem:
@@ -174,10 +196,9 @@ def _describe(key: Key, options: Options) -> Problem:
     return describe(infos, options, framework="torch", platform=device.type, capability=capability)
 
 
-def _run_on_host(kernel: HostKernel, arrays: Arrays, out: torch.Tensor) -> None:
-    host = {name: to_host(array) for name, array in named(arrays).items()}
-    host_out = np.empty(tuple(out.shape), host["x"].dtype)
-    kernel.function(host, host_out)
+def _run_on_host(kernel: HostKernel, results: tuple[str, ...], given: dict[str, torch.Tensor]) -> None:
+    host = {name: to_host(tensor) for name, tensor in given.items()}
+    kernel.function(host, host["out"])
     with torch.no_grad():
-        out.copy_(from_host(host_out))
-        arrays[0].copy_(from_host(host["state"]))
+        for name in results:
+            given[name].copy_(from_host(host[name]))

@@ -1,4 +1,4 @@
-// The single-token step as a TVM-FFI function over host tensors.
+// The step as a TVM-FFI function over host tensors.
 #ifndef SSU_BRIDGE_CPU_KERNEL_H_
 #define SSU_BRIDGE_CPU_KERNEL_H_
 
@@ -8,10 +8,13 @@
 
 namespace ssu_bridge {
 
-// Returns fn(*inputs, out, new_state). The inputs are those in `argument_names`, a subsequence of kArgumentNames that
-// has the required ones. `isa` is "auto" or a name from runnable_variants().
-tvm::ffi::Function make_cpu_kernel(tvm::ffi::Array<tvm::ffi::String> argument_names, bool dt_softplus,
-                                   int64_t pad_slot_id, tvm::ffi::String isa);
+// Returns fn(*inputs, *results). The inputs are those in `argument_names`, a subsequence of kArgumentNames that has the
+// required ones. The results are `result_names`: "out", then those of the inputs that are written: state unless it is
+// not to be updated, intermediate_states, and the scales of either; each has the very memory of the input of its name.
+// `philox_rounds` counts when there is a rand_seed; 0 means 10. `isa` is "auto" or a name from runnable_variants().
+tvm::ffi::Function make_cpu_kernel(tvm::ffi::Array<tvm::ffi::String> argument_names,
+                                   tvm::ffi::Array<tvm::ffi::String> result_names, bool dt_softplus,
+                                   int64_t pad_slot_id, int64_t philox_rounds, tvm::ffi::String isa);
 
 }  // namespace ssu_bridge
 

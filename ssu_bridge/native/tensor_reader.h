@@ -9,8 +9,27 @@
 namespace ssu_bridge {
 
 // In the order in which they are passed; the first six are always there.
-enum class Argument { kState, kX, kDt, kA, kB, kC, kD, kZ, kDtBias, kReadSlots, kWriteSlots };
-constexpr int kArguments = 11;
+enum class Argument {
+  kState,
+  kX,
+  kDt,
+  kA,
+  kB,
+  kC,
+  kD,
+  kZ,
+  kDtBias,
+  kReadSlots,
+  kWriteSlots,
+  kAcceptedTokens,
+  kSequenceStarts,
+  kIntermediates,
+  kIntermediateEntries,
+  kScales,
+  kIntermediateScales,
+  kSeed,
+};
+constexpr int kArguments = 18;
 constexpr int kRequiredArguments = 6;
 extern const char* const kArgumentNames[kArguments];
 
@@ -18,7 +37,6 @@ extern const char* const kArgumentNames[kArguments];
 struct CallTensors {
   const DLTensor* inputs[kArguments] = {};
   const DLTensor* out = nullptr;
-  const DLTensor* new_state = nullptr;
 
   const DLTensor* operator[](Argument argument) const { return inputs[static_cast<int>(argument)]; }
 };

@@ -1,0 +1,44 @@
+"""Functions with the names, arguments and rules of other packages, for Torch: only the import changes.
+
+Each translates its call into one of :func:`ssu_bridge.update`, whose backend is the one that is configured. What they
+add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, or lie in memory in any way.
+"""
+
+from typing import Any
+
+# Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
+_TOKENWISE = ("x", "dt", "B", "C", "z", "out")
+# How many axes the arguments have in a call of one token for each sequence, all heads and groups spelt out.
+_AXES = {"state": 4, "x": 3, "dt": 3, "A": 3, "B": 3, "C": 3, "D": 2, "z": 3, "dt_bias": 2, "out": 3}
+
+
+def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Give arguments of Mamba-1, and B and C of one group, the axis of heads or groups that they lack."""
+    result = dict(arguments)
+    for name, tensor in arguments.items():
+        if tensor is not None and name in _AXES and tensor.dim() == _AXES[name] - 1:
+            result[name] = tensor.unsqueeze(0 if name in ("A", "D", "dt_bias") else 1)
+    return result
+
+
+def dense(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copy those arguments, apart from what is written, that do not lie in memory as ``update`` asks."""
+    copied = {n: t.contiguous() for n, t in arguments.items() if n not in ("state", "out") and _has_gaps(n, t)}
+    return {**arguments, **copied}
+
+
+def _has_gaps(name: str, tensor: Any) -> bool:
+    if tensor is None or tensor.is_contiguous():
+        return False
+    axes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    if name in _TOKENWISE:
+        axes = axes[tensor.dim() - _AXES[name] + 1 :]
+    repeated = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}.get(name, 0)
+    if repeated and not any(stride for _, stride in axes[-repeated:]):  # one number a head
+        axes = axes[:-repeated]
+    step = 1
+    for size, stride in reversed(axes):
+        if size > 1 and stride != step:
+            return True
+        step *= size
+    return False

@@ -1,0 +1,129 @@
+"""FlashInfer's ``flashinfer.mamba.selective_state_update``."""
+
+from typing import Any
+
+from ssu_bridge.arrays import QuantizedState
+from ssu_bridge.compat import dense, with_heads
+from ssu_bridge.config import using
+from ssu_bridge.update import update
+
+_TOKENWISE = ("x", "dt", "B", "C", "z")
+
+
+def selective_state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+    pad_slot_id: int = -1,
+    state_scale: Any = None,
+    out: Any = None,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: Any = None,
+    intermediate_state_indices: Any = None,
+    intermediate_state_scales: Any = None,
+    rand_seed: Any = None,
+    philox_rounds: int = 10,
+    cache_steps: int = 0,
+    algorithm: str = "auto",
+    dst_state_batch_indices: Any = None,
+    cu_seqlens: Any = None,
+    num_accepted_tokens: Any = None,
+    backend: str = "auto",
+) -> Any:
+    """Advance states in place, by one token or several, and return the output.
+
+    Several tokens are meant by ``cu_seqlens`` with x of three axes, by x of four axes, or by ``cache_steps``. A call of
+    one token ignores ``num_accepted_tokens`` and the intermediate states.
+
+    Args:
+        state: (slots, dim, dstate) or (slots, nheads, dim, dstate).
+        x, dt, z: (batch, dim), (batch, nheads, dim), (batch, tokens, nheads, dim), or with ``cu_seqlens``
+            (rows, nheads, dim).
+        A: (dim, dstate) or (nheads, dim, dstate).
+        B, C: as x, with (ngroups, dstate) for (nheads, dim).
+        D, dt_bias: (dim,) or (nheads, dim).
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (batch,) or (batch, tokens), as in ``update``. It may have rows to spare.
+        pad_slot_id: the index that stands for no slot.
+        state_scale: (slots, nheads, dim) or (slots, nheads, dim, 1), for a quantised state.
+        out: where to put the output, of the shape that is returned.
+        disable_state_update: read the state and leave it, unless ``dst_state_batch_indices`` are given.
+        intermediate_states_buffer: (entries, steps, nheads, dim, dstate).
+        intermediate_state_indices: (batch,).
+        intermediate_state_scales: (entries, steps, nheads, dim).
+        rand_seed: one int64 in a tensor, for stochastic rounding; not with ``state_scale``. The numbers drawn are not
+            FlashInfer's.
+        philox_rounds: of the random generator.
+        cache_steps: how many tokens; 0 for one.
+        algorithm: auto, simple, vertical or horizontal (or async_horizontal, which is simple).
+        dst_state_batch_indices: (batch,) or (batch, tokens), as in ``update``. It may have rows to spare.
+        cu_seqlens, num_accepted_tokens: as in ``update``.
+        backend: auto, flashinfer or cake: ignored, this package's configuration decides.
+
+    Returns:
+        ``out``, or a new tensor of the shape of x with all axes, that of heads and that of tokens too.
+
+    Raises:
+        As :func:`ssu_bridge.update`.
+    """
+    if backend not in ("auto", "flashinfer", "cake"):
+        raise ValueError(f"backend: expected auto, flashinfer or cake, got {backend!r}")
+    packed = cu_seqlens is not None and x.dim() == 3
+    several = not packed and (cache_steps >= 1 or x.dim() == 4)
+    arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    arrays = with_heads(arrays)
+    if several:
+        arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.dim() == 3}
+    arrays = dense(arrays)
+    sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
+    slots: dict[str, Any] = {
+        "state_batch_indices": _rows(state_batch_indices, sequences),
+        "dst_state_batch_indices": _rows(dst_state_batch_indices, sequences),
+    }
+    if packed or several:
+        slots |= {
+            "num_accepted_tokens": num_accepted_tokens,
+            "intermediate_states": _quantized(intermediate_states_buffer, intermediate_state_scales),
+            "intermediate_state_indices": intermediate_state_indices,
+        }
+    config: dict[str, Any] = {}
+    if rand_seed is not None:
+        config["philox_rounds"] = _checked_rounds(philox_rounds, state_scale)
+    if state_scale is not None and state_scale.dim() == 4:
+        state_scale = state_scale.squeeze(-1)
+    with using(**config):
+        return update(
+            **arrays | {"state": _quantized(arrays["state"], state_scale)},
+            **slots,
+            dt_softplus=dt_softplus,
+            pad_slot_id=pad_slot_id,
+            cu_seqlens=cu_seqlens if packed else None,
+            disable_state_update=disable_state_update and dst_state_batch_indices is None,
+            rand_seed=rand_seed,
+            out=out,
+            algorithm="simple" if algorithm == "async_horizontal" else algorithm,
+        )[0]
+
+
+def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
+    if state_scale is not None:
+        raise ValueError("rand_seed: expected None with state_scale, got a seed")
+    if philox_rounds <= 0:
+        raise ValueError(f"philox_rounds: expected at least 1, got {philox_rounds}")
+    return philox_rounds
+
+
+def _quantized(values: Any, scale: Any) -> Any:
+    return values if scale is None else QuantizedState(values, scale)
+
+
+def _rows(table: Any, sequences: int) -> Any:
+    return None if table is None else table[:sequences]

@@ -1,0 +1,45 @@
+"""``mamba_ssm.ops.triton.selective_state_update``, the function of state-spaces/mamba."""
+
+from typing import Any
+
+from ssu_bridge.compat import dense, with_heads
+from ssu_bridge.update import update
+
+
+def selective_state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+) -> Any:
+    """Advance states by one token in place, and return the output.
+
+    Args:
+        state: (batch, dim, dstate) or (batch, nheads, dim, dstate); with indices, slots in place of batch.
+        x, dt, z: (batch, dim) or (batch, nheads, dim).
+        A: (dim, dstate) or (nheads, dim, dstate).
+        B, C: (batch, dstate) or (batch, ngroups, dstate).
+        D, dt_bias: (dim,) or (nheads, dim).
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (batch,), the slot of each sequence. For a negative one nothing is stored, and the output
+            is zero.
+
+    Returns:
+        The output, of the shape of ``x``; without an axis of heads if the state has none.
+
+    Raises:
+        As :func:`ssu_bridge.update`.
+    """
+    given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    arrays = dense(with_heads(given))
+    out = update(**arrays, dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)[0]
+    if state_batch_indices is not None:
+        out.masked_fill_((state_batch_indices < 0)[:, None, None], 0)
+    return out if state.dim() > 3 else out.squeeze(1)

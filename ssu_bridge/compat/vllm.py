@@ -1,0 +1,94 @@
+"""vLLM's ``vllm.model_executor.layers.mamba.ops.mamba_ssm.selective_state_update``, the function over Triton."""
+
+from typing import Any
+
+import torch
+
+from ssu_bridge.compat import dense, with_heads
+from ssu_bridge.config import using
+from ssu_bridge.update import update
+
+NULL_BLOCK_ID = 0
+
+
+def selective_state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    dt_bias: Any,
+    z: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+    dst_state_batch_indices: Any = None,
+    null_block_id: int = NULL_BLOCK_ID,
+    out: Any = None,
+    num_accepted_tokens: Any = None,
+    cu_seqlens: Any = None,
+    is_blackwell: bool = False,
+    enable_stochastic_rounding: bool = False,
+    cache_philox_rounds: int = 0,
+    *,
+    pad_slot_id: int | None = None,
+) -> None:
+    """Advance states in place, and write the output to ``out``.
+
+    Args:
+        state: (slots, dim, dstate) or (slots, nheads, dim, dstate).
+        x, dt, z, out: (batch, dim) or (batch, nheads, dim); with ``cu_seqlens``, rows of tokens in place of batch.
+        A: (dim, dstate) or (nheads, dim, dstate).
+        B, C: (batch, dstate) or (batch, ngroups, dstate).
+        D, dt_bias: (dim,) or (nheads, dim); None for none.
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (N,) or (N, tokens), the slots to start from: the first column, or with
+            ``num_accepted_tokens`` column max(accepted - 1, 0). It may have rows to spare.
+        dst_state_batch_indices: as ``state_batch_indices``, which it is if it is None. Without ``num_accepted_tokens``
+            the last state of a sequence goes to the first column; with them the state after each token to its column.
+        null_block_id: the index that stands for no slot: the sequence starts from zeros, and nothing is stored.
+        num_accepted_tokens: (N,).
+        cu_seqlens: (N + 1,), where the sequences begin and end among the rows.
+        is_blackwell: ignored.
+        enable_stochastic_rounding: round the state stochastically, with a seed drawn in each call; as in vLLM not with
+            ``num_accepted_tokens``. The numbers drawn are not vLLM's.
+        cache_philox_rounds: of the random generator; 0 means 10.
+        pad_slot_id: the name that ``null_block_id`` had in older versions.
+
+    Raises:
+        As :func:`ssu_bridge.update`; TypeError without ``out``.
+    """
+    if out is None:
+        raise TypeError("out: expected a tensor of x's shape, got None")
+    arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "out": out}
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    slots = {
+        "state_batch_indices": _rows(state_batch_indices, sequences),
+        "dst_state_batch_indices": _rows(dst_state_batch_indices, sequences),
+    }
+    if num_accepted_tokens is None:
+        slots = {name: None if table is None else table[:, 0] for name, table in slots.items()}
+    elif slots["dst_state_batch_indices"] is None:
+        slots["dst_state_batch_indices"] = slots["state_batch_indices"]
+    seed, config = None, {}
+    if enable_stochastic_rounding and num_accepted_tokens is None:
+        seed = torch.randint(2**63 - 1, (), device=state.device)
+        config = {"philox_rounds": cache_philox_rounds}
+    with using(**config):
+        update(
+            **dense(with_heads(arrays)),
+            **slots,
+            dt_softplus=dt_softplus,
+            pad_slot_id=null_block_id if pad_slot_id is None else pad_slot_id,
+            num_accepted_tokens=num_accepted_tokens,
+            cu_seqlens=cu_seqlens,
+            rand_seed=seed,
+        )
+
+
+def _rows(table: Any, sequences: int) -> Any:
+    """Return a table with a column for each token, of so many rows."""
+    if table is None:
+        return None
+    return (table if table.dim() == 2 else table[:, None])[:sequences]

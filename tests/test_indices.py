@@ -1,0 +1,220 @@
+"""Index tables with anything in them: no memory but the call's own is read or written, and check_indices says so."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from modes import GPU_PAIRS, PAIRS, bits, convert, int64_as_it_is, skip_if_refused, step, to_host, to_mode
+
+import ssu_bridge
+from ssu_bridge import tables
+from ssu_bridge.arrays import SCALES, paired
+from ssu_bridge.cases import Case, arguments
+from ssu_bridge.check import results_by_name
+from ssu_bridge.update import explain
+
+SLOTS, ENTRIES, STEPS, ROWS = 6, 6, 2, 7
+GUARD = 64
+
+
+def guarded(array, poison):
+    """Copy an array into the middle of a larger one; return both."""
+    whole = np.full(array.size + 2 * GUARD, poison).astype(array.dtype)
+    inside = whole[GUARD : GUARD + array.size].reshape(array.shape)
+    inside[...] = array
+    return inside, whole
+
+
+ENDS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
+
+
+@st.composite
+def any_tables(draw):
+    """A case whose tables hold anything: ends of the range, negative ones, the same twice, decreasing ones."""
+    names = (
+        "state_batch_indices",
+        "dst_state_batch_indices",
+        "num_accepted_tokens",
+        "cu_seqlens",
+        "intermediate_state_indices",
+    )
+    dtypes = {name: draw(st.sampled_from(["int32", "int64"])) for name in names}
+
+    def numbers(name, count):
+        lowest, highest = ENDS[dtypes[name]]
+        near = st.integers(-3, 9)
+        ends = st.sampled_from([lowest, lowest + 1, highest, highest - 1, highest // SLOTS + 1])
+        return tuple(draw(st.lists(near | ends, min_size=count, max_size=count)))
+
+    def table(name):
+        if draw(st.booleans()):
+            return numbers(name, 3)
+        width = draw(st.integers(2, 4))
+        return tuple(numbers(name, width) for _ in range(3))
+
+    form = draw(st.sampled_from(["single", "multi", "packed"]))
+    indices = table("state_batch_indices") if draw(st.booleans()) else None
+    destinations = table("dst_state_batch_indices") if draw(st.booleans()) else None
+    wide = indices is not None and isinstance(indices[0], tuple)
+    with_steps = destinations is None and draw(st.booleans())
+    return Case(
+        "anything",
+        slots=SLOTS,
+        headdim=4,
+        dstate=8,
+        dtypes={**dtypes, "state": draw(st.sampled_from(["float32", "bfloat16", "int8"]))},
+        indices=indices,
+        destinations=destinations,
+        accepted=numbers("num_accepted_tokens", 3) if wide and draw(st.booleans()) else None,
+        tokens={"single": None, "multi": 2, "packed": ROWS}[form],
+        cu_seqlens=numbers("cu_seqlens", 4) if form == "packed" else None,
+        steps=STEPS if with_steps else 0,
+        entries=numbers("intermediate_state_indices", 3) if with_steps and draw(st.booleans()) else None,
+        pad_slot_id=draw(st.sampled_from([-1, 0, 2**40])),
+    )
+
+
+SETTINGS = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@SETTINGS
+@given(case=any_tables(), pair=st.sampled_from([pair for pair in PAIRS if pair[0] != "jax.lax.scan"]))
+def test_no_index_reaches_outside(case, pair):
+    assert_inside(case, *pair)
+
+
+@pytest.mark.gpu
+@SETTINGS
+@given(case=any_tables(), pair=st.sampled_from([pair for pair in GPU_PAIRS if pair[0] != "jax.lax.scan"]))
+def test_no_index_reaches_outside_on_a_gpu(case, pair):
+    assert_inside(case, *pair)
+
+
+def assert_inside(case, mode, backend):
+    """Assert that a call reads and writes nothing but what its tables name in its arrays."""
+    arrays = case.arrays(seed=1)
+    with int64_as_it_is(arrays):
+        choice = explain(**to_mode(arrays, mode), **case.flags, backend=backend).choices[0]
+        if choice.backend is None:
+            return
+        run = run_guarded if mode in ("numpy", "torch") and arrays["state"].dtype.name != "bfloat16" else run_plainly
+        after = run(case, arrays, mode, backend)
+    plan = tables.routes(choice.problem, arrays)
+    rows = np.zeros(count_rows(arrays["x"]), bool)
+    for begin, length in zip(plan.starts, plan.lengths, strict=True):
+        rows[begin : begin + length] = True
+    assert (np.abs(after["out"].reshape(len(rows), -1)[rows]) < 1e6).all()  # nothing of the guards was read
+    for name, places in (("state", plan.slots), ("intermediate_states", plan.entries)):
+        kept = np.setdiff1d(np.arange(len(arrays.get(name, ()))), places)
+        for array in (name, SCALES[name]):
+            if array in arrays:
+                np.testing.assert_array_equal(bits(after[array][kept]), bits(arrays[array][kept]))
+
+
+def count_rows(x):
+    return x.shape[0] * (x.shape[1] if x.ndim == 4 else 1)
+
+
+def run_plainly(case, arrays, mode, backend):
+    """Run a call on arrays that are alone in their memory, as JAX's are."""
+    return to_host(results_by_name(step(mode, to_mode(arrays, mode), **case.flags, backend=backend)), mode)
+
+
+def run_guarded(case, arrays, mode, backend):
+    """Run a call on arrays with guards around what it writes and reads by index; assert that these stay."""
+    wholes, inside = {}, {**arrays, "out": np.full(arrays["x"].shape, 3.0, "float32")}
+    for name in ("out", *SCALES, *SCALES.values()):
+        if name in inside:
+            poison = 77 if inside[name].dtype == np.int8 else 9e9
+            inside[name], wholes[name] = guarded(inside[name], poison)
+    given = arguments(inside, mode, torch.from_numpy if mode == "torch" else lambda array: array)
+    results = results_by_name(ssu_bridge.update(**given, **case.flags, backend=backend))
+    for whole in wholes.values():
+        edges = np.concatenate([whole[:GUARD], whole[-GUARD:]])
+        assert (edges == edges[0]).all()
+    return to_host(results, mode)
+
+
+# --- check_indices ---
+
+
+def array(*values, dtype="int32"):
+    return np.array(values, dtype)
+
+
+def call(**changes):
+    """A right call of two tokens for each of three sequences, and changes to it."""
+    case = Case("checked", headdim=4, dstate=8, slots=SLOTS, tokens=2, indices=(4, 0, 2))
+    return {**case.arrays(seed=2), **changes}
+
+
+def packed(**changes):
+    case = Case("checked", headdim=4, dstate=8, slots=SLOTS, tokens=ROWS, indices=(4, 0, 2), cu_seqlens=(0, 3, 3, ROWS))
+    return {**case.arrays(seed=2), **changes}
+
+
+WIDE = array([4, 1], [0, 3], [2, 5])
+WRONG = {
+    "a slot beyond the last": (call(state_batch_indices=array(4, 6, 2)), r"state_batch_indices: expected -1 or 0\.\.5 at \[1\], got 6"),
+    "a slot below -1": (call(state_batch_indices=array(4, 0, -2)), r"state_batch_indices: expected .* at \[2\], got -2"),
+    "a destination beyond": (call(dst_state_batch_indices=array([1, 2], [3, 6], [4, 5])), r"dst_state_batch_indices: .* at \[1, 1\], got 6"),
+    "a slot twice": (call(state_batch_indices=array(4, 2, 2)), "state: expected a slot to be written by one sequence, got 2 written by sequences 1 and 2"),
+    "a destination twice": (call(dst_state_batch_indices=array(1, 1, 5)), "state: expected a slot to be written by one sequence, got 1"),
+    "a destination that another reads": (call(dst_state_batch_indices=array(1, 4, 5)), "got 4 read by sequence 0 and written by sequence 1"),
+    "too many accepted": (call(state_batch_indices=WIDE, num_accepted_tokens=array(1, 3, 0)), r"num_accepted_tokens: expected 0\.\.2 at \[1\], got 3"),
+    "decreasing": (packed(cu_seqlens=array(0, 4, 3, ROWS)), r"cu_seqlens: expected no less than the one before at \[2\], got 3"),
+    "past the rows": (packed(cu_seqlens=array(0, 3, 3, ROWS + 1)), r"cu_seqlens: expected 0\.\.7 at \[3\], got 8"),
+    "longer than the table": (packed(dst_state_batch_indices=WIDE), "dst_state_batch_indices: expected a place for each token of a sequence, 3 of sequence 0, got 2"),
+    "longer than the steps": (packed(intermediate_states=np.zeros((6, 2, 4, 4, 8), "float32")), "intermediate_states: expected a place for each token"),
+    "an entry beyond": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 3, 1)), r"intermediate_state_indices: expected 0\.\.2 at \[1\], got 3"),
+    "an entry twice": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 1, 1)), "intermediate_states: expected an entry to be written by one sequence"),
+}  # fmt: skip
+RIGHT = {
+    "plain": call(),
+    "pads twice": call(state_batch_indices=array(-1, 3, -1)),
+    "in place and elsewhere": call(dst_state_batch_indices=array(4, 1, 5)),
+    "one slot for several tokens": call(dst_state_batch_indices=array([4, 4], [1, 1], [2, 3])),
+    "tables": call(state_batch_indices=WIDE, dst_state_batch_indices=WIDE, num_accepted_tokens=array(0, 2, 1)),
+    "packed": packed(),
+    "no indices": {n: a for n, a in call().items() if n != "state_batch_indices"},
+}
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("what", WRONG)
+def test_what_check_indices_finds(what, mode):
+    arrays, message = WRONG[what]
+    given = convert(arrays, mode)
+    with pytest.raises(ValueError, match=message):
+        ssu_bridge.update(**given, check_indices=True, backend="reference")
+    for name, after in to_host(paired(given), mode).items():
+        np.testing.assert_array_equal(bits(after), bits(arrays[name]))
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("what", RIGHT)
+def test_what_check_indices_lets_through(what, mode):
+    expected = to_host(results_by_name(ssu_bridge.update(**convert(RIGHT[what], mode), backend="reference")), mode)
+    results = ssu_bridge.update(**convert(RIGHT[what], mode), check_indices=True, backend="reference")
+    for name, after in to_host(results_by_name(results), mode).items():
+        np.testing.assert_array_equal(bits(after), bits(expected[name]))
+
+
+def test_check_indices_while_tracing():
+    given = convert(call(), "jax")
+    with pytest.raises(
+        ValueError, match="check_indices: expected False while JAX traces, where indices have no values"
+    ):
+        jax.jit(lambda given: ssu_bridge.update(**given, check_indices=True, backend="xla"))(given)
+
+
+def test_check_indices_on_every_backend():
+    for mode, backend in (pair for pair in PAIRS if pair[0] in ("numpy", "torch", "jax")):
+        given = convert(Case("checked").arrays(seed=1), mode)
+        skip_if_refused(explain(**given, backend=backend))
+        ssu_bridge.update(**convert(Case("checked").arrays(seed=1), mode), check_indices=True, backend=backend)
+        arrays = {**Case("checked").arrays(seed=1), "state_batch_indices": array(1, 2, 99)}
+        with pytest.raises(ValueError, match="state_batch_indices: expected"):
+            ssu_bridge.update(**convert(arrays, mode), check_indices=True, backend=backend)
