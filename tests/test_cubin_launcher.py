@@ -21,8 +21,8 @@ def view(array, strides=None):
     return library().view(array.ctypes.data, array.shape, strides, str(array.dtype))
 
 
-def packed(programs, arguments, *arrays):
-    return list(library().cubin_arguments(programs, arguments, [view(array) for array in arrays]))
+def packed(programs, arguments, *arrays, tensor=1, less=0):
+    return list(library().cubin_arguments((programs, tensor, less), arguments, [view(array) for array in arrays]))
 
 
 @pytest.fixture
@@ -33,29 +33,48 @@ def state():
 def test_addresses_strides_and_sizes(state):
     x = np.zeros((3, 4, 16), "float32")[:, :, :8]
     table = np.zeros(6, "int32")[::2]
-    wanted = [(ADDRESS, 0, 16), (ADDRESS, 1, 1), (SIZE, 0, 1), (STRIDE, 0, 4), (STRIDE, 1, 4), (STRIDE, 2, 1)]
+    wanted = [(ADDRESS, 0, 0, 16), (ADDRESS, 1, 0, 1), (SIZE, 0, 0, 1), (SIZE, 1, 1, 1)]
+    wanted += [(STRIDE, 0, 0, 4), (STRIDE, 0, 1, 1), (STRIDE, 1, 0, 4), (STRIDE, 1, 1, 4), (STRIDE, 2, 0, 1)]
     got = packed(8, wanted, state, x, table)
-    assert got == [3 * 8, state.ctypes.data, x.ctypes.data, 6, 4 * 8 * 16, 4 * 16, 2]
+    assert got == [3 * 8, state.ctypes.data, x.ctypes.data, 6, 4, 4 * 8 * 16, 8 * 16, 4 * 16, 16, 2]
 
 
 def test_a_slot_stride_beyond_32_bits(state):
     far = library().view(state.ctypes.data, (2, 4, 8, 16), (2**33, 128, 16, 1), "float32")
-    got = library().cubin_arguments(1, [(STRIDE, 0, 4)], [far, view(state[:2])])
+    got = library().cubin_arguments((1, 1, 0), [(STRIDE, 0, 0, 4)], [far, view(state[:2])])
     assert list(got) == [2, 2**33]
 
 
 def test_the_stride_of_one_entry_is_nothing(state):
     odd = library().view(state.ctypes.data, (1, 4, 8, 16), (3, 128, 16, 1), "float32")
-    assert list(library().cubin_arguments(5, [(STRIDE, 0, 4)], [odd, odd])) == [5, 0]
+    assert list(library().cubin_arguments((5, 1, 0), [(STRIDE, 0, 0, 4)], [odd, odd])) == [5, 0]
+
+
+def test_the_tensor_that_counts_the_sequences(state):
+    fences = np.zeros(4, "int64")
+    assert packed(8, [], state, state, fences, tensor=2, less=1) == [3 * 8]
+    assert packed(8, [], state, state, fences[:1], tensor=2, less=1) == [0]
+    assert packed(8, [], state, state, fences[:0], tensor=2, less=1) == [0]
+
+
+@pytest.mark.parametrize("grid", [(0, 1, 0), (1, 2, 0), (1, -1, 0), (1, 1, -1), (1, 1)])
+def test_grids_that_make_no_sense(state, grid):
+    with pytest.raises(ValueError, match="grid: expected"):
+        library().cubin_arguments(grid, [], [view(state), view(state)])
+
+
+def test_an_axis_that_is_not_there(state):
+    with pytest.raises(ValueError, match="argument 0: expected more than 4 axes, got 4"):
+        packed(1, [(SIZE, 0, 4, 1)], state, state)
 
 
 def test_misaligned_memory_is_refused(state):
     x = np.zeros((3, 9), "float32")
     with pytest.raises(ValueError, match="argument 1: expected an address that is a multiple of 16, got"):
-        packed(1, [(ADDRESS, 1, 16)], state, x.ravel()[1:].reshape(2, 13))
+        packed(1, [(ADDRESS, 1, 0, 16)], state, x.ravel()[1:].reshape(2, 13))
     with pytest.raises(ValueError, match="argument 1: expected a stride that is a multiple of 4, got 9"):
-        packed(1, [(STRIDE, 1, 4)], state, x)
-    assert packed(1, [(STRIDE, 1, 1)], state, x) == [3, 9]
+        packed(1, [(STRIDE, 1, 0, 4)], state, x)
+    assert packed(1, [(STRIDE, 1, 0, 1)], state, x) == [3, 9]
 
 
 def test_more_blocks_than_a_launch_has(state):
@@ -63,7 +82,18 @@ def test_more_blocks_than_a_launch_has(state):
         packed(500_000_000, [], state, state)
 
 
-@pytest.mark.parametrize("rows", [[(3, 0, 1)], [(0, 2, 1)], [(0, -1, 1)], [(0, 0, 0)], [(0, 0)], [(0, 0, 1)] * 49])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(3, 0, 0, 1)],
+        [(0, 2, 0, 1)],
+        [(0, -1, 0, 1)],
+        [(0, 0, -1, 1)],
+        [(0, 0, 0, 0)],
+        [(0, 0, 1)],
+        [(0, 0, 0, 1)] * 65,
+    ],
+)
 def test_arguments_that_make_no_sense(state, rows):
     with pytest.raises(ValueError, match="arguments: "):
         packed(1, rows, state, state)
@@ -74,8 +104,10 @@ def test_arguments_that_make_no_sense(state, rows):
     [
         ({"warps": 0}, "1 to 32 warps"),
         ({"programs": 0}, "at least one program"),
-        ({"tensors": 1}, "tensors: expected 2 to 16"),
-        ({"scratch": 48}, "with the scratch pointers"),
+        ({"tensors": 1}, "tensors: expected 2 to 24"),
+        ({"scratch": 64}, "with the scratch pointers"),
+        ({"in_place": [1]}, "in_place: expected inputs, below 1, got 1"),
+        ({"in_place": [-1]}, "in_place: expected inputs, below 1, got -1"),
     ],
 )
 def test_kernels_that_make_no_sense(changes, message):
@@ -83,9 +115,12 @@ def test_kernels_that_make_no_sense(changes, message):
         kernel(**changes)
 
 
-def kernel(warps=4, programs=2, tensors=3, shared=100, scratch=2, overlapping=False):
-    arguments = [(ADDRESS, 0, 16), (SIZE, 0, 1), (STRIDE, 1, 4)]
-    return library().cubin_kernel(b"cubin", "step", shared, warps, programs, tensors, arguments, scratch, overlapping)
+def kernel(warps=4, programs=2, tensors=3, in_place=(0,), shared=100, scratch=2, overlapping=False):
+    """A kernel of a state and an output that is also what counts the sequences, unless there are more tensors."""
+    arguments, grid = [(ADDRESS, 0, 0, 16), (SIZE, 0, 0, 1), (STRIDE, 1, 0, 4)], (programs, 1, 0)
+    return library().cubin_kernel(
+        b"cubin", "step", shared, warps, grid, tensors, in_place, arguments, scratch, overlapping
+    )
 
 
 def test_host_memory_and_wrong_counts_are_refused(state):
@@ -221,7 +256,11 @@ def test_an_error_of_the_driver_has_its_name(driver, call):
 
 
 def test_nothing_is_launched_that_is_not_in_place_or_on_two_devices(driver):
-    assert "ValueError: new_state must be the memory of state" in run_with_driver("step(s(), t(), t())", driver).stdout
+    result = run_with_driver("step(s(), t(), t())", driver)
+    assert "ValueError: argument 2: expected the memory of argument 0, which is updated in place" in result.stdout
+    result = run_with_driver("kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), t())", driver)
+    assert "ValueError: argument 4: expected the memory of argument 0" in result.stdout
+    assert "launch" not in result.stdout
     result = run_with_driver("step(s(0), t(1), s(0))", driver)
     assert "ValueError: argument 1: expected memory of the CUDA device that the state is on" in result.stdout
     assert "launch" not in result.stdout

@@ -8,15 +8,17 @@ import pytest
 
 from ssu_bridge.backends import triton_cache
 from ssu_bridge.backends.triton_cache import cached, directory
-from ssu_bridge.backends.triton_compile import Argument, Compiled, Kind
+from ssu_bridge.backends.triton_compile import Argument, Compiled, Grid, Kind
 
 COMPILED = Compiled(
     cubin=bytes(range(256)),
     name="kernel",
     shared_bytes=1024,
     warps=4,
-    programs=24,
-    arguments=(Argument(Kind.ADDRESS, 0, 16), Argument(Kind.STRIDE, 3, 8)),
+    grid=Grid(24, 1, 0),
+    in_place=(0,),
+    tensors=5,
+    arguments=(Argument(Kind.ADDRESS, 0, 0, 16), Argument(Kind.STRIDE, 3, 1, 8)),
     scratch_pointers=2,
     overlaps=True,
     text={"ptx": "..."},

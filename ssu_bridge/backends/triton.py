@@ -7,7 +7,7 @@ import functools
 import importlib.util
 
 from ssu_bridge.backends import triton_tiles
-from ssu_bridge.backends.base import DeviceKernel, missing_jax_ffi, not_yet
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, missing_jax_ffi
 from ssu_bridge.backends.triton_cache import cached
 from ssu_bridge.backends.triton_compile import Specialisation, compile_step, specialise
 from ssu_bridge.library import library
@@ -33,7 +33,7 @@ def refusal(problem: Problem) -> str | None:
         return f"it needs a GPU of compute capability 8.0 or higher, and this one has {_spell(problem.capability)}"
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it takes heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
-    return not_yet(problem)
+    return cannot(problem, Feature.TREES)
 
 
 def settings(problem: Problem) -> str:
@@ -54,8 +54,9 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         compiled.name,
         compiled.shared_bytes,
         compiled.warps,
-        compiled.programs,
-        len(specialisation.dtypes) + 2,
+        compiled.grid,
+        compiled.tensors,
+        compiled.in_place,
         compiled.arguments,
         compiled.scratch_pointers,
         compiled.overlaps,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 
-from ssu_bridge.backends.triton_compile import Argument, Compiled
+from ssu_bridge.backends.triton_compile import Argument, Compiled, Grid
 
 _log = logging.getLogger("ssu_bridge")
 
@@ -66,7 +66,8 @@ def _read(text: str) -> Compiled:
     fields = json.loads(text)
     cubin = base64.b64decode(fields.pop("cubin"), validate=True)
     arguments = tuple(Argument(*argument) for argument in fields.pop("arguments"))
-    return Compiled(cubin=cubin, arguments=arguments, text={}, **fields)
+    grid, in_place = Grid(*fields.pop("grid")), tuple(fields.pop("in_place"))
+    return Compiled(cubin=cubin, grid=grid, in_place=in_place, arguments=arguments, text={}, **fields)
 
 
 def _write(path: Path, compiled: Compiled) -> None:

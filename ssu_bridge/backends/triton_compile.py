@@ -2,32 +2,50 @@
 
 import dataclasses
 import enum
+import importlib
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.backends.triton_tiles import Tile
+from ssu_bridge.backends.triton_tiles import Tile, is_plain
 from ssu_bridge.problem import ARGUMENTS, INDICES, VECTOR_BYTES, Problem
 
 # From this compute capability on, a kernel can start before those ahead of it are done.
 _OVERLAPPING = (9, 0)
-_POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+# A float8 state is handled as bytes, and a seed as the eight that it has in either dtype.
+_POINTERS = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float8_e4m3fn": "*i8",
+    "int8": "*i8",
+    "int16": "*i16",
+    "int32": "*i32",
+    "int64": "*i64",
+    "uint32": "*i64",
+}
+_SEED_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Specialisation:
-    """All that is compiled into a kernel. The number of sequences and slots and the strides are not."""
+    """All that is compiled into a kernel, and which one. How many sequences, slots and tokens, and strides are not."""
 
+    kernel: str
     capability: tuple[int, int]
     nheads: int
     headdim: int
     dstate: int
     ngroups: int
+    form: str
     dtypes: tuple[tuple[str, str], ...]
+    results: tuple[str, ...]
     tied: tuple[str, ...]
+    tables: tuple[str, ...]
     dt_softplus: bool
     pad_slot_id: int
+    philox_rounds: int
     unaligned: tuple[str, ...]
     tile: Tile
 
@@ -36,26 +54,36 @@ class Specialisation:
         """The specialisation spelt out."""
         sizes = f"H{self.nheads},P{self.headdim},N{self.dstate},G{self.ngroups}"
         arrays = ",".join(
-            f"{name}:{dtype}{'/head' if name in self.tied else ''}" for name, dtype in self.dtypes if name != "out"
+            f"{name}:{dtype}{'/head' if name in self.tied else ''}{'/token' if name in self.tables else ''}"
+            for name, dtype in self.dtypes
         )
         flags = f"softplus={self.dt_softplus:d};pad={self.pad_slot_id};unaligned={','.join(self.unaligned)}"
-        tile = f"{self.tile.rows}x{self.tile.warps}"
-        return f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{sizes};{arrays};{flags};tile={tile})"
+        if "rand_seed" in dict(self.dtypes):
+            flags += f";rounds={self.philox_rounds}"
+        return (
+            f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
+            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps})"
+        )
 
 
 def specialise(problem: Problem, tile: Tile) -> Specialisation:
     """Return what has to be compiled for a problem that runs on CUDA."""
     assert problem.capability is not None
     return Specialisation(
+        kernel="single_token" if is_plain(problem) else "many_tokens",
         capability=problem.capability,
         nheads=problem.nheads,
         headdim=problem.headdim,
         dstate=problem.dstate,
         ngroups=problem.ngroups,
+        form=problem.form,
         dtypes=tuple((name, dtype) for name, dtype in problem.dtypes if name != "out"),
+        results=problem.results,
         tied=problem.tied,
+        tables=tuple(sorted(problem.tables)),
         dt_softplus=problem.options.dt_softplus,
         pad_slot_id=problem.options.pad_slot_id,
+        philox_rounds=problem.options.config.philox_rounds if "rand_seed" in problem.names else 0,
         unaligned=tuple(sorted(problem.unaligned)),
         tile=tile,
     )
@@ -70,11 +98,20 @@ class Kind(enum.IntEnum):
 
 
 class Argument(NamedTuple):
-    """An argument of the kernel: what of which tensor, and of what it is promised to be a multiple."""
+    """An argument of the kernel: what of which tensor and axis, and of what it is promised to be a multiple."""
 
     kind: Kind
     tensor: int
-    divisor: int
+    axis: int = 0
+    divisor: int = 1
+
+
+class Grid(NamedTuple):
+    """How many programs there are: so many for each entry of a tensor's first axis, ``less`` of them left out."""
+
+    programs: int
+    tensor: int
+    less: int
 
 
 class Compiled(NamedTuple):
@@ -84,7 +121,10 @@ class Compiled(NamedTuple):
     name: str
     shared_bytes: int
     warps: int
-    programs: int
+    grid: Grid
+    # The inputs that the results after out are, by their numbers.
+    in_place: tuple[int, ...]
+    tensors: int
     arguments: tuple[Argument, ...]
     scratch_pointers: int
     # It may be launched before the kernels ahead of it are done, and waits for them itself.
@@ -94,28 +134,26 @@ class Compiled(NamedTuple):
 
 
 def compile_step(specialisation: Specialisation) -> Compiled:
-    """Compile the single-token kernel, or take it from Triton's cache on disk. This needs no GPU."""
+    """Compile the kernel, or take it from Triton's cache on disk. This needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ssu_bridge.kernels.single_token import single_token
-
-    arguments = runtime_arguments(specialisation)
-    constants = _constants(specialisation)
+    kernel = kernel_of(specialisation)
+    arguments, constants = runtime_arguments(specialisation), constant_arguments(specialisation)
+    passed = [arguments[name] for name in kernel.arg_names if name in arguments]
     dtypes = _kernel_dtypes(specialisation)
     signature, fixed, attributes = {}, {}, {}
-    for position, name in enumerate(single_token.arg_names):
+    for position, name in enumerate(kernel.arg_names):
         if name not in arguments:
-            signature[name], fixed[name,] = "constexpr", constants.get(name)
+            signature[name], fixed[position,] = "constexpr", constants.get(name)
             continue
         signature[name] = _POINTERS[dtypes[name]] if arguments[name].kind is Kind.ADDRESS else "i64"
         if arguments[name].divisor > 1:
             attributes[position,] = [["tt.divisibility", arguments[name].divisor]]
-    fixed = {(single_token.arg_names.index(name),): value for (name,), value in fixed.items()}
     major, minor = specialisation.capability
     compiled = triton.compile(
-        ASTSource(single_token, signature, fixed, attributes),
+        ASTSource(kernel, signature, fixed, attributes),
         target=GPUTarget("cuda", 10 * major + minor, 32),
         # Fusion is written where it is wanted: left to the compiler, a tile's bits could differ from another's.
         options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False},
@@ -125,31 +163,73 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         name=compiled.metadata.name,
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        programs=specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows),
-        arguments=tuple(arguments.values()),
-        scratch_pointers=_scratch_pointers(compiled, len(arguments)),
+        grid=grid_of(specialisation),
+        in_place=tuple(list(dtypes).index(name) for name in specialisation.results if name != "out"),
+        tensors=len(specialisation.dtypes) + len(specialisation.results),
+        arguments=tuple(passed),
+        scratch_pointers=_scratch_pointers(compiled, len(passed)),
         overlaps=constants["OVERLAP"],
         text={stage: compiled.asm[stage] for stage in ("ttgir", "ptx")},
     )
 
 
-def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
-    """Return what the launcher passes, by the names and in the order of the kernel's arguments.
+def kernel_of(specialisation: Specialisation) -> Any:
+    """Return the Triton function that does what is asked for."""
+    module = importlib.import_module(f"ssu_bridge.kernels.{specialisation.kernel}")
+    return getattr(module, specialisation.kernel)
 
-    Tensors are counted as the kernel function takes them: the inputs, out, and then the new state.
+
+def grid_of(specialisation: Specialisation) -> Grid:
+    """Return the grid: a program for each sequence, head and block of rows."""
+    programs = specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows)
+    packed = specialisation.form == "packed"
+    return Grid(programs, list(_kernel_dtypes(specialisation)).index("cu_seqlens" if packed else "x"), less=packed)
+
+
+def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
+    """Return what the launcher can pass, by the names of the kernels' arguments.
+
+    Tensors are counted as the kernel function takes them: the inputs, out, and then what is updated in place.
     """
-    dtypes = _kernel_dtypes(specialisation)
-    place = {name: i for i, name in enumerate(dtypes)}
+    place = {name: i for i, name in enumerate(_kernel_dtypes(specialisation))}
     result = {}
     for name in place:
-        single = name in (*specialisation.tied, *specialisation.unaligned) or ARGUMENTS[name].dtypes == INDICES
-        result[name] = Argument(Kind.ADDRESS, place[name], 1 if single else VECTOR_BYTES)
-    result["slots"] = Argument(Kind.SIZE, place["state"], 1)
-    for name, dtype in dtypes.items():
-        if ARGUMENTS[name].free:
-            elements = max(1, result[name].divisor // np.dtype(dtype).itemsize)
-            result[f"{name}_stride"] = Argument(Kind.STRIDE, place[name], elements)
+        divisor = _divisor(specialisation, name)
+        result[name] = Argument(Kind.ADDRESS, place[name], divisor=divisor)
+        for axis, stride in enumerate(_strides(specialisation, name)):
+            if stride:
+                result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
+    token_axis = {"multi": 1, "packed": 0}
+    sizes = {"slots": ("state", 0), "entries": ("intermediate_states", 0), "steps": ("intermediate_states", 1)}
+    sizes |= {"tokens": ("x", token_axis[specialisation.form])} if specialisation.form in token_axis else {}
+    columns = {"state_batch_indices": "source_columns", "dst_state_batch_indices": "target_columns"}
+    sizes |= {columns[name]: (name, 1) for name in specialisation.tables}
+    for size, (name, axis) in sizes.items():
+        if name in place:
+            result[size] = Argument(Kind.SIZE, place[name], axis)
     return result
+
+
+def _strides(specialisation: Specialisation, name: str) -> tuple[str, ...]:
+    """Return what the strides of an array's free axes are called in the kernels."""
+    free = ARGUMENTS[name].free
+    if free == "*":
+        by_form = {"single": ("stride",), "multi": ("stride", "token_stride"), "packed": ("token_stride",)}
+        return by_form[specialisation.form]
+    return ("stride", "token_stride")[: 2 if name in specialisation.tables else min(len(free), 1)]
+
+
+def _divisor(specialisation: Specialisation, name: str) -> int:
+    """Return of how many bytes an array's address is a multiple."""
+    if name == "rand_seed":
+        return _SEED_BYTES
+    single = name in (*specialisation.tied, *specialisation.unaligned) or ARGUMENTS[name].dtypes == INDICES
+    return 1 if single else VECTOR_BYTES
+
+
+def _elements(specialisation: Specialisation, name: str) -> int:
+    """Return of how many elements an array's strides are multiples."""
+    return max(1, _divisor(specialisation, name) // np.dtype(_kernel_dtypes(specialisation)[name]).itemsize)
 
 
 def _kernel_dtypes(specialisation: Specialisation) -> dict[str, str]:
@@ -157,12 +237,16 @@ def _kernel_dtypes(specialisation: Specialisation) -> dict[str, str]:
     return {**dtypes, "out": dtypes["x"]}
 
 
-def _constants(s: Specialisation) -> dict[str, Any]:
+def constant_arguments(s: Specialisation) -> dict[str, Any]:
+    """Return what is compiled in, by the names of the kernels' arguments."""
     tied = {f"TIED_{name.upper()}": name in s.tied for name in ("dt", "A", "D", "dt_bias")}
     sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
-    return {**sizes, **tied, **blocks, **flags}
+    state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
+    # Of single tokens there is but the first.
+    no_strides = {f"{name}_token_stride": 0 for name in ("x", "dt", "B", "C", "z", "out") if s.form == "single"}
+    return {**sizes, **tied, **blocks, **flags, **state, **no_strides}
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

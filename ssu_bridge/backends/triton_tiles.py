@@ -54,6 +54,12 @@ def tile(problem: Problem) -> Tile:
     return Tile(max(rows, least_rows(problem, warps)), columns, warps)
 
 
+def is_plain(problem: Problem) -> bool:
+    """Return whether a problem is one token for each sequence and nothing more, for which there is a kernel."""
+    more = {"intermediate_states", "state_scale", "rand_seed"}.intersection(problem.names)
+    return problem.form == "single" and not (problem.tables or more or problem.options.disable_state_update)
+
+
 def least_rows(problem: Problem, warps: int) -> int:
     """Return how many rows a program of so many warps has at least; 0 if it must have another number of warps."""
     columns, vector = _power_of_two(problem.dstate), _vector(problem)
@@ -78,7 +84,13 @@ def _table_entry(problem: Problem) -> tuple[int, int]:
     known = sorted(tables)
     table = tables[max((c for c in known if c <= problem.capability), default=known[0])]
     work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
-    rows = table[f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"]
+    stored = f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"
+    if not is_plain(problem):
+        table = table["many_tokens"]
+        if problem.stochastic_rounding:
+            each_token = "intermediate_states" in problem.names or "dst_state_batch_indices" in problem.tables
+            stored = "stochastic_steps" if each_token else "stochastic"
+    rows = table[stored]
     return next((elements, warps) for most, elements, warps in rows if work <= most)
 
 

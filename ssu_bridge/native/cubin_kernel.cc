@@ -2,6 +2,7 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <string>
@@ -17,25 +18,39 @@ namespace ffi = tvm::ffi;
 
 constexpr int kThreadsInWarp = 32;
 constexpr int kState = 0;
-constexpr int kX = 1;
 constexpr int kFewestTensors = 2;
 
-unsigned block_count(int64_t programs, const DLTensor& x) {
-  int64_t sequences = x.ndim > 0 ? x.shape[0] : 0;
-  if (sequences > std::numeric_limits<int32_t>::max() / programs)
-    TVM_FFI_THROW(ValueError) << sequences << " sequences of " << programs << " blocks are too many for one launch";
-  return static_cast<unsigned>(sequences * programs);
+// How many blocks a launch has: so many programs for each sequence, and a tensor that tells how many sequences.
+struct Grid {
+  int64_t programs;
+  int64_t tensor;
+  int64_t less;
+
+  unsigned blocks(const DLTensor* const* tensors) const {
+    const DLTensor& counted = *tensors[tensor];
+    int64_t sequences = std::max<int64_t>(0, (counted.ndim > 0 ? counted.shape[0] : 0) - less);
+    if (sequences > std::numeric_limits<int32_t>::max() / programs)
+      TVM_FFI_THROW(ValueError) << sequences << " sequences of " << programs << " blocks are too many for one launch";
+    return static_cast<unsigned>(sequences * programs);
+  }
+};
+
+Grid parse_grid(const ffi::Array<int64_t>& row, int64_t tensors) {
+  bool sane = row.size() == 3 && row[0] >= 1 && row[1] >= 0 && row[1] < tensors && row[2] >= 0;
+  if (!sane) TVM_FFI_THROW(ValueError) << "grid: expected (programs, tensor, less), at least one program";
+  return {row[0], row[1], row[2]};
 }
 
 class CubinKernel {
  public:
-  CubinKernel(std::shared_ptr<CubinModule> module, unsigned shared_bytes, unsigned threads, int64_t programs,
-              int tensors, std::vector<KernelArgument> arguments, int scratch_pointers, bool overlapping)
+  CubinKernel(std::shared_ptr<CubinModule> module, unsigned shared_bytes, unsigned threads, Grid grid, int tensors,
+              std::vector<int> in_place, std::vector<KernelArgument> arguments, int scratch_pointers, bool overlapping)
       : module_(std::move(module)),
         shared_bytes_(shared_bytes),
         threads_(threads),
-        programs_(programs),
+        grid_(grid),
         tensors_(tensors),
+        in_place_(std::move(in_place)),
         arguments_(std::move(arguments)),
         values_(static_cast<int>(arguments_.size()) + scratch_pointers),
         overlapping_(overlapping) {}
@@ -45,7 +60,7 @@ class CubinKernel {
     read_tensors(given, tensors);
     uint64_t values[kMaxKernelArguments] = {};
     read_kernel_arguments(arguments_, tensors, values);
-    unsigned blocks = block_count(programs_, *tensors[kX]);
+    unsigned blocks = grid_.blocks(tensors);
     const LoadedKernel& kernel = module_->on_device(tensors[kState]->device.device_id);
     if (blocks > 0) launch(kernel, blocks, values, tensors[kState]->device);
   }
@@ -60,9 +75,14 @@ class CubinKernel {
       if (device.device_type != kDLCUDA || device.device_id != tensors[kState]->device.device_id)
         TVM_FFI_THROW(ValueError) << "argument " << i << ": expected memory of the CUDA device that the state is on";
     }
-    const DLTensor &state = *tensors[kState], &new_state = *tensors[tensors_ - 1];
-    if (state.data != new_state.data || state.byte_offset != new_state.byte_offset)
-      TVM_FFI_THROW(ValueError) << "new_state must be the memory of state: the step works in place";
+    int result = tensors_ - static_cast<int>(in_place_.size());
+    for (int input : in_place_) {
+      const DLTensor &before = *tensors[input], &after = *tensors[result];
+      if (before.data != after.data || before.byte_offset != after.byte_offset)
+        TVM_FFI_THROW(ValueError) << "argument " << result << ": expected the memory of argument " << input
+                                  << ", which is updated in place";
+      ++result;
+    }
   }
 
   void launch(const LoadedKernel& kernel, unsigned blocks, uint64_t* values, DLDevice device) const {
@@ -77,45 +97,59 @@ class CubinKernel {
   std::shared_ptr<CubinModule> module_;
   unsigned shared_bytes_;
   unsigned threads_;
-  int64_t programs_;
+  Grid grid_;
   int tensors_;
+  std::vector<int> in_place_;
   std::vector<KernelArgument> arguments_;
   int values_;
   bool overlapping_;
 };
 
-void check_counts(int64_t num_warps, int64_t programs, int64_t tensors, int64_t scratch_pointers, size_t arguments) {
-  if (num_warps < 1 || num_warps > 32 || programs < 1)
-    TVM_FFI_THROW(ValueError) << "expected 1 to 32 warps and at least one program, got " << num_warps << " and "
-                              << programs;
+void check_counts(int64_t num_warps, int64_t tensors, int64_t scratch_pointers, size_t arguments) {
+  if (num_warps < 1 || num_warps > 32) TVM_FFI_THROW(ValueError) << "expected 1 to 32 warps, got " << num_warps;
   if (tensors < kFewestTensors || tensors > kMaxTensors)
     TVM_FFI_THROW(ValueError) << "tensors: expected 2 to " << kMaxTensors << ", got " << tensors;
   if (scratch_pointers < 0 || static_cast<int64_t>(arguments) + scratch_pointers > kMaxKernelArguments)
     TVM_FFI_THROW(ValueError) << "arguments: at most " << kMaxKernelArguments << " with the scratch pointers";
 }
 
+std::vector<int> parse_in_place(const ffi::Array<int64_t>& inputs, int64_t tensors) {
+  std::vector<int> in_place;
+  int64_t count = tensors - 1 - static_cast<int64_t>(inputs.size());
+  for (int64_t input : inputs) {
+    if (input < 0 || input >= count)
+      TVM_FFI_THROW(ValueError) << "in_place: expected inputs, below " << count << ", got " << input;
+    in_place.push_back(static_cast<int>(input));
+  }
+  return in_place;
+}
+
 }  // namespace
 
 ffi::Function make_cubin_kernel(ffi::Bytes cubin, ffi::String name, int64_t shared_bytes, int64_t num_warps,
-                                int64_t programs, int64_t tensors, ffi::Array<ffi::Array<int64_t>> arguments,
-                                int64_t scratch_pointers, bool overlapping) {
-  check_counts(num_warps, programs, tensors, scratch_pointers, arguments.size());
+                                ffi::Array<int64_t> grid, int64_t tensors, ffi::Array<int64_t> in_place,
+                                ffi::Array<ffi::Array<int64_t>> arguments, int64_t scratch_pointers,
+                                bool overlapping) {
+  check_counts(num_warps, tensors, scratch_pointers, arguments.size());
   unsigned shared = static_cast<unsigned>(shared_bytes);
   auto module = std::make_shared<CubinModule>(cubin, name, shared);
-  return ffi::Function::FromPacked(CubinKernel(
-      std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp), programs, static_cast<int>(tensors),
-      parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers), overlapping));
+  return ffi::Function::FromPacked(
+      CubinKernel(std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp),
+                  parse_grid(grid, tensors), static_cast<int>(tensors), parse_in_place(in_place, tensors),
+                  parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers),
+                  overlapping));
 }
 
-ffi::Array<int64_t> cubin_arguments(int64_t programs, ffi::Array<ffi::Array<int64_t>> arguments,
+ffi::Array<int64_t> cubin_arguments(ffi::Array<int64_t> grid, ffi::Array<ffi::Array<int64_t>> arguments,
                                     ffi::Array<ffi::Tensor> tensors) {
-  check_counts(1, programs, static_cast<int64_t>(tensors.size()), 0, arguments.size());
+  check_counts(1, static_cast<int64_t>(tensors.size()), 0, arguments.size());
   const DLTensor* pointers[kMaxTensors];
   for (size_t i = 0; i < tensors.size(); ++i) pointers[i] = tensors[i].GetDLTensorPtr();
   std::vector<KernelArgument> parsed = parse_kernel_arguments(arguments, static_cast<int>(tensors.size()));
   std::vector<uint64_t> values(parsed.size());
   read_kernel_arguments(parsed, pointers, values.data());
-  ffi::Array<int64_t> result{static_cast<int64_t>(block_count(programs, *pointers[kX]))};
+  unsigned blocks = parse_grid(grid, static_cast<int64_t>(tensors.size())).blocks(pointers);
+  ffi::Array<int64_t> result{static_cast<int64_t>(blocks)};
   for (uint64_t value : values) result.push_back(static_cast<int64_t>(value));
   return result;
 }

@@ -1,0 +1,112 @@
+"""Device functions that the kernels share.
+
+Everything is float32 between load and store. Products and sums are fused only where ``fma`` says so (the compiler is
+told not to choose), so that an element's bits do not depend on the tile that computes it.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def slot_of(table, stride, sequence, slots, PAD: tl.constexpr, there=None):
+    """Return the slot of a sequence, -1 for a pad, and where the table is not ``there``."""
+    if table is None:
+        return sequence
+    else:
+        index = tl.load(table + sequence * stride, mask=there, other=None if there is None else -1)
+        return checked(index.to(tl.int64), slots, PAD)
+
+
+@triton.jit
+def checked(index, size, PAD: tl.constexpr):
+    """Return an index, -1 for one that is the pad or lies outside."""
+    return tl.where((index == PAD) | (index < 0) | (index >= size), -1, index)
+
+
+@triton.jit
+def by_row(pointer, head, rows, row_mask, P: tl.constexpr, TIED: tl.constexpr):
+    """Load a parameter: one number if it is tied to the head, else one a row."""
+    if TIED:
+        return tl.load(pointer + head).to(tl.float32)
+    else:
+        return load(pointer + head * P + rows, row_mask)
+
+
+@triton.jit
+def inside(indices, size: tl.constexpr, BLOCK: tl.constexpr):
+    """Return which indices are below a size; where all are, a constant, and the compiler drops the mask."""
+    if size % BLOCK:
+        return indices < size
+    else:
+        return tl.full((BLOCK,), True, tl.int1)
+
+
+@triton.jit
+def load(pointers, mask):
+    """Load as float32, 0 where the mask is false."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def time_step(dt, bias, SOFTPLUS: tl.constexpr):
+    """Return dt, biased if there is a bias and made positive: one number if it is tied to the head, else one a row."""
+    d = dt
+    if bias is not None:
+        d += bias
+    if SOFTPLUS:
+        d = softplus(d)
+    return d
+
+
+@triton.jit
+def decay_of(A, d, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return what each element of a tile's state is multiplied with; A is one number or a tile."""
+    if len(A.shape) == 0:
+        decay = tl.exp2(A * d * LOG2_E)
+        decay = decay if len(d.shape) == 0 else decay[:, None]
+    else:
+        d_column = d if len(d.shape) == 0 else d[:, None]
+        decay = tl.exp2(A * d_column * LOG2_E)
+    return tl.broadcast_to(decay, (BLOCK_P, BLOCK_N))
+
+
+@triton.jit
+def gated_output(y, x, D, z):
+    """Return the output of a state that gives y: with the skip D*x and the gate z, where there are such."""
+    if D is not None:
+        y += D * x
+    if z is not None:
+        y *= z * sigmoid(z)
+    return y
+
+
+@triton.jit
+def softplus(d):
+    """log(1 + exp(d)), as accurate relative to the result for very negative d as anywhere.
+
+    With t = exp(-|d|) it is max(d, 0) + log(1 + t), and log(1 + t) = 2 atanh(s) with s = t / (2 + t) of at most 1/3.
+    Above 20 the second term is below half an ulp of d. A NaN comes through t.
+    """
+    t = tl.exp2(-tl.abs(d) * LOG2_E)
+    s = t / (2 + t)
+    q = s * s
+    # The series of atanh(s) / s: what is left out is below 3e-9.
+    p = 1 / 15
+    p = tl.fma(q, p, 1 / 13)
+    p = tl.fma(q, p, 1 / 11)
+    p = tl.fma(q, p, 1 / 9)
+    p = tl.fma(q, p, 1 / 7)
+    p = tl.fma(q, p, 1 / 5)
+    p = tl.fma(q, p, 1 / 3)
+    p = tl.fma(q, p, 1.0)
+    return tl.maximum(d, 0) + 2 * s * p
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v)) without an exponential that overflows."""
+    t = tl.exp2(-tl.abs(v) * LOG2_E)
+    return tl.where(v < 0, t, 1.0) / (1 + t)
