@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check bench lint clean
 
 demo: .venv/installed
-	$(BIN)/python examples/decode_jax.py
+	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
 
 test: .venv/installed
 	$(BIN)/python -m pytest

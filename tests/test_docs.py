@@ -1,9 +1,6 @@
-"""What the README and the docs show is run, and the example too."""
+"""What the README and the docs show is run."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_in_the_docs_runs(block):
-    exec(compile(block, "docs", "exec"), {})
+    exec(compile(block, "<docs>", "exec"), {})
 
 
 def test_there_are_blocks_to_run():
@@ -34,17 +31,6 @@ def test_links_lead_somewhere(page):
 
 def test_the_commands_of_the_readme_exist():
     commands = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert commands == ["demo", "test"]
+    assert set(commands) == {"demo", "test"}
     for command in commands:
         assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-
-
-@pytest.mark.parametrize("arguments", [[], ["--mamba-backend", "xla"], ["--state-dtype", "bfloat16"]])
-def test_the_decode_example(arguments):
-    command = [sys.executable, str(ROOT / "examples" / "decode_jax.py"), "--batch", "1", "--tokens", "2", *arguments]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert "verdict: pass" in result.stdout
-    assert ("copies no state" in result.stdout) == (arguments[:1] != ["--mamba-backend"])
-    assert "times xla" in result.stdout

@@ -1,0 +1,55 @@
+"""A small Mamba-2 model writes text; then how fast each backend is, and the checker's verdict.
+
+This is what ``make demo`` shows. The text comes from a byte-level model that was trained on the King James Bible, the
+figures from that model and from random weights of mamba2-130m's sizes.
+
+    python examples/demo.py --plot latency.png
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+
+import ssu_bridge
+from mamba2_jax import checkpoint
+from mamba2_jax.benchmark import SIZES, compare
+from mamba2_jax.generate import KJV, print_text
+from mamba2_jax.initial import random_weights
+
+
+def main() -> None:
+    """Show it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", default="And God said, ", help="what the text begins with")
+    parser.add_argument("--tokens", type=int, default=400, help="bytes of text")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
+    parser.add_argument("--layers", type=int, default=24, help="of the model with random weights")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the latency of a token over the batch")
+    ssu_bridge.add_cli_args(parser)
+    arguments = parser.parse_args()
+    ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+
+    started = time.perf_counter()
+    print_text(KJV, arguments.prompt, arguments.tokens)
+    print(f"({arguments.tokens} bytes in {time.perf_counter() - started:.1f} s, with loading and compiling)\n")
+
+    config, weights = checkpoint.load(KJV)
+    print("The model that wrote this, one sequence:")
+    passed = compare(config, weights, batch=1, tokens=64, rounds=arguments.rounds)
+    if arguments.plot:
+        from mamba2_jax.plot import plot_latency
+
+        plot_latency(arguments.plot, config, weights, rounds=arguments.rounds)
+        print(f"latency over batch: {arguments.plot}")
+
+    config = dataclasses.replace(SIZES["mamba2-130m"], num_hidden_layers=arguments.layers)
+    print(f"\nRandom weights of mamba2-130m's sizes, {arguments.layers} layers, one sequence:")
+    passed &= compare(config, random_weights(config, jax.random.key(0)), batch=1, tokens=8, rounds=arguments.rounds)
+    raise SystemExit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

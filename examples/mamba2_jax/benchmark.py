@@ -1,0 +1,93 @@
+"""Decode with random weights of a well-known model's sizes, with each backend present, and compare.
+
+    python -m mamba2_jax.benchmark
+    python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 64 --dtype bfloat16 --state-dtype bfloat16
+
+The first is mamba2-130m with one sequence in float32.
+"""
+
+import argparse
+import dataclasses
+
+import jax
+
+import ssu_bridge
+from mamba2_jax import measure, model
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.initial import random_weights
+
+SIZES = {
+    "mamba2-130m": Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128),
+    "mamba2-2.7b": Mamba2Config(50288, 2560, 64, num_heads=80, head_dim=64, state_size=128),
+}
+_DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def compare(
+    config: Mamba2Config,
+    weights: model.Weights,
+    *,
+    batch: int,
+    tokens: int,
+    rounds: int,
+    state_dtype: str = "float32",
+) -> bool:
+    """Print who runs and why, the speed of each backend present, that no state is copied, the checker's verdict."""
+    step = measure.example_step(config, weights, batch, state_dtype)
+    explanation = ssu_bridge.explain(**step)
+    print(f"which backend runs, and why:\n{explanation}")
+    if explanation.backend is None:
+        return False
+    backends = measure.backends_present(step)
+    steps = {b: measure.ssm_steps(weights, step, tokens=tokens, backend=b) for b in backends}
+    _print_speeds("SSM step", measure.seconds(steps, rounds), 1e6 / (tokens * config.num_hidden_layers), "us")
+    del steps  # and their states
+
+    sizes = config, weights, batch, state_dtype
+    whole = {b: measure.whole_tokens(*sizes, tokens=tokens, backend=b) for b in backends}
+    runs = {backend: run for backend, (run, _) in whole.items()}
+    _print_speeds("whole token", measure.seconds(runs, rounds), 1e3 / tokens, "ms", tokens * batch)
+    for backend, (_, compiled) in whole.items():
+        if backend != "xla":  # whose arithmetic makes a new state before it is written to its slot
+            measure.assert_no_copy_of_a_state(compiled, step["state"])
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            print(
+                f"  {backend}: the compiled program copies no state: {temporary / 1e6:.1f} MB of temporaries, "
+                f"{config.num_hidden_layers} states of {step['state'].nbytes / 1e6:.1f} MB"
+            )
+
+    report = ssu_bridge.check(**step)
+    print(f"{report}\nverdict: {'pass' if report else 'FAIL'}")
+    return bool(report)
+
+
+def _print_speeds(what: str, seconds: dict[str, float], scale: float, unit: str, tokens: int = 0) -> None:
+    for backend, time in seconds.items():
+        rate = f"{tokens / time:10.1f} tokens/s" if tokens else ""
+        print(f"  {what:<12}{backend:<12}{time * scale:9.2f} {unit}{rate}  {seconds['xla'] / time:.2f} times xla")
+
+
+def main() -> None:
+    """Compare the backends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", choices=SIZES, default="mamba2-130m", help="of which model")
+    parser.add_argument("--layers", type=int, help="so many instead of all")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of each sequence in a run")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement; medians are shown")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
+    ssu_bridge.add_cli_args(parser)
+    arguments = parser.parse_args()
+    ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    config = SIZES[arguments.sizes]
+    config = dataclasses.replace(config, num_hidden_layers=arguments.layers or config.num_hidden_layers)
+    weights = random_weights(config, jax.random.key(0), arguments.dtype)
+    print(f"{arguments.sizes}, {arguments.dtype} weights, batch {arguments.batch}, {arguments.state_dtype} states")
+    names = ("batch", "tokens", "rounds", "state_dtype")
+    passed = compare(config, weights, **{name: getattr(arguments, name) for name in names})
+    raise SystemExit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

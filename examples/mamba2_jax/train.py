@@ -1,0 +1,197 @@
+"""Train a byte-level Mamba-2 model on a text, with the gradient of the step through the xla backend.
+
+Each of ``--batch`` streams reads its own part of the text in windows of ``--length`` bytes, and carries its states from
+window to window; now and then a stream begins anew from zeros, as a prompt does. Inside a layer all is computed for the
+whole window at once, but for the SSM step, which is scanned over it. Training ends after ``--steps`` or ``--minutes``,
+whichever is first, and the learning rate follows the share that is done.
+
+    python -m mamba2_jax.train kjv.txt mamba2_jax/kjv
+"""
+
+import argparse
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ssu_bridge
+from mamba2_jax import checkpoint, model
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.initial import random_weights
+
+_WARM_UP = 0.03  # share of the training in which the learning rate rises
+_BETAS, _EPSILON, _WEIGHT_DECAY, _LARGEST_GRADIENT = (0.9, 0.98), 1e-8, 0.1, 1.0
+_FRESH_STREAMS = 0.1  # share of the streams that begin anew at a window
+_HELD_OUT = 0.02  # share of the text, its end, that is not trained on
+
+
+class Training(NamedTuple):
+    """What changes from window to window: weights, AdamW's two moments, the states of all streams."""
+
+    weights: model.Weights
+    mean: model.Weights
+    square: model.Weights
+    states: tuple[model.State, ...]
+
+
+def main() -> None:
+    """Train and write a checkpoint in the Hugging Face layout."""
+    arguments = _parser().parse_args()
+    config = Mamba2Config(
+        vocab_size=256,
+        hidden_size=arguments.hidden_size,
+        num_hidden_layers=arguments.layers,
+        num_heads=2 * arguments.hidden_size // arguments.head_dim,
+        head_dim=arguments.head_dim,
+        state_size=arguments.state_size,
+    )
+    text = np.frombuffer(Path(arguments.text).read_bytes(), np.uint8)
+    text, held_out = np.split(text, [round(len(text) * (1 - _HELD_OUT))])
+    weights = train(config, text, arguments)
+    checkpoint.save(arguments.folder, config, weights, "bfloat16")
+    config, weights = checkpoint.load(arguments.folder)  # as it will be used
+    size = (Path(arguments.folder) / "model.safetensors").stat().st_size
+    print(f"{size / 1e6:.2f} MB; held-out text: {bits_per_byte(config, weights, held_out):.3f} bits a byte")
+
+
+def train(config: Mamba2Config, text: np.ndarray, arguments: argparse.Namespace) -> model.Weights:
+    """Train on a text of bytes and return the weights."""
+    key = jax.random.key(arguments.seed)
+    weights = random_weights(config, key)
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    states = model.zero_states(config, arguments.batch, "float32", "float32")
+    training = Training(weights, zeros, jax.tree.map(jnp.copy, zeros), states)
+    count = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    print(f"{count:,} weights, {len(text):,} bytes of text on {jax.devices()[0]}")
+
+    streams = jnp.asarray(text[: len(text) // arguments.batch * arguments.batch].reshape(arguments.batch, -1))
+    windows = (streams.shape[1] - 1) // arguments.length
+    if windows < 1:
+        raise SystemExit(f"the text is too short for {arguments.batch} streams of {arguments.length} bytes and more")
+    started, losses = time.perf_counter(), []
+    for i in range(arguments.steps):
+        elapsed = time.perf_counter() - started
+        done = max(i / arguments.steps, elapsed / (60 * arguments.minutes))
+        if done >= 1:
+            break
+        start = i % windows * arguments.length
+        step = jnp.array([i, done, start], jnp.float32), jax.random.fold_in(key, i)
+        training, loss = update(config, training, streams, *step, arguments.length, arguments.learning_rate)
+        losses.append(float(loss))  # which waits for the step, so that the clock is right
+        if i == 0:  # compiling is no part of the training
+            started = time.perf_counter()
+        if i % 50 == 0:
+            recent = float(np.mean(losses[-50:])) / math.log(2)
+            read = (i + 1) * arguments.batch * arguments.length
+            print(f"{elapsed:6.0f} s  step {i:5}  {read / 1e6:7.2f} MB read  {recent:.3f} bits a byte", flush=True)
+    return training.weights
+
+
+@functools.partial(jax.jit, static_argnames=("config", "length", "peak"), donate_argnames="training")
+def update(
+    config: Mamba2Config,
+    training: Training,
+    streams: jax.Array,
+    progress: jax.Array,
+    key: jax.Array,
+    length: int,
+    peak: float,
+) -> tuple[Training, jax.Array]:
+    """Train on the next window of each stream; progress has the step's number, the share done and where it starts."""
+    number, done, start = progress
+    window = jax.lax.dynamic_slice_in_dim(streams, start.astype(int), length + 1, axis=1)
+    keep = jax.random.uniform(key, streams.shape[:1]) >= _FRESH_STREAMS
+    states = jax.tree.map(lambda s: jnp.where(keep.reshape(-1, *[1] * (s.ndim - 1)), s, 0), training.states)
+
+    def loss_of(weights: model.Weights) -> tuple[jax.Array, tuple[model.State, ...]]:
+        logits, states_after = window_logits(config, weights, states, window[:, :-1])
+        return cross_entropy(logits, window[:, 1:]), states_after
+
+    (loss, states), gradient = jax.value_and_grad(loss_of, has_aux=True)(training.weights)
+    rate = peak * jnp.minimum(done / _WARM_UP, 0.5 * (1 + jnp.cos(jnp.pi * done)) + 0.01)
+    weights, mean, square = adamw(training, gradient, number + 1, rate)
+    return Training(weights, mean, square, states), loss
+
+
+def window_logits(
+    config: Mamba2Config, weights: model.Weights, states: tuple[model.State, ...], tokens: jax.Array
+) -> tuple[jax.Array, tuple[model.State, ...]]:
+    """Compute the logits (batch, length, vocab_size) of a window of tokens (batch, length), sequence i in slot i."""
+    x = model.embed(config, weights, tokens)
+    states_after = []
+    for layer, state in zip(weights.layers, states, strict=True):
+        x, state = _layer(config, layer, state, x)
+        states_after.append(state)
+    return model.logits(config, weights, x), tuple(states_after)
+
+
+def _layer(config: Mamba2Config, layer: model.Layer, state: model.State, x: jax.Array) -> tuple[jax.Array, model.State]:
+    z, xBC, dt = model.project(config, layer, x)
+    window = jnp.concatenate([state.conv, xBC], axis=1)
+    heads, B, C = model.split_heads(config, model.convolve(layer, window))
+    A = -jnp.exp(layer.A_log)
+
+    @jax.checkpoint  # what is between two states is computed again, where keeping it would take several times the room
+    def token(ssm: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        x, dt, B, C = inputs
+        step = ssu_bridge.update(ssm, x, dt, A, B, C, layer.D, dt_bias=layer.dt_bias, dt_softplus=True, backend="xla")
+        return step[1], step[0]
+
+    by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (heads, dt, B, C))
+    ssm, y = jax.lax.scan(token, state.ssm, by_time, unroll=4)
+    x = model.finish(config, layer, x, jnp.moveaxis(y, 0, 1), z)
+    return x, model.State(window[:, xBC.shape[1] :], ssm)
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Return the mean negative log-likelihood of the tokens, in nats."""
+    likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None].astype(int), axis=-1)
+    return -jnp.mean(likelihood)
+
+
+def adamw(training: Training, gradient: model.Weights, number: jax.Array, rate: jax.Array) -> tuple[Any, Any, Any]:
+    """Take a step of AdamW (arXiv:1711.05101) with the gradient's norm clipped; only matrices decay."""
+    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda g: g * jnp.minimum(1, _LARGEST_GRADIENT / norm), gradient)
+    mean = jax.tree.map(lambda m, g: _BETAS[0] * m + (1 - _BETAS[0]) * g, training.mean, gradient)
+    square = jax.tree.map(lambda s, g: _BETAS[1] * s + (1 - _BETAS[1]) * g * g, training.square, gradient)
+
+    def step(w: jax.Array, m: jax.Array, s: jax.Array) -> jax.Array:
+        direction = m / (1 - _BETAS[0] ** number) / (jnp.sqrt(s / (1 - _BETAS[1] ** number)) + _EPSILON)
+        return w - rate * (direction + (_WEIGHT_DECAY * w if w.ndim == 2 else 0))
+
+    return jax.tree.map(step, training.weights, mean, square), mean, square
+
+
+def bits_per_byte(config: Mamba2Config, weights: model.Weights, text: np.ndarray) -> float:
+    """Return the cross-entropy of a text that is cut into 16 sequences, each beginning from zeros."""
+    tokens = jnp.asarray(text[: len(text) // 16 * 16].reshape(16, -1))
+    states = model.zero_states(config, 16, "float32", "float32")
+    logits = jax.jit(functools.partial(window_logits, config))(weights, states, tokens[:, :-1])[0]
+    return float(cross_entropy(logits, tokens[:, 1:])) / math.log(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="the file to train on")
+    parser.add_argument("folder", help="where the checkpoint goes")
+    parser.add_argument("--steps", type=int, default=2000, help="at most so many windows of each stream")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most so long")
+    parser.add_argument("--batch", type=int, default=64, help="streams")
+    parser.add_argument("--length", type=int, default=256, help="bytes of a window")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
+    parser.add_argument("--hidden-size", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--state-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The examples run as a reader would run them, and say what they promise to."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamba2_jax.config import Mamba2Config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def run(*arguments, device="cpu", fails=False):
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if device == "cpu":
+        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES)
+    assert (result.returncode != 0) == fails, result.stderr
+    return result.stdout
+
+
+def test_the_demo(tmp_path):
+    small = ["--tokens", "32", "--rounds", "1", "--layers", "2"]
+    shown = run("demo.py", "--prompt", "And God said, ", *small, "--plot", tmp_path / "latency.png")
+    assert shown.startswith("And God said, ")
+    assert shown.count("taken, the first here that can") == 2
+    for model in shown.split("Random weights")[0:2]:
+        for backend in ("cpu", "xla"):
+            assert re.search(rf"SSM step +{backend} +[\d.]+ us  +[\d.]+ times xla", model)
+            assert re.search(rf"whole token +{backend} +[\d.]+ ms +[\d.]+ tokens/s +[\d.]+ times xla", model)
+        assert "cpu: the compiled program copies no state" in model
+        assert "verdict: pass" in model
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"]])
+def test_the_benchmark(device, options):
+    shown = run("-m", "mamba2_jax.benchmark", "--layers", 2, "--tokens", 2, "--rounds", 1, *options, device=device)
+    assert ("asked for xla" in shown) == ("xla" in options)
+    assert "copies no state" in shown
+    assert "verdict: pass" in shown
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_generating_text(device):
+    texts = [
+        run("-m", "mamba2_jax.generate", "--prompt", "Moses", "--tokens", 40, *options, device=device)
+        for options in ([], ["--mamba-backend", "xla", "--seed", 1])
+    ]
+    assert all(text.startswith("Moses") and len(text) == len("Moses") + 40 + 1 for text in texts)
+    assert texts[1] != texts[0]
+
+
+def test_generating_from_a_folder_that_is_none(tmp_path):
+    run("-m", "mamba2_jax.generate", "--checkpoint", tmp_path, fails=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_continuous_batching(device):
+    shown = run("-m", "mamba2_jax.scheduler", "--tokens", 10, device=device)
+    assert sorted(re.findall(r"sequence (\d) leaves", shown)) == list("012345")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_torch_caller(device):
+    shown = run("torch_caller.py", "--tokens", 3, device=device)
+    ways = ["eager", "torch.compile", "CUDA graph"]
+    assert (
+        re.findall(rf"^(.*?) +3 tokens on {device}, as eager", shown, re.MULTILINE)
+        == ways[: 3 if device == "cuda" else 2]
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sharing_a_state(device):
+    assert "the bits of twelve steps in JAX alone" in run("share_state.py", device=device)
+
+
+def test_the_configurations_of_known_models():
+    from mamba2_jax.benchmark import SIZES
+
+    assert SIZES["mamba2-130m"] == Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128)
+    for config in SIZES.values():
+        assert config.inner_size == 2 * config.hidden_size

