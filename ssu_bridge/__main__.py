@@ -14,7 +14,17 @@ from ssu_bridge.choose import BACKENDS
 from ssu_bridge.frontends import frontend
 from ssu_bridge.support import table
 
-_PACKAGES = ("ssu-bridge", "numpy", "jax", "jaxlib", "jax-tvm-ffi", "torch", "triton", "apache-tvm-ffi")
+_PACKAGES = (
+    "ssu-bridge",
+    "numpy",
+    "jax",
+    "jaxlib",
+    "jax-tvm-ffi",
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

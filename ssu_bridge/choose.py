@@ -2,15 +2,16 @@
 
 import importlib
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ssu_bridge.backends.base import BackendModule, Kernel
+from ssu_bridge.backends.base import BackendModule, Feature, Kernel, features
+from ssu_bridge.backends.measurements import measured
 from ssu_bridge.config import Backend
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 from ssu_bridge.problem import Problem
 
-# In the order in which auto asks them; the reference is for checking and is never taken unasked.
-AUTOMATIC = (Backend.TRITON, Backend.CPU, Backend.XLA)
+# What auto asks, in this order but for what was measured; the reference is for checking and is never taken unasked.
+AUTOMATIC = (Backend.TRITON, Backend.FLASHINFER, Backend.CPU, Backend.XLA)
 BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
 
 _log = logging.getLogger("ssu_bridge")
@@ -84,9 +85,27 @@ def answer(backend: Backend, problem: Problem) -> Answer:
 def consider_problem(problem: Problem) -> Choice:
     """Ask the backends that the configuration allows, and take the first that does not refuse; raise nothing."""
     asked = problem.options.config.backend
-    names = AUTOMATIC if asked is Backend.AUTO else (asked,)
+    names = _automatic(problem) if asked is Backend.AUTO else (asked,)
     answers = tuple(answer(name, problem) for name in names)
     return Choice(problem, next((a.backend for a in answers if a.refusal is None), None), answers)
+
+
+def _automatic(problem: Problem) -> tuple[Backend, ...]:
+    """Return the backends that auto asks: on a GPU, first the one that was measured to be the fastest."""
+    if problem.platform != "cuda" or {*features(problem)} - {Feature.TOKENS, Feature.PACKED}:
+        return AUTOMATIC
+    tables = measured("auto_order", problem.capability)
+    faster = [name for name, rows in tables.items() if any(_is_about(row, problem) for row in rows)]
+    return tuple(sorted(AUTOMATIC, key=lambda backend: backend not in faster))
+
+
+def _is_about(row: dict[str, Any], problem: Problem) -> bool:
+    """Whether a measurement is about calls like this one."""
+    tokens = -(-problem.tokens // max(problem.sequences, 1)) if problem.form == "packed" else problem.tokens
+    elements = problem.sequences * problem.nheads * problem.headdim * problem.dstate
+    ranges = ((tokens, row["tokens"]), (elements, row["elements"]))
+    same = row["form"] == problem.form and row["state"] == dict(problem.dtypes)["state"]
+    return same and all(least <= value <= most for value, (least, most) in ranges)
 
 
 def load(problem: Problem) -> Kernel:

@@ -18,6 +18,7 @@ class Backend(enum.StrEnum):
 
     AUTO = "auto"
     TRITON = "triton"
+    FLASHINFER = "flashinfer"
     CPU = "cpu"
     XLA = "xla"
     REFERENCE = "reference"

@@ -121,10 +121,13 @@ class Problem:
         tied: names of the parameters that are one number a head.
         tables: names of the slot tables that have a column for each token. How many columns they have, how many steps
             the intermediate states, a kernel reads from the arrays: a token past the last one stores nothing there.
+        columns: how many columns the slot tables have, the fewest of them; 0 without tables.
+        entries: how many entries the intermediate states have.
         stochastic_rounding: the state is to be rounded stochastically, by ``options.config.philox_rounds`` rounds of
             Philox with the key in ``rand_seed``: 8 bytes, the low word first, whatever its dtype and shape.
         unaligned: names of the arrays, out included, that do not lie so that all that a kernel reads of them in
             vectors begins at a multiple of VECTOR_BYTES.
+        strided: names of the arrays that have gaps between their entries.
         options: the arguments that are not arrays.
     """
 
@@ -144,8 +147,11 @@ class Problem:
     dtypes: tuple[tuple[str, str], ...]
     tied: tuple[str, ...]
     tables: tuple[str, ...]
+    columns: int
+    entries: int
     stochastic_rounding: bool
     unaligned: tuple[str, ...]
+    strided: tuple[str, ...]
     options: Options
 
     @property
@@ -221,8 +227,11 @@ def describe(
         dtypes=tuple((name, arrays[name].dtype) for name in ARGUMENTS if name in arrays),
         tied=tied,
         tables=tuple(n for n in arrays if n.endswith("state_batch_indices") and len(arrays[n].shape) == 2),
+        columns=min((size[symbol] for symbol in "WV" if symbol in size), default=0),
+        entries=size.get("E", 0),
         stochastic_rounding="rand_seed" in arrays,
         unaligned=_unaligned(shapes, arrays, tied),
+        strided=tuple(name for name, info in arrays.items() if name not in tied and not _is_dense(info)),
         options=options,
     )
 
@@ -233,6 +242,15 @@ def _unaligned(shapes: "_Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[s
     # An output that is not given yet will be dense, as x is in shape and dtype.
     vectors = {"out": ArrayInfo(arrays["x"].shape, arrays["x"].dtype), **vectors}
     return tuple(name for name, info in vectors.items() if not shapes.is_aligned(name, info))
+
+
+def _is_dense(info: ArrayInfo) -> bool:
+    step = 1
+    for n, stride in zip(reversed(info.shape), reversed(info.strides or ()), strict=False):
+        if n > 1 and stride != step:
+            return False
+        step *= n
+    return True
 
 
 def _came(value: object) -> str:

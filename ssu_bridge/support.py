@@ -9,6 +9,9 @@ from ssu_bridge.choose import BACKENDS, module
 from ssu_bridge.config import Backend, SSUConfig
 from ssu_bridge.problem import Problem, describe, options_of
 
+# FlashInfer does some of each, by sizes and what else is asked for: docs/flashinfer.md.
+COLUMNS = tuple(backend for backend in BACKENDS if backend is not Backend.FLASHINFER)
+
 # Where a backend runs, if not on the CPU. Refusals look at the description of a call alone: no GPU is needed.
 _PLATFORMS = {Backend.TRITON: ("cuda", (9, 0))}
 
@@ -36,9 +39,9 @@ def supports(backend: Backend) -> Iterator[tuple[Feature, bool]]:
 
 def table() -> str:
     """Return the table of features by backends, in Markdown."""
-    columns = {backend: dict(supports(backend)) for backend in BACKENDS}
-    lines = ["| | " + " | ".join(f"`{backend}`" for backend in BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
+    columns = {backend: dict(supports(backend)) for backend in COLUMNS}
+    lines = ["| | " + " | ".join(f"`{backend}`" for backend in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for feature in next(iter(columns.values())):
-        answers = ("yes" if columns[backend][feature] else "no" for backend in BACKENDS)
+        answers = ("yes" if columns[backend][feature] else "no" for backend in COLUMNS)
         lines.append(f"| {feature} | {' | '.join(answers)} |")
     return "\n".join(lines)

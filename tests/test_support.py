@@ -7,8 +7,8 @@ import pytest
 from ssu_bridge.__main__ import main
 from ssu_bridge.backends.base import Feature, features
 from ssu_bridge.cases import CASES
-from ssu_bridge.choose import BACKENDS, module
-from ssu_bridge.support import problem_of, supports, table
+from ssu_bridge.choose import module
+from ssu_bridge.support import COLUMNS, problem_of, supports, table
 
 
 def test_the_readme_has_it(capsys):
@@ -20,11 +20,11 @@ def test_the_readme_has_it(capsys):
 
 
 def test_every_feature_but_trees_has_a_case():
-    for backend in BACKENDS:
+    for backend in COLUMNS:
         assert [feature for feature, _ in supports(backend)] == [f for f in Feature if f is not Feature.TREES]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COLUMNS)
 def test_a_backend_refuses_what_the_table_says_and_nothing_else(backend):
     able = dict(supports(backend))
     for case in CASES:

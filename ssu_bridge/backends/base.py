@@ -59,6 +59,19 @@ def missing_jax_ffi(framework: str) -> str | None:
     return None
 
 
+_LEAST_CAPABILITY = (8, 0)
+
+
+def cannot_run_there(problem: Problem) -> str | None:
+    """Refuse other devices than NVIDIA GPUs, and old ones among those."""
+    if problem.platform != "cuda":
+        return f"it runs on CUDA arrays only, and these are on {problem.platform}"
+    if problem.capability is None or problem.capability < _LEAST_CAPABILITY:
+        capability = "none" if problem.capability is None else ".".join(map(str, problem.capability))
+        return f"it needs a GPU of compute capability 8.0 or higher, and this one has {capability}"
+    return None
+
+
 class Feature(enum.StrEnum):
     """What a call can ask for beyond one token for each sequence and a float state that is rounded to nearest."""
 

@@ -92,14 +92,15 @@ def single(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float32)
 
 
-def compute(problem: Problem, arrays: Mapping[str, Any]) -> Exact:
+def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: bool = False) -> Exact:
     """Compute a call in float64, with the state rounded to float32 between the tokens of a sequence.
 
     Args:
         problem: the description of the call.
         arrays: NumPy arrays by name, as ``problem.names`` lists them. They are only read.
+        coarse_softplus: the bounds are for a softplus that is rounded as numbers near 1 are, small as it may be.
     """
-    step = _Step(problem, arrays)
+    step = _Step(problem, arrays, coarse_softplus)
     b, shape = problem.sequences, (problem.nheads, problem.headdim, problem.dstate)
     plan = routes(problem, arrays)
     count = _row_count(problem)
@@ -137,8 +138,9 @@ def _stacked(kept: list[Any], name: str, shape: tuple[int, ...]) -> Store:
 class _Step:
     """The recurrence for one token of one sequence, with the arrays widened to float64 once."""
 
-    def __init__(self, problem: Problem, arrays: Mapping[str, Any]):
+    def __init__(self, problem: Problem, arrays: Mapping[str, Any], coarse_softplus: bool = False):
         self.problem, self.arrays = problem, arrays
+        self.least_dt_bound = 1.0 if coarse_softplus and problem.options.dt_softplus else 0.0
         H, P, N = problem.nheads, problem.headdim, problem.dstate
         rows = _row_count(problem)
 
@@ -181,7 +183,7 @@ class _Step:
             # A change of dt changes softplus by at most the sigmoid's share of it.
             dt_bounds = dt_bounds / (1 + np.exp(-dt))
             dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
-        dt_bounds = np.maximum(dt_bounds, np.abs(dt))
+        dt_bounds = np.maximum(dt_bounds, np.abs(dt)) + self.least_dt_bound
         decay = np.exp(self.A * dt)
         state = old * decay + dt * x * B
         # What the tokens before left, and what this one adds.

@@ -7,13 +7,12 @@ import functools
 import importlib.util
 
 from ssu_bridge.backends import triton_tiles
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
 from ssu_bridge.backends.triton_cache import cached
 from ssu_bridge.backends.triton_compile import Specialisation, compile_step, specialise
 from ssu_bridge.library import library
 from ssu_bridge.problem import Problem
 
-_LEAST_CAPABILITY = (8, 0)
 # A tile is addressed in 32 bits inside a head.
 _MOST_ELEMENTS_OF_A_HEAD = 2**31
 
@@ -27,10 +26,8 @@ def missing(framework: str) -> str | None:
 
 def refusal(problem: Problem) -> str | None:
     """Refuse other devices than NVIDIA GPUs, old ones among those, and what is not written yet."""
-    if problem.platform != "cuda":
-        return f"it runs on CUDA arrays only, and these are on {problem.platform}"
-    if problem.capability is None or problem.capability < _LEAST_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0 or higher, and this one has {_spell(problem.capability)}"
+    if reason := cannot_run_there(problem):
+        return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it takes heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
     return cannot(problem, Feature.TREES)
@@ -62,7 +59,3 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         compiled.overlaps,
     )
     return DeviceKernel(specialisation.target, function)
-
-
-def _spell(capability: tuple[int, int] | None) -> str:
-    return "none" if capability is None else ".".join(map(str, capability))

@@ -5,14 +5,12 @@ over it would be taken in another order and the result's bits would depend on th
 each thread has at least one full vector, and rows are split between the warps always or never.
 """
 
-import functools
 import math
-import tomllib
-from importlib import resources
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from ssu_bridge.backends.measurements import measured
 from ssu_bridge.problem import VECTOR_BYTES, Problem
 
 _THREADS = 32
@@ -79,10 +77,7 @@ def _vector(problem: Problem) -> int:
 
 
 def _table_entry(problem: Problem) -> tuple[int, int]:
-    tables = _tables()
-    assert problem.capability is not None
-    known = sorted(tables)
-    table = tables[max((c for c in known if c <= problem.capability), default=known[0])]
+    table = measured("triton_tiles", problem.capability)
     work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
     stored = f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"
     if not is_plain(problem):
@@ -92,13 +87,6 @@ def _table_entry(problem: Problem) -> tuple[int, int]:
             stored = "stochastic_steps" if each_token else "stochastic"
     rows = table[stored]
     return next((elements, warps) for most, elements, warps in rows if work <= most)
-
-
-@functools.cache
-def _tables() -> dict[tuple[int, int], Any]:
-    text = resources.files("ssu_bridge.backends").joinpath("triton_tiles.toml").read_text()
-    by_name = tomllib.loads(text).items()
-    return {(int(name[2:-1]), int(name[-1])): table for name, table in by_name}
 
 
 def _power_of_two(n: int) -> int:

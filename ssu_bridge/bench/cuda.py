@@ -3,19 +3,18 @@
 import argparse
 import importlib.util
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ssu_bridge import update
-from ssu_bridge.bench import cuda_jax, cuda_tune
+from ssu_bridge.bench import cuda_flashinfer, cuda_jax, cuda_tune
 from ssu_bridge.bench.cuda_steps import COPIES, Steps
-from ssu_bridge.bench.cuda_timing import graph_times
-from ssu_bridge.bench.timing import Timing, summary
+from ssu_bridge.bench.cuda_timing import graph_times, host_times
+from ssu_bridge.bench.timing import Timing
 from ssu_bridge.config import ALGORITHMS
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -39,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     cuda_jax.print_loops([batch for batch in arguments.batches if batch <= 256])
     _print_torch_host()
     cuda_jax.print_host()
+    if importlib.util.find_spec("flashinfer"):
+        print()
+        cuda_flashinfer.main()
 
 
 def _versions(*packages: str) -> str:
@@ -132,27 +134,6 @@ def _print_torch_host() -> None:
     print("host time of an eager Torch call, batch 1, ten tensors")
     for name, timing in host_times({"update": call_update, "Tensor.add_, for comparison": call_add}).items():
         print(f"  {name:<54}{timing!s}")
-
-
-def host_times(functions: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
-    """Time the host's side of calls: few enough of them at a time for the GPU's queue, which is drained in between."""
-
-    def draining(function: Callable[[], Any]) -> Callable[[], float]:
-        def run() -> float:
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(100):
-                function()
-            return (time.perf_counter() - started) / 100
-
-        return run
-
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    runs = {name: draining(function) for name, function in functions.items()}
-    for _ in range(60):
-        for name, run in runs.items():
-            samples[name].append(run())
-    return {name: summary(values) for name, values in samples.items()}
 
 
 def _us(timing: Timing) -> str:

@@ -27,13 +27,13 @@ def print_loops(batches: list[int]) -> None:
     print(f"{'':<34}{'triton':<26}{'xla':<28}{'ratio':>6}")
     _print_loop("1, all layers on one slot", 1, 1)
     for batch in batches:
-        caches = min(_LAYERS, max(2, -(-_COLD_BYTES // (batch * _H * _P * _N * 2))))
+        caches = cold_caches(batch)
         _print_loop(f"{batch}, {caches} caches in turn", batch, caches)
     print()
 
 
 def _print_loop(label: str, batch: int, caches: int) -> None:
-    ours, xla = (_loop_time(batch, caches, backend) for backend in ("triton", "xla"))
+    ours, xla = (loop_time(batch, caches, backend) for backend in ("triton", "xla"))
     print(f"{label:<34}{_us(ours):<26}{_us(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
 
 
@@ -57,7 +57,13 @@ def _arguments(batch: int, calls: int) -> tuple[jax.Array, dict[str, jax.Array],
     return normal(batch * calls, _H, _P, _N), arrays, slots
 
 
-def _loop_time(batch: int, caches: int, backend: str, rounds: int = 9) -> Timing:
+def cold_caches(batch: int) -> int:
+    """Return how many caches of so many sequences to go through for none to be found in the GPU's cache."""
+    return min(_LAYERS, max(2, -(-_COLD_BYTES // (batch * _H * _P * _N * 2))))
+
+
+def loop_time(batch: int, caches: int, backend: str, rounds: int = 9) -> Timing:
+    """Return the time of a step in a jitted loop over steps, on so many caches in turn."""
     state, arrays, slots = _arguments(batch, caches)
     x = arrays.pop("x")
 

@@ -30,7 +30,8 @@ LAYER = Sizes(64, 64, 128, 8)
 class Steps:
     """The arguments of several calls on one cache. Together their states are many times what the GPU's cache holds."""
 
-    def __init__(self, sequences: int, dtype: torch.dtype, cold: int = 10):
+    def __init__(self, sequences: int, dtype: torch.dtype, cold: int = 10, tokens: int = 0):
+        """Draw the arguments; with ``tokens``, of so many for each sequence."""
         H, P, N, G = LAYER
         device = torch.cuda.get_device_properties()
         state_bytes = sequences * H * P * N * dtype.itemsize
@@ -42,19 +43,19 @@ class Steps:
         def normal(*shape: int, dtype: torch.dtype = other) -> torch.Tensor:
             return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
-        slots = self.count * sequences
+        slots, rows = self.count * sequences, (sequences, tokens) if tokens else (sequences,)
         self.state = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").normal_(generator=generator)
         order = torch.randperm(slots, device="cuda", generator=generator).int().view(self.count, sequences)
         model = {"A": -torch.exp(normal(H, dtype=torch.float32)), "D": normal(H), "dt_bias": normal(H)}
         self.calls: list[dict[str, Any]] = [
             {
-                "x": normal(sequences, H, P),
-                "dt": normal(sequences, H),
-                "B": normal(sequences, G, N),
-                "C": normal(sequences, G, N),
+                "x": normal(*rows, H, P),
+                "dt": normal(*rows, H),
+                "B": normal(*rows, G, N),
+                "C": normal(*rows, G, N),
                 **model,
                 "state_batch_indices": order[i].clone(),
-                "out": torch.empty(sequences, H, P, dtype=other, device="cuda"),
+                "out": torch.empty(*rows, H, P, dtype=other, device="cuda"),
             }
             for i in range(self.count)
         ]
@@ -64,12 +65,12 @@ class Steps:
         read: int = sum(array.nbytes for array in self.calls[0].values())
         return 2 * self.state_bytes + read
 
-    def updates(self, tile: tuple[int, int] | None = None) -> Sequence[Call]:
-        """Return the calls of the triton backend."""
+    def updates(self, tile: tuple[int, int] | None = None, backend: str = "triton") -> Sequence[Call]:
+        """Return the calls of a backend."""
 
         def call(arguments: dict[str, Any]) -> None:
             with using(triton_tile=tile):
-                update(self.state, **arguments, dt_softplus=True, backend="triton")
+                update(self.state, **arguments, dt_softplus=True, backend=backend)
 
         return [functools.partial(call, arguments) for arguments in self.calls]
 
@@ -83,18 +84,22 @@ class Steps:
         return dict(zip(COPIES, (in_place, apart), strict=True))
 
     def flashinfer(self, algorithm: str) -> Sequence[Call]:
-        """Return the calls of FlashInfer, which takes parameters tied to a head as broadcast views."""
-        from flashinfer.mamba import selective_state_update
+        """Return the calls of FlashInfer's own function, their views made before."""
+        call = functools.partial(_call_flashinfer, self.state, algorithm)
+        return [functools.partial(call, {**arguments, **self.views(arguments)}) for arguments in self.calls]
 
+    def views(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return parameters tied to a head as the broadcast views that FlashInfer takes them as."""
         P, N = self.state.shape[2:]
-        tied = {"dt": P, "D": P, "dt_bias": P}
+        tied = {name: arguments[name][:, None].expand(-1, P) for name in ("D", "dt_bias")}
+        return {**tied, **self.view_of_dt(arguments), "A": arguments["A"][:, None, None].expand(-1, P, N)}
 
-        def call(arguments: dict[str, Any]) -> None:
-            selective_state_update(self.state, **arguments, dt_softplus=True, algorithm=algorithm)
+    def view_of_dt(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the one of these views that has to be made for each step."""
+        return {"dt": arguments["dt"][..., None].expand(*arguments["dt"].shape, self.state.shape[2])}
 
-        result = []
-        for arguments in self.calls:
-            views = {name: arguments[name][..., None].expand(*arguments[name].shape, n) for name, n in tied.items()}
-            views["A"] = arguments["A"][:, None, None].expand(-1, P, N)
-            result.append(functools.partial(call, {**arguments, **views}))
-        return result
+
+def _call_flashinfer(state: torch.Tensor, algorithm: str, arguments: dict[str, Any]) -> None:
+    from flashinfer.mamba import selective_state_update
+
+    selective_state_update(state, **arguments, dt_softplus=True, algorithm=algorithm)

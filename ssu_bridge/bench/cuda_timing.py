@@ -1,6 +1,8 @@
-"""GPU times of calls that are captured in CUDA graphs, so that no host time is in them."""
+"""GPU times of calls that are captured in CUDA graphs, so that no host time is in them, and the host's times alone."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -35,6 +37,27 @@ def graph_times(functions: Mapping[str, Sequence[Callable[[], object]]], *, roun
         samples = [before.elapsed_time(after) / 1e3 / count for before, after in events[name]]
         result[name] = summary(samples)
     return result
+
+
+def host_times(functions: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
+    """Time the host's side of calls: few enough of them at a time for the GPU's queue, which is drained in between."""
+
+    def draining(function: Callable[[], Any]) -> Callable[[], float]:
+        def run() -> float:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(100):
+                function()
+            return (time.perf_counter() - started) / 100
+
+        return run
+
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    runs = {name: draining(function) for name, function in functions.items()}
+    for _ in range(60):
+        for name, run in runs.items():
+            samples[name].append(run())
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:

@@ -4,6 +4,7 @@
 #include "cpu_kernel.h"
 #include "cpu_variants.h"
 #include "cubin_kernel.h"
+#include "flashinfer_adapter.h"
 #include "foreign_tensor.h"
 #include "guarded.h"
 #include "thread_pool.h"
@@ -30,3 +31,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(view, ssu_bridge::foreign_tensor)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(guarded, ssu_bridge::make_guarded)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_kernel, ssu_bridge::make_cubin_kernel)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_arguments, ssu_bridge::cubin_arguments)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(flashinfer_kernel, ssu_bridge::make_flashinfer_kernel)

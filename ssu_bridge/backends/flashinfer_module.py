@@ -1,0 +1,155 @@
+"""FlashInfer's private entry: what it compiles a module for, and how the module is had. Nothing else touches it.
+
+It compiles one for each set of dtypes and sizes, with nvcc and in about half a minute, and keeps it on disk.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssu_bridge.errors import BackendNotAvailableError
+
+_OLDEST, _TESTED = (0, 6, 11), "0.6.11 to 0.6.18"
+_INSTALL = 'pip install "ssu-bridge[flashinfer]"'
+_SOURCE = "mamba/selective_state_update.py"
+# Seconds that loading a module may take before the user is told why. One that was compiled before takes about one.
+_PATIENCE = 3.0
+
+_log = logging.getLogger("ssu_bridge")
+
+
+class Module(NamedTuple):
+    """What a module of FlashInfer is compiled for, by FlashInfer's names; dtypes are Torch's, by their names."""
+
+    state_dtype: str
+    input_dtype: str
+    weight_dtype: str
+    matrixA_dtype: str
+    stateIndex_dtype: str
+    dim: int
+    dstate: int
+    ntokens_mtp: int
+    cu_seqlens_dtype: str
+    num_accepted_tokens_dtype: str
+    sm_major: int
+    state_scale_dtype: str | None
+    philox_rounds: int
+
+    def __str__(self) -> str:
+        return ",".join("-" if value is None else str(value) for value in self)
+
+
+# The arguments of a module's function, in their order: what the native adapter passes.
+ARGUMENTS = (
+    "state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, dst_state_batch_indices, pad_slot_id, "
+    "state_scale, output, disable_state_update, intermediate_states_buffer, intermediate_state_indices, "
+    "intermediate_state_scales, rand_seed, cache_steps, cu_seqlens, num_accepted_tokens, algorithm"
+)
+
+
+def missing() -> str | None:
+    """Say what FlashInfer lacks to be called from here, and what to do about it; or None. This does not import it."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or not spec.submodule_search_locations:
+        return f"FlashInfer is not installed: {_INSTALL}"
+    version = _version()
+    if version and tuple(map(int, re.findall(r"\d+", version)[:3])) < _OLDEST:
+        return f"FlashInfer {version} is too old, tested are {_TESTED}: {_INSTALL}"
+    if _signature(Path(spec.submodule_search_locations[0]) / _SOURCE) != (Module._fields, ARGUMENTS):
+        return f"FlashInfer {version} calls its kernels in another way than those tested, {_TESTED}: {_INSTALL}"
+    if not _has_compiler() and importlib.util.find_spec("flashinfer_jit_cache") is None:
+        return (
+            "FlashInfer compiles its kernels with nvcc, which was not found: install NVIDIA's CUDA toolkit, or set "
+            'CUDA_HOME to where it is; backend="triton" needs none'
+        )
+    return None
+
+
+def _version() -> str:
+    """Return FlashInfer's version, "" for sources that were not installed as a package."""
+    try:
+        return importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def load(module: Module) -> Any:
+    """Return the TVM-FFI function of a module, which FlashInfer compiles if it has not yet.
+
+    Raises:
+        BackendNotAvailableError: FlashInfer could not be imported, or could not compile the module.
+    """
+    try:
+        # By its name in full: FlashInfer has a function of that name in this module's place.
+        source = importlib.import_module("flashinfer.mamba.selective_state_update")
+        import torch
+
+        values = (getattr(torch, str(v)) if n.endswith("dtype") and v else v for n, v in module._asdict().items())
+        with _told():
+            return source._get_module(*values).selective_state_update
+    except Exception as error:
+        raise BackendNotAvailableError(
+            f"backend flashinfer: FlashInfer could not compile or load its kernels ({type(error).__name__}: {error}); "
+            'backend="triton" needs no compiler'
+        ) from error
+
+
+@functools.cache
+def _signature(source: Path) -> tuple[tuple[str, ...], str]:
+    """Read from FlashInfer's source what its entry takes, and what that passes to a module's function."""
+    entry: tuple[str, ...] = ()
+    call = ""
+    for node in ast.walk(ast.parse(source.read_text())) if source.exists() else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "_get_module":
+            entry = tuple(argument.arg for argument in node.args.args)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "selective_state_update":
+            call = ", ".join(map(ast.unparse, (*node.args, *node.keywords)))
+    return entry, call
+
+
+def _has_compiler() -> bool:
+    """Look for nvcc where FlashInfer does."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [home] if home else ["/usr/local/cuda"]
+    found = [os.environ.get("FLASHINFER_NVCC"), *(f"{home}/bin/nvcc" for home in homes)]
+    return any(map(shutil.which, filter(None, found))) or (home is None and shutil.which("nvcc") is not None)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Tell the user of a compilation, while it runs and how long it took; loading what is compiled takes no time."""
+    started, told = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        told.set()
+        _say("FlashInfer compiles its kernels with nvcc; it takes about half a minute, and they are kept on disk")
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if told.is_set():
+        _say(f"FlashInfer compiled its kernels in {time.monotonic() - started:.0f} s")
+
+
+def _say(what: str) -> None:
+    """Log it; where nobody has set logging up, say it on stderr, so that the wait is not taken for a hang."""
+    if _log.hasHandlers():
+        _log.info(what)
+    else:
+        print(f"ssu_bridge: {what}", file=sys.stderr, flush=True)

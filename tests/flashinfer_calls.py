@@ -1,0 +1,84 @@
+"""Cases that FlashInfer takes, and the views that its own function asks a caller for."""
+
+import dataclasses
+
+import numpy as np
+from modes import to_mode
+
+import ssu_bridge
+from ssu_bridge.arrays import paired, unpaired
+from ssu_bridge.backends import flashinfer_module
+from ssu_bridge.cases import Case
+
+CASE = Case("flashinfer", headdim=64, dstate=64)
+BARE = Case("bare", headdim=64, dstate=64, absent=("D", "z", "dt_bias"), indices=None)
+TOKENS, STEPS = 3, 4
+FLAGS = ("dt_softplus", "pad_slot_id", "disable_state_update")
+
+
+def sized(case=CASE, **fields):
+    return dataclasses.replace(case, **fields)
+
+
+def tokens(case=CASE, count=TOKENS):
+    """The same for several tokens of each sequence."""
+    return sized(case, tokens=count)
+
+
+def packed(case=CASE, lengths=(1, 0, 2)):
+    """The same with the tokens of all sequences one after the other."""
+    return sized(case, tokens=sum(lengths), cu_seqlens=tuple(map(int, np.cumsum([0, *lengths]))))
+
+
+def table(columns=TOKENS, first=0):
+    """A slot for each token of three sequences, no two the same."""
+    return tuple(tuple(range(first + i * columns, first + (i + 1) * columns)) for i in range(3))
+
+
+def quantized(case=CASE, dtype="int16"):
+    return sized(case, dtypes={**case.dtypes, "state": dtype})
+
+
+def intermediates(case=CASE):
+    """The same with intermediate states, as FlashInfer stores them: the state is left as it is."""
+    return sized(case, steps=STEPS, disable_state_update=True)
+
+
+def draw(case=CASE, **changes):
+    """A case's arrays, by the names that kernels have for them, and flags."""
+    return {**case.arrays(seed=3), **case.flags, **changes}
+
+
+def arrays_of(call):
+    return {name: value for name, value in call.items() if name not in FLAGS}
+
+
+def flags_of(call):
+    return {name: value for name, value in call.items() if name in FLAGS}
+
+
+def tensors_of(call, mode="torch"):
+    """A call's arrays as Torch tensors, by the names that kernels have for them."""
+    return unpaired(to_mode(arrays_of(call), mode))
+
+
+def problem_of(call, capability=(9, 0)):
+    """The Problem of a call, or of a case, on a GPU."""
+    call = draw(call) if isinstance(call, Case) else call
+    return ssu_bridge.explain(**paired(call), backend="reference").choices[0].problem.on("cuda", capability)
+
+
+def as_flashinfer_wants(tensors, one_token_axis=False):
+    """The views that a caller of FlashInfer's own function has to make."""
+    _, H, P, N = tensors["state"].shape
+    wanted = dict.fromkeys(flashinfer_module.ARGUMENTS.split(", ")) | tensors
+    wanted["output"] = wanted.pop("out")
+    wanted["intermediate_states_buffer"] = wanted.pop("intermediate_states", None)
+    per_token = ("x", "z", "dt", "B", "C", "output")
+    if one_token_axis:
+        wanted |= {name: wanted[name].unsqueeze(1) for name in per_token if wanted[name] is not None}
+    wanted["A"] = wanted["A"][:, None, None].expand(H, P, N)
+    for name in ("dt", "D", "dt_bias"):
+        if wanted[name] is not None:
+            wanted[name] = wanted[name][..., None].expand(*wanted[name].shape, P)
+    return wanted
