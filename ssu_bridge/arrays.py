@@ -56,8 +56,8 @@ class QuantizedState(NamedTuple):
             dtype: int16, int8 or float8_e4m3fn, by name or as a dtype of any framework.
 
         Returns:
-            A new state in the same framework and on the same device: values of the shape of ``state``, and scales
-            (..., ) such that the largest magnitude of a row is the largest number of the dtype.
+            A new state in the same framework and on the same device: values of the shape of ``state``, and a scale for
+            each row, such that its largest magnitude becomes the largest number of the dtype.
 
         Raises:
             TypeError: ``state`` is no array.

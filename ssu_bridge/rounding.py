@@ -42,36 +42,30 @@ def rounded(values: np.ndarray, dtype: str, words: np.ndarray | None = None) -> 
     """
     # A value beyond the dtype's range becomes infinite, as everywhere.
     with np.errstate(over="ignore", invalid="ignore"):
-        to_nearest = nearest(np, values, dtype).astype(dtype)
+        to_nearest = np.asarray(nearest(np, values, dtype).astype(dtype))
         if words is None:
-            return np.asarray(to_nearest)
-        lo, hi, below, above = _neighbours(np.abs(values.astype(np.float64)), np.dtype(dtype))
-        fraction = np.floor((np.minimum(np.abs(values.astype(np.float64)), _largest(dtype)) - lo) / (hi - lo) * 2**24)
-        up = fraction > (words >> np.uint32(8))  # never where hi is infinite or no number
-        magnitude = np.where(up, above, below)
-    return np.where(np.isfinite(values), _with_sign(magnitude, values), to_nearest)
+            return to_nearest
+        magnitude = np.minimum(np.nan_to_num(np.abs(values.astype(np.float64))), _largest(dtype))
+        below, above = _neighbours(magnitude, np.dtype(dtype))
+        lo, hi = below.astype(np.float64), above.astype(np.float64)
+        # Of the largest number hi is none, and the fraction 0 or none.
+        up = np.floor((magnitude - lo) / (hi - lo) * 2**24) > (words >> np.uint32(8))
+        result = np.where(up, above, below)
+    return np.where(np.isfinite(values), np.where(np.signbit(values), -result, result), to_nearest)
 
 
-def _neighbours(magnitude: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the neighbours of positive numbers, lo and hi, in float64 and again in the dtype."""
-    within = np.minimum(np.nan_to_num(magnitude), _largest(dtype.name))
+def _neighbours(magnitude: np.ndarray, dtype: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the neighbours of numbers from 0 to the largest of a dtype: lo, and hi that is above."""
     if dtype.kind == "i":
-        below = np.floor(within).astype(dtype)
-        above = below + dtype.type(1)
-    else:
-        kind = f"u{dtype.itemsize}"
-        bits = within.astype(dtype).view(kind)  # positive floats are ordered as their bits are
-        bits = bits - (bits.view(dtype).astype(np.float64) > within).astype(kind)
-        below, above = bits.view(dtype), (bits + np.ones_like(bits)).view(dtype)
-    return below.astype(np.float64), above.astype(np.float64), below, above
+        lo = np.floor(magnitude).astype(dtype)
+        return lo, lo + dtype.type(1)
+    bits = magnitude.astype(dtype).view(f"u{dtype.itemsize}")  # positive floats are ordered as their bits are
+    bits = bits - (bits.view(dtype).astype(np.float64) > magnitude).astype(bits.dtype)
+    return bits.view(dtype), (bits + np.ones_like(bits)).view(dtype)
 
 
 def _largest(dtype: str) -> float:
     return LARGEST[dtype] if dtype in LARGEST else float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
-
-
-def _with_sign(magnitude: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.where(np.signbit(values), -magnitude, magnitude)
 
 
 def philox(counter: Any, key: tuple[int, int], rounds: int = 10) -> np.ndarray:

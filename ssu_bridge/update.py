@@ -110,7 +110,9 @@ def update(
         and type(state) is not QuantizedState
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
-        pairs, arrays = (state, intermediate_states), _split_quantized((*arrays, *several, None, None, rand_seed))
+        arrays = (*arrays, *several, None, None, rand_seed)
+        if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
+            pairs, arrays = (state, intermediate_states), _split_quantized(arrays)
     # What _kind returns, written out, because it is looked up in every call.
     kind: tuple[Any, ...]
     softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()

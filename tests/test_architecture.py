@@ -17,7 +17,7 @@ FLOORS = [
     {"__main__"},
     {"bench"},
     {"__init__"},
-    {"check", "compat", "support"},
+    {"check", "compare", "compat", "support"},
     {"update"},
     {"frontends"},
     {"choose"},

@@ -334,6 +334,7 @@ REFUSED = {
     "entries for intermediates": (
         tokens(sized(intermediates(), entries=(1, 5, 3))), None, "write out of bounds for an entry"
     ),
+    "intermediates, packed": (packed(intermediates()), None, "steps of the intermediate states for the longest"),
     "few intermediates": (tokens(intermediates()), replaced(entries=5), "for each slot, not 5 for 6"),
     "17 tokens": (tokens(count=17), None, "at most 16 tokens in a call, and these are 17"),
     "17 rows": (packed(lengths=(1, 8, 8)), None, "here none, or from the number of rows, here 17"),
@@ -460,7 +461,7 @@ def test_explain_says_how_it_would_run():
     assert flashinfer.settings(problem_of(tokens(BARE))) == "its kernels for many tokens, algorithm auto"
     said = flashinfer.settings(problem_of(sized(dtypes={"state": "float16"}, seed=1, destinations=(1, 5, 3))))
     assert said.startswith("its kernels for many tokens, algorithm simple; ")
-    assert said.endswith("; rounds by random numbers of its own")
+    assert said.endswith("; rounds by random numbers of its own, and to zero below 2**-14")
     assert "; sequences of at most 2 tokens" in flashinfer.settings(problem_of(sized(packed(), destinations=table(2))))
 
 

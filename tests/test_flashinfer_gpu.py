@@ -169,6 +169,16 @@ def test_tensors_that_bulk_copies_cannot_read():
         assert torch.equal(got, its)
 
 
+@pytest.mark.parametrize("name", ["x", "z"])
+@pytest.mark.parametrize("case", [CASE, LARGE, tokens()], ids=["simple", "vertical", "tokens"])
+def test_the_output_may_be_written_over_x_or_z(case, name):
+    expected = ours(case, "torch.cuda")
+    tensors = tensors_of(draw(case), "torch.cuda")
+    out, state = ssu_bridge.update(**tensors, out=tensors[name], **case.flags, backend="flashinfer")
+    assert out is tensors[name]
+    assert_same_bits(to_host({"out": out, "state": state}, "torch.cuda"), expected)
+
+
 def test_a_refused_call_changes_nothing():
     tensors = tensors_of(draw(sized(slots=2, indices=(0, 1, -1))), "torch.cuda")
     before = tensors["state"].clone()

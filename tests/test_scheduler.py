@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mamba2_jax import checkpoint
-from mamba2_jax.generate import KJV
+from mamba2_jax.generate import KJV, stream
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler, Sequence
 
@@ -95,6 +95,13 @@ def test_slots_are_taken_and_given_back(trained):
         assert len(slots) == len(set(slots)) <= WIDTH
         assert all(request.slot == -1 for request in requests if request.done)
     assert sorted(batch._free_slots) == list(range(WIDTH + 2))
+
+
+def test_an_empty_prompt_is_refused(trained):
+    with pytest.raises(ValueError, match="prompt: expected at least one token"):
+        scheduler(trained).submit(Sequence([], 5))
+    with pytest.raises(ValueError, match="prompt: expected at least one token"):
+        next(stream(*trained, [], 5))
 
 
 def test_fewer_slots_than_places_are_refused(trained):

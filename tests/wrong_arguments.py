@@ -129,7 +129,7 @@ TYPES = [
     ("a list of backends", replace(backend=["cpu"]), r"backend: expected a string or a Backend, got list"),
 ]  # fmt: skip
 VALUES = [
-    ("an unknown backend", replace(backend="cuda"), r"backend: expected one of auto, triton, cpu, xla, reference; got 'cuda'"),
+    ("an unknown backend", replace(backend="cuda"), r"backend: expected one of auto, triton, flashinfer, cpu, xla, reference; got 'cuda'"),
     ("an unknown algorithm", replace(algorithm="fast"), r"algorithm: expected one of auto, simple.*got 'fast'"),
     ("a pad id of 65 bits", replace(pad_slot_id=2**63), r"pad_slot_id: expected an int of 64 bits"),
     ("a destination table of three axes", replace(dst_state_batch_indices=ones(3, 1, 1, dtype="int32")), r"dst_state_batch_indices: expected shape"),

@@ -90,7 +90,13 @@ def stream(
     seed: int = 0,
     state_dtype: str = "float32",
 ) -> Iterator[int]:
-    """Yield so many tokens that follow a prompt, as they are decoded."""
+    """Yield so many tokens that follow a prompt, as they are decoded.
+
+    Raises:
+        ValueError: the prompt is empty, so that there is nothing to follow.
+    """
+    if not prompt:
+        raise ValueError("prompt: expected at least one token, got none")
     states = model.zero_states(config, 1, weights.embedding.dtype.name, state_dtype)
     slots, keys = jnp.zeros(1, jnp.int32), jax.random.key(seed)[None]
     progress = prefill(config, weights, states, jnp.array([prompt], jnp.int32), slots)

@@ -100,7 +100,13 @@ class Scheduler:
         self._carry = _Carry(states, logits, jnp.zeros(width, jnp.int32))
 
     def submit(self, sequence: Sequence) -> None:
-        """Have a sequence join as soon as there is a place."""
+        """Have a sequence join as soon as there is a place.
+
+        Raises:
+            ValueError: its prompt is empty.
+        """
+        if not sequence.prompt:
+            raise ValueError("prompt: expected at least one token, got none")
         self._waiting.append(sequence)
 
     def run(self) -> Iterator[tuple[Sequence, int]]:

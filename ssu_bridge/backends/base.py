@@ -106,8 +106,3 @@ def cannot(problem: Problem, *lacking: Feature) -> str | None:
     """Refuse the features that a backend lacks."""
     asked = [str(feature) for feature in features(problem) if feature in lacking]
     return f"it cannot do {', '.join(asked)}" if asked else None
-
-
-def not_yet(problem: Problem) -> str | None:
-    """Refuse every feature."""
-    return cannot(problem, *Feature)

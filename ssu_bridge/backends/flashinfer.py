@@ -69,7 +69,7 @@ def settings(problem: Problem) -> str:
     if problem.form == "packed":
         said.append(f"sequences of at most {_longest(problem)} tokens")
     if problem.stochastic_rounding:
-        said.append("rounds by random numbers of its own")
+        said.append("rounds by random numbers of its own, and to zero below 2**-14")
     return "; ".join(said)
 
 
@@ -229,6 +229,8 @@ def _wrong_intermediates(problem: Problem) -> str | None:
         return (
             "where it stores intermediate states it leaves the state as it is (disable_state_update=True allows that)"
         )
+    if problem.form == "packed":
+        return "with packed sequences it takes the steps of the intermediate states for the longest sequence's length"
     if "intermediate_state_indices" in problem.names:
         return "it would write out of bounds for an entry of intermediate_state_indices that stands for none"
     if problem.entries < problem.slots:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 
 from ssu_bridge import update
-from ssu_bridge.bench import cuda_flashinfer, cuda_jax, cuda_tune
+from ssu_bridge.bench import cuda_flashinfer, cuda_jax, cuda_tokens, cuda_tune
 from ssu_bridge.bench.cuda_steps import COPIES, Steps
 from ssu_bridge.bench.cuda_timing import graph_times, host_times
-from ssu_bridge.bench.timing import Timing
+from ssu_bridge.bench.timing import Timing, microseconds
 from ssu_bridge.config import ALGORITHMS
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -22,9 +22,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, or with ``--tune`` measure the tiles and write their table."""
+    """Run the benchmark, or with ``--tune`` measure the tiles and write their table, or with ``--tokens`` that part."""
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge bench --device cuda")
     parser.add_argument("--tune", action="store_true", help="measure the tiles, print and write their table")
+    parser.add_argument("--tokens", action="store_true", help="measure calls of several tokens, and quantised states")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if arguments.tune:
         cuda_tune.main(arguments.batches, arguments.dtypes)
+        return
+    if arguments.tokens:
+        cuda_tokens.main()
         return
     _print_steps(arguments.batches, arguments.dtypes)
     cuda_jax.print_loops([batch for batch in arguments.batches if batch <= 256])
@@ -97,11 +101,11 @@ def _measure(batch: int, dtype: str, algorithms: tuple[str, ...]) -> _Row:
 
 def _print_row(row: _Row, algorithms: tuple[str, ...]) -> None:
     ours, copy = row.times["triton"], row.best(COPIES)
-    line = f"{f'{row.batch}, {row.dtype}':<18}{_us(ours):<26}"
+    line = f"{f'{row.batch}, {row.dtype}':<18}{microseconds(ours):<26}"
     if algorithms:
         theirs = row.best(algorithms)
-        line += f"{f'{_us(row.times[theirs])} {theirs}':<38}{row.times[theirs].median / ours.median:>6.3f}"
-    print(f"{line}  {_us(row.times[copy])} {copy}", flush=True)
+        line += f"{f'{microseconds(row.times[theirs])} {theirs}':<38}{row.times[theirs].median / ours.median:>6.3f}"
+    print(f"{line}  {microseconds(row.times[copy])} {copy}", flush=True)
 
 
 def _compile_flashinfer(dtypes: list[str], algorithms: tuple[str, ...]) -> None:
@@ -134,10 +138,6 @@ def _print_torch_host() -> None:
     print("host time of an eager Torch call, batch 1, ten tensors")
     for name, timing in host_times({"update": call_update, "Tensor.add_, for comparison": call_add}).items():
         print(f"  {name:<54}{timing!s}")
-
-
-def _us(timing: Timing) -> str:
-    return f"{timing.median * 1e6:.2f} ({timing.lower * 1e6:.2f}-{timing.upper * 1e6:.2f})"
 
 
 if __name__ == "__main__":

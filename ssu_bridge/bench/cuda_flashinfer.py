@@ -1,8 +1,6 @@
-"""The flashinfer backend against FlashInfer's own function: the host's time, the GPU's under jit, and many tokens."""
+"""The flashinfer backend against FlashInfer's own function: the host's time, and the GPU's under jit."""
 
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,9 +8,8 @@ from ssu_bridge import update
 from ssu_bridge.bench import cuda_jax
 from ssu_bridge.bench.cuda_steps import Steps
 from ssu_bridge.bench.cuda_timing import graph_times, host_times
-from ssu_bridge.bench.timing import Timing
+from ssu_bridge.bench.timing import microseconds
 
-_TOKENS = {"bfloat16": (1, 2, 4, 8), "float32": (4, 8)}
 _BATCHES = (1, 4, 16, 64, 256)
 
 
@@ -20,7 +17,6 @@ def main() -> None:
     """Print all tables."""
     _print_host()
     _print_loops()
-    _print_tokens()
 
 
 def _print_host() -> None:
@@ -71,26 +67,7 @@ def _print_loops() -> None:
         del steps
         torch.cuda.empty_cache()
         loop = cuda_jax.loop_time(batch, cuda_jax.cold_caches(batch), "flashinfer")
-        print(f"  {batch:<6}{_us(loop):<26}{_us(alone):<26}{loop.median / alone.median:.3f}", flush=True)
+        print(
+            f"  {batch:<6}{microseconds(loop):<26}{microseconds(alone):<26}{loop.median / alone.median:.3f}", flush=True
+        )
     print()
-
-
-def _print_tokens() -> None:
-    """Print the GPU's time for many tokens in a call: what the order in which auto asks is taken from."""
-    print("many tokens in a call, CUDA graph, states cold in cache, us")
-    points = [(getattr(torch, dtype), tokens) for dtype, several in _TOKENS.items() for tokens in several]
-    with ThreadPoolExecutor() as pool:  # each module takes its nvcc half a minute
-        list(pool.map(lambda point: Steps(1, point[0], 0, point[1]).updates(backend="flashinfer")[0](), points))
-    print(f"{'':<30}{'triton':<28}{'flashinfer':<28}flashinfer / triton")
-    for (dtype, tokens), batch in itertools.product(points, _BATCHES):
-        steps = Steps(batch, dtype, tokens=tokens)
-        times = graph_times({backend: steps.updates(backend=backend) for backend in ("triton", "flashinfer")})
-        ours, theirs = times["triton"], times["flashinfer"]
-        label = f"{batch}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
-        print(f"{label:<30}{_us(ours):<28}{_us(theirs):<28}{theirs.median / ours.median:.3f}", flush=True)
-        del steps
-        torch.cuda.empty_cache()
-
-
-def _us(timing: Timing) -> str:
-    return f"{timing.median * 1e6:.2f} ({timing.lower * 1e6:.2f}-{timing.upper * 1e6:.2f})"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ssu_bridge import update
 from ssu_bridge.bench.cuda_steps import LAYER
 from ssu_bridge.bench.jax_calls import TRIVIAL, eager_calls
-from ssu_bridge.bench.timing import Timing, summary
+from ssu_bridge.bench.timing import Timing, microseconds, summary
 
 _H, _P, _N, _G = LAYER
 _LAYERS = 16
@@ -34,7 +34,7 @@ def print_loops(batches: list[int]) -> None:
 
 def _print_loop(label: str, batch: int, caches: int) -> None:
     ours, xla = (loop_time(batch, caches, backend) for backend in ("triton", "xla"))
-    print(f"{label:<34}{_us(ours):<26}{_us(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
+    print(f"{label:<34}{microseconds(ours):<26}{microseconds(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
 
 
 def _arguments(batch: int, calls: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
@@ -111,7 +111,3 @@ def _host_times(functions: dict[str, Callable[[], Any]], states: list[Any]) -> d
                 function()
             samples[name].append((time.perf_counter() - started) / 50)
     return {name: summary(values) for name, values in samples.items()}
-
-
-def _us(timing: Timing) -> str:
-    return f"{timing.median * 1e6:.2f} ({timing.lower * 1e6:.2f}-{timing.upper * 1e6:.2f})"

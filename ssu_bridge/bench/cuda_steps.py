@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ssu_bridge import update, using
+from ssu_bridge import QuantizedState, update, using
 
 Call = Callable[[], object]
 
@@ -28,23 +28,31 @@ LAYER = Sizes(64, 64, 128, 8)
 
 
 class Steps:
-    """The arguments of several calls on one cache. Together their states are many times what the GPU's cache holds."""
+    """The arguments of several calls on one cache. Together their states are many times what the GPU's cache holds.
 
-    def __init__(self, sequences: int, dtype: torch.dtype, cold: int = 10, tokens: int = 0):
-        """Draw the arguments; with ``tokens``, of so many for each sequence."""
+    A call is of one token for each sequence, or of several ``tokens``; a state of integers is a quantised one.
+    """
+
+    def __init__(self, sequences: int, dtype: torch.dtype, cold: int = 10, tokens: int | None = None):
         H, P, N, G = LAYER
         device = torch.cuda.get_device_properties()
         state_bytes = sequences * H * P * N * dtype.itemsize
         self.count = max(2, -(-cold * device.L2_cache_size // state_bytes))
         self.state_bytes = state_bytes
         generator = torch.Generator("cuda").manual_seed(0)
-        other = torch.bfloat16 if dtype is torch.float32 else dtype
+        other = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        rows = (sequences,) if tokens is None else (sequences, tokens)
 
         def normal(*shape: int, dtype: torch.dtype = other) -> torch.Tensor:
             return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
-        slots, rows = self.count * sequences, (sequences, tokens) if tokens else (sequences,)
-        self.state = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").normal_(generator=generator)
+        slots = self.count * sequences
+        self.state: Any
+        if dtype.is_floating_point:
+            self.state = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").normal_(generator=generator)
+        else:
+            values = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").random_(-127, 128, generator=generator)
+            self.state = QuantizedState(values, torch.rand(slots, H, P, device="cuda", generator=generator))
         order = torch.randperm(slots, device="cuda", generator=generator).int().view(self.count, sequences)
         model = {"A": -torch.exp(normal(H, dtype=torch.float32)), "D": normal(H), "dt_bias": normal(H)}
         self.calls: list[dict[str, Any]] = [

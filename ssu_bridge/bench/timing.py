@@ -54,3 +54,8 @@ def summary(values: list[float]) -> Timing:
     """Return the median and quartiles of samples."""
     lower, median, upper = statistics.quantiles(values, n=4)
     return Timing(median, lower, upper)
+
+
+def microseconds(timing: Timing) -> str:
+    """Return the median and quartiles in microseconds, for tables that give no unit."""
+    return f"{timing.median * 1e6:.2f} ({timing.lower * 1e6:.2f}-{timing.upper * 1e6:.2f})"

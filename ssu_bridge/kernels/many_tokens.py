@@ -100,6 +100,8 @@ def many_tokens(
     row_mask, column_mask = inside(rows, P, BLOCK_P), inside(columns, N, BLOCK_N)
     tile_mask = row_mask[:, None] & column_mask[None, :]
     tile = head.to(tl.int64) * (P * N) + (rows[:, None] * N + columns[None, :])
+    channels = head * P + rows
+    place = (channels, row_mask, tile, tile_mask)
 
     first, length = _tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
     if length <= 0:
@@ -110,7 +112,6 @@ def many_tokens(
     C = _at_first(C, C_stride, C_token_stride, sequence, first)
     z = z if z is None else _at_first(z, z_stride, z_token_stride, sequence, first)
     out = _at_first(out, out_stride, out_token_stride, sequence, first)
-
     seed = rand_seed if rand_seed is None else tl.load(rand_seed)
 
     sources = state_batch_indices
@@ -122,7 +123,7 @@ def many_tokens(
     live = source >= 0
     current = widen(tl.load(state + source * state_stride + tile, mask=tile_mask & live, other=0), STORED)
     if state_scale is not None:
-        current *= load(state_scale + source * state_scale_stride + head * P + rows, row_mask & live)[:, None]
+        current *= load(state_scale + source * state_scale_stride + channels, row_mask & live)[:, None]
 
     entry = source
     if intermediate_state_indices is not None:
@@ -134,59 +135,63 @@ def many_tokens(
     skip = D if D is None else by_row(D, head, rows, row_mask, P, TIED_D)
     if TIED_A:
         As = tl.load(A + head).to(tl.float32)
-    # What the next token needs is asked for before this one is computed, so that nothing waits for it.
-    group = head // (H // G)
-    x, B, C = x + head * P + rows, B + group * N + columns, C + group * N + columns
-    dt = dt + head if TIED_DT else dt + head * P + rows
+    group = head // (H // G) * N + columns
+    x, B, C = x + channels, B + group, C + group
+    dt = dt + (head if TIED_DT else channels)
     dt_mask = None if TIED_DT else row_mask
     next_x, next_dt = tl.load(x, mask=row_mask), tl.load(dt, mask=dt_mask)
     next_B, next_C = tl.load(B, mask=column_mask, other=0), tl.load(C, mask=column_mask, other=0)
     for token in range(length):
-        xs, raw_d, Bs, Cs = next_x.to(tl.float32), next_dt.to(tl.float32), next_B.to(tl.float32), next_C.to(tl.float32)
+        xs, d = next_x.to(tl.float32), next_dt.to(tl.float32)
+        Bs, Cs = next_B.to(tl.float32), next_C.to(tl.float32)
+        # What the next token needs is asked for before this one is computed, so that it does not wait.
         following = tl.minimum(token + 1, length - 1)
         next_x = tl.load(x + following * x_token_stride, mask=row_mask)
         next_dt = tl.load(dt + following * dt_token_stride, mask=dt_mask)
         next_B = tl.load(B + following * B_token_stride, mask=column_mask, other=0)
         next_C = tl.load(C + following * C_token_stride, mask=column_mask, other=0)
 
-        d = time_step(raw_d, bias, SOFTPLUS)
+        d = time_step(d, bias, SOFTPLUS)
         if not TIED_A:
             As = load(A + tile, tile_mask)
         current = tl.fma(current, decay_of(As, d, BLOCK_P, BLOCK_N), (d * xs)[:, None] * Bs[None, :])
 
+        # The seed is loaded anew for each token. If it were not, what every token's random numbers begin with would be
+        # computed once, before the loop, and take more registers than there are.
         if dst_state_batch_indices_token_stride is not None:
             targets = dst_state_batch_indices + token * dst_state_batch_indices_token_stride
             target = slot_of(targets, dst_state_batch_indices_stride, sequence, slots, PAD, token < target_columns)
+            scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
             _store(
-                state + target * state_stride,
-                None if state_scale is None else state_scale + target * state_scale_stride,
-                current, target, live & (target >= 0), head, rows, row_mask, tile, tile_mask,
-                rand_seed if rand_seed is None else tl.load(rand_seed), token, 0, H, P, N, STORED, BLOCK_N, ROUNDS,
+                current, state + target * state_stride, scale, live & (target >= 0), place,
+                rand_seed if rand_seed is None else tl.load(rand_seed),
+                target * (H * P * N), token, 0, N, STORED, ROUNDS,
             )  # fmt: skip
         if intermediate_states is not None:
             step = tl.cast(token, tl.int64)
-            scales = intermediate_state_scales
+            target_states = intermediate_states + entry * intermediate_states_stride + step * (H * P * N)
+            scale = intermediate_state_scales
+            if scale is not None:
+                scale = scale + entry * intermediate_state_scales_stride + step * (H * P)
             _store(
-                intermediate_states + entry * intermediate_states_stride + step * (H * P * N),
-                scales if scales is None else scales + entry * intermediate_state_scales_stride + step * (H * P),
-                current, entry, live & (entry >= 0) & (token < steps), head, rows, row_mask, tile, tile_mask,
-                rand_seed if rand_seed is None else tl.load(rand_seed), token, 1, H, P, N, STORED, BLOCK_N, ROUNDS,
+                current, target_states, scale, live & (entry >= 0) & (token < steps), place,
+                rand_seed if rand_seed is None else tl.load(rand_seed),
+                entry * (H * P * N), token, 1, N, STORED, ROUNDS,
             )  # fmt: skip
 
         y = tl.sum(current * Cs[None, :], axis=1)
-        gate = z if z is None else load(z + token * z_token_stride + head * P + rows, row_mask)
+        gate = z if z is None else load(z + token * z_token_stride + channels, row_mask)
         y = gated_output(y, xs, skip, gate)
-        tl.store(out + token * out_token_stride + head * P + rows, y.to(out.dtype.element_ty), mask=row_mask)
+        tl.store(out + token * out_token_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
 
     if STORE_STATE and dst_state_batch_indices_token_stride is None:
         target = source
         if dst_state_batch_indices is not None:
             target = slot_of(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
+        scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
         _store(
-            state + target * state_stride,
-            None if state_scale is None else state_scale + target * state_scale_stride,
-            current, target, live & (target >= 0), head, rows, row_mask, tile, tile_mask,
-            seed, length - 1, 0, H, P, N, STORED, BLOCK_N, ROUNDS,
+            current, state + target * state_stride, scale, live & (target >= 0), place,
+            seed, target * (H * P * N), length - 1, 0, N, STORED, ROUNDS,
         )  # fmt: skip
 
 
@@ -216,36 +221,32 @@ def _at_first(pointer, stride, token_stride, sequence, first):
 
 @triton.jit
 def _store(
-    values,
-    scales,
     current,
-    entry,
+    values,
+    scale,
     wanted,
-    head,
-    rows,
-    row_mask,
-    tile,
-    tile_mask,
+    place,
     seed,
+    first,
     token,
     last,
-    H: tl.constexpr,
-    P: tl.constexpr,
     N: tl.constexpr,
     STORED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Round a tile to what a state is stored in, and store it in a slot, or an entry and step, if that is wanted."""
-    rounded = current
-    if scales is not None:
-        scale = row_scale(current, STORED)
-        tl.store(scales + head * P + rows, scale, mask=row_mask & wanted)
-        rounded = current * tl.div_rn(1.0, scale)[:, None]
+    """Round a tile of a state to what is stored, and store it if that is ``wanted``.
+
+    It goes to a slot, or an entry and step, that begins at ``values`` and, of a quantised state, ``scale``. ``first``
+    is the number of the slot's first element, ``token`` and ``last`` are words of the random generator's counter.
+    """
+    channels, row_mask, tile, tile_mask = place
+    if scale is not None:
+        scales = row_scale(current, STORED)
+        tl.store(scale + channels, scales, mask=row_mask & wanted)
+        current = current * tl.div_rn(1.0, scales)[:, None]
     if seed is None:
-        stored = round_to_nearest(rounded, STORED)
+        stored = round_to_nearest(current, STORED)
     else:
-        first = (entry * H + head) * (P * N)
-        words = random_words(seed, first, rows, token, last, N, BLOCK_N, ROUNDS)
-        stored = round_stochastically(rounded, words, STORED)
+        words = random_words(seed, first, channels, token, last, N, tile.shape[1], ROUNDS)
+        stored = round_stochastically(current, words, STORED)
     tl.store(values + tile, stored, mask=tile_mask & wanted)

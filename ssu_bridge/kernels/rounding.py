@@ -129,20 +129,21 @@ def _stored(value, point, STORED: tl.constexpr):
 
 
 @triton.jit
-def random_words(seed, first, rows, token, last, N: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr):
-    """Return a uint32 for each element of the tile whose rows begin at the elements ``first + rows * N``.
+def random_words(seed, first, channels, token, last, N: tl.constexpr, BLOCK_N: tl.constexpr, ROUNDS: tl.constexpr):
+    """Return a uint32 for each element of the tile whose rows begin at the elements ``first + channels * N``.
 
     Element e takes word e % 4 of the Philox block whose counter is e // 4 (64 bits), ``token`` and ``last``.
     """
+    channels = channels.to(tl.int64)[:, None]
     if N % 4:
-        elements = first + rows[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
+        elements = first + channels * N + tl.arange(0, BLOCK_N)[None, :]
         a, b, c, d = _philox(seed, elements >> 2, token, last, ROUNDS)
         word = elements & 3
         return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
     else:
-        blocks = (first >> 2) + rows[:, None] * (N // 4) + tl.arange(0, BLOCK_N // 4)[None, :]
+        blocks = (first >> 2) + channels * (N // 4) + tl.arange(0, BLOCK_N // 4)[None, :]
         a, b, c, d = _philox(seed, blocks, token, last, ROUNDS)
-        return tl.join(tl.join(a, c), tl.join(b, d)).reshape(rows.shape[0], BLOCK_N)
+        return tl.join(tl.join(a, c), tl.join(b, d)).reshape(channels.shape[0], BLOCK_N)
 
 
 @triton.jit

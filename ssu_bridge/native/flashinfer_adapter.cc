@@ -28,9 +28,9 @@ constexpr int kNoUpdate = 15;
 constexpr int kCacheSteps = 20;
 constexpr int kAlgorithm = 23;
 
-// An argument of FlashInfer that is an array. `axes` has a letter for each: * the token axes, S the slots, b the sequences,
-// K the steps of the intermediate states, H, P, N, G the sizes of these names; in small letters they repeat. "=" stands
-// for the axes that the array has and "1" for a single int64. `bulk` marks what bulk copies may read.
+// An argument of FlashInfer that is an array. `axes` has a letter for each: * the token axes, S the slots, b the
+// sequences, K the steps of the intermediate states, H, P, N, G the sizes of these names; in small letters they repeat.
+// "=" stands for the axes that the array has and "1" for a single int64. `bulk` marks what bulk copies may read.
 struct Parameter {
   const char* name;
   int position;
@@ -83,7 +83,7 @@ class Sizes {
   explicit Sizes(const Tensors& tensors) : tensors_(tensors) {
     const DLTensor &state = *tensors[kState], &x = *tensors[kX], &B = *tensors[kB];
     if (state.ndim != 4 || x.ndim < 3 || B.ndim < x.ndim - 1)
-      TVM_FFI_THROW(ValueError) << "expected state (slots, nheads, headdim, dstate), and x and B of a token in each row";
+      TVM_FFI_THROW(ValueError) << "expected state (slots, nheads, headdim, dstate), and x and B with heads or groups";
     token_axes = x.ndim - 2;
     groups_ = B.ndim == x.ndim ? B.shape[token_axes] : 1;
     const DLTensor* ends = tensors[kSequenceEnds];
@@ -198,9 +198,10 @@ class FlashInferKernel {
       uint64_t address = reinterpret_cast<uint64_t>(tensor->data) + tensor->byte_offset;
       if (address % kBulkCopyBytes == 0) continue;
       if (algorithm_ == kAuto) return kSimple;
-      TVM_FFI_THROW(ValueError) << kParameters[i].name << ": expected memory that begins at a multiple of " << kBulkCopyBytes
-                                << " bytes, which FlashInfer's " << kAlgorithmNames[algorithm_]
-                                << " kernel needs, got address " << address << "; algorithm=\"auto\" takes another kernel";
+      TVM_FFI_THROW(ValueError) << kParameters[i].name << ": expected memory that begins at a multiple of "
+                                << kBulkCopyBytes << " bytes, which FlashInfer's " << kAlgorithmNames[algorithm_]
+                                << " kernel needs, got address " << address
+                                << "; algorithm=\"auto\" takes another kernel";
     }
     return algorithm_;
   }
@@ -221,8 +222,8 @@ class FlashInferKernel {
 ffi::Function make_flashinfer_kernel(ffi::Function function, ffi::Array<ffi::String> names, bool one_token_axis,
                                      bool dt_softplus, int64_t pad_slot_id, bool disable_state_update,
                                      int64_t algorithm, int64_t longest) {
-  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), names, one_token_axis, dt_softplus, pad_slot_id,
-                                                    disable_state_update, algorithm, longest));
+  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), names, one_token_axis, dt_softplus,
+                                                    pad_slot_id, disable_state_update, algorithm, longest));
 }
 
 }  // namespace ssu_bridge

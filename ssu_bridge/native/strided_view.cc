@@ -6,8 +6,8 @@ namespace ssu_bridge {
 
 DLTensor* StridedView::view(const DLTensor& source, int outer, const Axis* inner, int inner_count) {
   if (outer > source.ndim || outer + inner_count > kMaxAxes)
-    TVM_FFI_THROW(ValueError) << "a tensor of " << source.ndim << " axes cannot be seen with " << outer << " of them and "
-                              << inner_count << " others";
+    TVM_FFI_THROW(ValueError) << "a tensor of " << source.ndim << " axes cannot be seen with " << outer
+                              << " of them and " << inner_count << " others";
   tensor_ = source;
   tensor_.data = static_cast<char*>(source.data) + source.byte_offset;
   tensor_.byte_offset = 0;

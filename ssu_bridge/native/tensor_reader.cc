@@ -354,7 +354,7 @@ void check_out_is_apart(const CallTensors& tensors) {
     if (!tensors[argument]) continue;
     Extent other = extent_of(*tensors[argument]);
     if (out.begin < other.end && other.begin < out.end)
-      TVM_FFI_THROW(ValueError) << "out: expected memory apart from that of " << name_of(argument);
+      TVM_FFI_THROW(ValueError) << "out: expected memory apart from the " << name_of(argument) << "'s";
   }
 }
 
