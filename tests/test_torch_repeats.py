@@ -86,7 +86,7 @@ def test_grad_mode_and_parameters(tensors):
 
 def test_a_guarded_function_runs_for_its_like_alone():
     seen = []
-    guarded = library().guarded(lambda *tensors: seen.append(len(tensors)))
+    guarded = library().guarded(lambda *tensors: seen.append(len(tensors)), [0])
     x, y = torch.zeros(3, 4), torch.zeros(4)
     assert guarded(x, None, y)
     assert guarded(torch.ones(3, 4), None, y.clone())
@@ -97,10 +97,22 @@ def test_a_guarded_function_runs_for_its_like_alone():
     assert seen == [3, 3]
 
 
+def test_a_guarded_function_takes_what_it_writes_again():
+    seen = []
+    guarded = library().guarded(lambda *tensors: seen.append([tensor.shape[0] for tensor in tensors]), [2, 0])
+    tensors = [torch.zeros(n) for n in (1, 2, 3)]
+    assert guarded(*tensors[:2], tensors[2], None)
+    assert seen == [[1, 2, 3, 3, 1]]
+    with pytest.raises(ValueError, match="expected an argument 2"):
+        guarded(*tensors[:2])
+    with pytest.raises(ValueError, match="expected places of arguments, got -1"):
+        library().guarded(lambda *_: None, [-1])
+
+
 def test_a_guarded_function_from_many_threads():
     kinds = [torch.zeros(n) for n in (1, 2, 3, 4)]
     ran = []
-    guarded = library().guarded(lambda tensor, again: ran.append(tensor.shape[0]))
+    guarded = library().guarded(lambda tensor, again: ran.append(tensor.shape[0]), [0])
     threads = [threading.Thread(target=guarded, args=(kinds[i % 4],)) for i in range(64)]
     for thread in threads:
         thread.start()

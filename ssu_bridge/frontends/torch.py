@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,23 @@ Key = tuple[Any, ...]
 _KEY_NAMES = ("out", *ARGUMENTS)
 
 
-# Runs a call, and returns whether it did: it does not if the tensors look otherwise than those it was made for.
-Step = Callable[..., bool]
+_Pick = Callable[[Arrays], tuple[torch.Tensor, ...]]
+
+
+class _Step(NamedTuple):
+    """What a call that was checked once takes to be run again.
+
+    Attributes:
+        run: runs a call, and returns whether it did: not if the tensors look otherwise than those of the first.
+        given: picks those of a call's arrays that there are.
+        graded: picks those whose gradient would be lost.
+        written: the places of those that are written besides state, none where state is not.
+    """
+
+    run: Callable[..., bool]
+    given: _Pick
+    graded: _Pick
+    written: tuple[int, ...] | None
 
 
 def launcher(state_type: type, options: Options) -> Launch:
@@ -47,8 +62,7 @@ def launcher(state_type: type, options: Options) -> Launch:
     fraction of what it costs to look at each tensor from Python.
     """
     refuse_copy(options)
-    # By the shapes of state and x; with each step, what picks the arrays that were given.
-    steps: dict[Any, tuple[Step, Callable[[Arrays], tuple[torch.Tensor, ...]]]] = {}
+    steps: dict[Any, _Step] = {}  # by the shapes of state and x
     seeds = options.config.stochastic_rounding
 
     def launch(arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
@@ -59,16 +73,22 @@ def launcher(state_type: type, options: Options) -> Launch:
         grad, done = torch.is_grad_enabled(), False
         try:
             state, x = arrays[0], arrays[1]
-            step, present = steps[state.shape, x.shape]
+            run, pick_given, pick_graded, written = steps[state.shape, x.shape]
             result = _new_out(x) if out is None else out
-            given = (result, *present(arrays))
             # What the native library does not see; and it would take arrays of other frameworks too.
-            special = any(map(_is_neg, given)) or (grad and _needs_grad(arrays, out))
+            given = (result, *pick_given(arrays))
+            graded = [a.requires_grad for a in (result, *pick_graded(arrays))] if grad else ()
+            special = any(map(_is_neg, given)) or any(graded)
             if not special and _PLAIN_TYPES.issuperset(map(type, given)):
-                done = step(*arrays, result)
+                done = run(*arrays, result)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             done = False  # the first of its sizes; or else the check below says what is wrong
-        return _written(result, state) if done else check_and_launch(arrays, out, grad)
+        if not done:
+            return check_and_launch(arrays, out, grad)
+        if written is None:
+            return _written(result, state)
+        _written(result, *[arrays[place] for place in written])
+        return returned(named(arrays, result))
 
     def check_and_launch(arrays: Arrays, out: torch.Tensor | None, grad: bool) -> tuple[Any, ...]:
         kernel, results = _kernel(_key(arrays, out), grad, options)
@@ -78,15 +98,12 @@ def launcher(state_type: type, options: Options) -> Launch:
         written = [given[name] for name in results]
         if isinstance(kernel, HostKernel):
             _run_on_host(kernel, results, given)
-        elif results == ("out", "state"):
-            step = library().guarded(kernel.function)
-            step(*arrays, given["out"])
+        else:
+            step = _step(kernel, results, arrays)
+            step.run(*arrays, given["out"])
             if len(steps) >= 1024:  # sizes that vary without end must not fill the memory
                 steps.clear()
-            places = [place for place, array in enumerate(arrays) if array is not None]
-            steps[state.shape, x.shape] = step, operator.itemgetter(*places)
-        else:
-            kernel.function(*named(arrays).values(), *written)
+            steps[state.shape, x.shape] = step
         _written(*written)
         return returned(given)
 
@@ -103,13 +120,13 @@ def _written(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-# Those of _NO_GRAD that every call's tuple of arrays has a place for; only calls that are refused have more.
-_graded = operator.itemgetter(*[i for i, name in enumerate(ARGUMENTS) if name in _NO_GRAD and i < 11])
-
-
-def _needs_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
-    """Whether a tensor requires grad whose gradient would be lost."""
-    return any([array.requires_grad for array in (out, *_graded(arrays)) if array is not None])  # noqa: C419 (a list is faster)
+def _step(kernel: DeviceKernel, results: tuple[str, ...], arrays: Arrays) -> _Step:
+    names = [name for name, _ in zip(ARGUMENTS, arrays, strict=False)]
+    places = [place for place, array in enumerate(arrays) if array is not None]
+    graded = [place for place in places if names[place] in _NO_GRAD]
+    written = tuple(names.index(name) for name in results if name != "out")
+    run = library().guarded(kernel.function, written)
+    return _Step(run, operator.itemgetter(*places), operator.itemgetter(*graded), None if written == (0,) else written)
 
 
 def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:

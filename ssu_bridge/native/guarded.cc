@@ -1,5 +1,6 @@
 #include "guarded.h"
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 
@@ -42,15 +43,16 @@ bool describe(ffi::PackedArgs arguments, Take take) {
 
 class Guarded {
  public:
-  explicit Guarded(ffi::Function function) : function_(std::move(function)) {}
+  Guarded(ffi::Function function, const ffi::Array<int64_t>& written)
+      : function_(std::move(function)), written_(written.begin(), written.end()) {}
 
   bool call(ffi::PackedArgs arguments) {
     if (!matches(arguments)) return false;
-    ffi::AnyView given[kMaxArguments + 1];
+    ffi::AnyView given[2 * kMaxArguments];
     int count = 0;
     for (int i = 0; i < arguments.size(); ++i)
       if (arguments[i] != nullptr) given[count++] = arguments[i];
-    given[count++] = arguments[0];
+    for (int64_t place : written_) given[count++] = arguments[static_cast<int>(place)];
     ffi::Any result;
     function_.CallPacked(given, count, &result);
     return true;
@@ -60,6 +62,8 @@ class Guarded {
   bool matches(ffi::PackedArgs arguments) {
     if (arguments.size() < 1 || arguments.size() > kMaxArguments)
       TVM_FFI_THROW(ValueError) << "expected 1 to " << kMaxArguments << " arguments, got " << arguments.size();
+    for (int64_t place : written_)
+      if (place >= arguments.size()) TVM_FFI_THROW(ValueError) << "expected an argument " << place;
     if (!noted_.load(std::memory_order_acquire)) note(arguments);
     const int64_t *next = words_.data(), *end = next + words_.size();
     bool alike = describe(arguments, [&](int64_t word) { return next != end && *next++ == word; });
@@ -77,6 +81,7 @@ class Guarded {
   }
 
   const ffi::Function function_;
+  const std::vector<int64_t> written_;
   std::mutex mutex_;
   std::atomic<bool> noted_{false};
   std::vector<int64_t> words_;
@@ -84,8 +89,12 @@ class Guarded {
 
 }  // namespace
 
-ffi::Function make_guarded(ffi::Function function) {
-  auto guarded = std::make_shared<Guarded>(std::move(function));
+ffi::Function make_guarded(ffi::Function function, ffi::Array<int64_t> written) {
+  if (written.size() > kMaxArguments)
+    TVM_FFI_THROW(ValueError) << "expected at most " << kMaxArguments << " written arguments, got " << written.size();
+  for (int64_t place : written)
+    if (place < 0) TVM_FFI_THROW(ValueError) << "expected places of arguments, got " << place;
+  auto guarded = std::make_shared<Guarded>(std::move(function), written);
   return ffi::Function::FromPacked(
       [guarded](ffi::PackedArgs arguments, ffi::Any* result) { *result = guarded->call(arguments); });
 }
