@@ -4,6 +4,7 @@ from ssu_bridge.arrays import QuantizedState, to_jax, to_torch
 from ssu_bridge.check import Report, check
 from ssu_bridge.config import Backend, SSUConfig, add_cli_args, get_config, set_config, using
 from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, UnsupportedError
+from ssu_bridge.exporting import export_checks, prepare
 from ssu_bridge.update import explain, update, warm_up
 
 __version__ = "0.1.0"
@@ -19,7 +20,9 @@ __all__ = [
     "add_cli_args",
     "check",
     "explain",
+    "export_checks",
     "get_config",
+    "prepare",
     "set_config",
     "to_jax",
     "to_torch",

@@ -112,7 +112,7 @@ def _namespace(array: Any) -> tuple[Any, Any]:
 
 
 def framework_of(array: object) -> str | None:
-    """Return "jax" (tracers too), "torch" or "numpy" for an array of that framework, None for anything else."""
+    """Return "jax" (tracers and references too), "torch" or "numpy" for an array of one, None for anything else."""
     if isinstance(array, np.ndarray):
         # Neither is what kernels and JAX take it for: a mask would be ignored, a matrix has axes of its own mind.
         return None if isinstance(array, np.ma.MaskedArray | np.matrix) else "numpy"
@@ -120,7 +120,7 @@ def framework_of(array: object) -> str | None:
     if torch is not None and isinstance(array, torch.Tensor):
         return "torch"
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(array, jax.Array):
+    if jax is not None and isinstance(array, jax.Array | jax.Ref):
         return "jax"
     return None
 
@@ -175,7 +175,8 @@ def to_torch(array: Any) -> Any:
         array: a ``jax.Array`` on one CPU or CUDA device, not a tracer and not deleted.
 
     Returns:
-        A tensor of the same shape, dtype, device and address. Do not write to it unless the array is no longer used.
+        A tensor of the same shape, dtype, device and address. Write to it only while JAX computes nothing
+        with the array.
 
     Raises:
         TypeError: ``array`` is not a JAX array.
@@ -188,9 +189,9 @@ def to_torch(array: Any) -> Any:
     tensor. While it lives, JAX does not donate the array: ``update`` gives such a state new memory. Streams: Torch's
     current stream waits for the array to be computed; a later JAX computation does not wait for Torch.
     """
-    if framework_of(array) != "jax":
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(array, jax.Array):
         raise TypeError(f"array: expected a jax.Array, got {type(array).__name__}")
-    import jax
 
     try:
         import torch.utils.dlpack

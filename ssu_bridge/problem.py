@@ -165,6 +165,10 @@ class Problem:
         kept = STATE if self.options.disable_state_update else ()
         return ("out", *(name for name in self.names if ARGUMENTS[name].written and name not in kept))
 
+    def axes(self, name: str, count: int) -> str:
+        """Return the symbols of an array's axes, as ``ARGUMENTS`` has them, for an array of so many."""
+        return next(p for p in _patterns(name, self.form, self.heads_axis) if len(p) == count)
+
     def on(self, platform: str, capability: tuple[int, int] | None = None) -> "Problem":
         """Return the same problem on a platform."""
         return dataclasses.replace(self, platform=platform, capability=capability)
@@ -323,6 +327,18 @@ def _check_device(name: str, info: ArrayInfo, arrays: Mapping[str, ArrayInfo]) -
         raise ValueError(f"{name}: expected an array on {expected}, where the state is, got one on {info.device}")
 
 
+_TOKEN_AXES = {"single": "b", "multi": "bT", "packed": "L"}
+
+
+def _patterns(name: str, form: str, heads_axis: bool) -> tuple[str, ...]:
+    """Return the shapes that an array may have in a call, in symbols."""
+    shapes = [shape.replace("*", _TOKEN_AXES[form]) for shape in ARGUMENTS[name].shapes]
+    if not heads_axis:
+        # Without heads nothing can be tied to one; what is left after H is taken out stands once.
+        shapes = [shape.replace("H", "") for shape in shapes if not shape.endswith("H")]
+    return tuple(shapes)
+
+
 class _Shapes:
     """Matches the arrays' shapes against ``ARGUMENTS``, learning the sizes on the way."""
 
@@ -348,10 +364,11 @@ class _Shapes:
                 raise ValueError(f"cu_seqlens: expected None with x of shape (sequences, tokens, ...), {x.shape}")
             if len(arrays["cu_seqlens"].shape) != 1 or arrays["cu_seqlens"].shape[0] < 1:
                 raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {arrays['cu_seqlens'].shape}")
-            self.form, self.token_axes = "packed", "L"
+            self.form = "packed"
             self.sizes["b"] = arrays["cu_seqlens"].shape[0] - 1
         else:
-            self.form, self.token_axes = ("multi", "bT") if extra else ("single", "b")
+            self.form = "multi" if extra else "single"
+        self.token_axes = _TOKEN_AXES[self.form]
         self.sizes["Q"] = self.sizes.get("b", x.shape[0]) + 1
 
     def match(self, name: str, info: ArrayInfo) -> None:
@@ -437,12 +454,7 @@ class _Shapes:
         return pattern, len(pattern.lstrip(ARGUMENTS[name].free.replace("*", self.token_axes)))
 
     def _patterns(self, name: str) -> tuple[str, ...]:
-        shapes = [shape.replace("*", self.token_axes) for shape in ARGUMENTS[name].shapes]
-        if not self.heads_axis:
-            # Without heads nothing can be tied to one; what is left after H is taken out stands once.
-            shapes = [shape for shape in shapes if not shape.endswith("H")]
-            shapes = [shape.replace("H", "") for shape in shapes]
-        return tuple(shapes)
+        return _patterns(name, self.form, self.heads_axis)
 
     def _fits(self, pattern: str, shape: tuple[int, ...]) -> bool:
         if len(pattern) != len(shape):

@@ -1,4 +1,7 @@
-"""Where each sequence of a call reads and stores, from the values of its index tables. In NumPy."""
+"""Where each sequence of a call reads and stores, from the values of its index tables. In NumPy.
+
+``slots`` and ``read_slots`` take the namespace that they compute in, which may be ``jax.numpy`` too.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,6 +17,26 @@ TABLES = (
     "cu_seqlens",
     "intermediate_state_indices",
 )
+
+
+def slots(xp: Any, problem: Problem, indices: Any) -> Any:
+    """Return the slots that indices name, -1 for a pad."""
+    valid = (indices >= 0) & (indices < problem.slots)
+    if 0 <= problem.options.pad_slot_id < problem.slots:  # else it is out of range, and need not fit the indices' dtype
+        valid = valid & (indices != problem.options.pad_slot_id)
+    return xp.where(valid, indices, -1)
+
+
+def read_slots(xp: Any, problem: Problem, arrays: Mapping[str, Any]) -> Any:
+    """Return the slot that each sequence starts from, -1 for a pad; None where sequence i has slot i."""
+    indices = arrays.get("state_batch_indices")
+    if indices is None:
+        return None
+    if indices.ndim == 2:
+        sequences = xp.arange(len(indices))
+        accepted = arrays.get("num_accepted_tokens", xp.ones_like(sequences))
+        indices = indices[sequences, xp.clip(accepted, 1, indices.shape[1]) - 1]
+    return slots(xp, problem, indices)
 
 
 class Routes(NamedTuple):
@@ -47,20 +70,16 @@ def routes(problem: Problem, arrays: Mapping[str, Any]) -> Routes:
     tokens = np.arange(max(lengths, default=0))
     valid = tokens < lengths[:, None]
 
-    reads = sequences
-    if "state_batch_indices" in arrays:
-        table = arrays["state_batch_indices"]
-        table = table if table.ndim == 2 else table[:, None]
-        accepted = arrays.get("num_accepted_tokens", np.ones(b, np.int64)).astype(np.int64)
-        reads = _slots(problem, table[sequences, np.clip(accepted, 1, table.shape[1]) - 1])
+    reads = read_slots(np, problem, arrays)
+    reads = sequences if reads is None else reads
 
     if "dst_state_batch_indices" in problem.tables:
-        table = _slots(problem, arrays["dst_state_batch_indices"])
-        slots = table[:, np.minimum(tokens, table.shape[1] - 1)]
+        table = slots(np, problem, arrays["dst_state_batch_indices"])
+        stores_to = table[:, np.minimum(tokens, table.shape[1] - 1)]
         valid_slots = valid & (tokens < table.shape[1])
     else:
-        final = _slots(problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else reads
-        slots = np.repeat(final[:, None], len(tokens), axis=1)
+        final = slots(np, problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else reads
+        stores_to = np.repeat(final[:, None], len(tokens), axis=1)
         valid_slots = tokens == lengths[:, None] - 1
     if problem.options.disable_state_update:
         valid_slots = np.zeros_like(valid)
@@ -70,8 +89,8 @@ def routes(problem: Problem, arrays: Mapping[str, Any]) -> Routes:
     valid_entries = valid & (entry >= 0) & (entry < count) & (tokens < steps)
 
     stores = (reads >= 0)[:, None]  # a sequence without a slot to start from stores nothing anywhere
-    slots = np.where(stores & valid_slots, slots, -1)
-    return Routes(starts, lengths, reads, slots, np.where(stores & valid_entries, entry, -1))
+    stores_to = np.where(stores & valid_slots, stores_to, -1)
+    return Routes(starts, lengths, reads, stores_to, np.where(stores & valid_entries, entry, -1))
 
 
 def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -80,13 +99,6 @@ def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.n
         return np.arange(b) * problem.tokens, np.full(b, problem.tokens)
     edges = np.clip(arrays["cu_seqlens"].astype(np.int64), 0, problem.tokens)
     return edges[:-1], np.maximum(edges[1:] - edges[:-1], 0)
-
-
-def _slots(problem: Problem, indices: np.ndarray) -> np.ndarray:
-    """Return the slots that indices name, -1 for a pad."""
-    indices = indices.astype(np.int64)
-    pad = (indices == problem.options.pad_slot_id) | (indices < 0) | (indices >= problem.slots)
-    return np.where(pad, -1, indices)
 
 
 def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import ssu_bridge
 from ssu_bridge.arrays import SCALES, paired, unpaired
 from ssu_bridge.cases import arguments
 from ssu_bridge.frontends import frontend
-from ssu_bridge.frontends import jax as jax_frontend
+from ssu_bridge.frontends.jax_arrays import address as jax_address
 
 # The framework of each mode, and the backends that run in it on a machine without a GPU.
 MODES = {
@@ -104,7 +104,7 @@ def _scanned(given, flags):
 def address(array):
     if isinstance(array, np.ndarray):
         return array.ctypes.data
-    return array.data_ptr() if hasattr(array, "data_ptr") else jax_frontend._address(array)
+    return array.data_ptr() if hasattr(array, "data_ptr") else jax_address(array)
 
 
 def bits(array):

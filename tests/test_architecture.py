@@ -18,7 +18,7 @@ FLOORS = [
     {"bench"},
     {"__init__"},
     {"check", "compare", "compat", "support"},
-    {"update"},
+    {"exporting", "update"},
     {"frontends"},
     {"choose"},
     {"backends"},

@@ -194,33 +194,6 @@ def test_xla_is_differentiable_over_tokens(form):
         check_grads(loss, (floats,), order=1, modes=("fwd", "rev"), rtol=2e-2, atol=2e-2, eps=1e-2)
 
 
-@pytest.mark.parametrize("transform", (jax.grad, jax.jacfwd))
-def test_other_backends_refuse_gradients(transform):
-    floats, indices = gradient_case()
-
-    def loss(x):
-        return jnp.sum(ssu_bridge.update(**{**floats, "x": x}, state_batch_indices=indices)[0])
-
-    with pytest.raises(ssu_bridge.UnsupportedError, match='backend="xla" can be differentiated'):
-        transform(loss)(floats["x"])
-
-
-def test_vmap_is_refused_with_a_way_out():
-    floats, indices = gradient_case()
-
-    def step(x, backend):
-        return ssu_bridge.update(**{**floats, "x": x}, state_batch_indices=indices, backend=backend)[0]
-
-    xs = jnp.stack([floats["x"], 2 * floats["x"]])
-    held = np.array(floats["state"])
-    with pytest.raises(ssu_bridge.UnsupportedError, match=r"jax\.lax\.map"):
-        jax.vmap(functools.partial(step, backend="cpu"))(xs)
-    batched = jax.vmap(functools.partial(step, backend="xla"))(xs)
-    mapped = jax.lax.map(functools.partial(step, backend="cpu"), xs)
-    np.testing.assert_allclose(batched, mapped, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(floats["state"], held)  # what is not batched is not donated either
-
-
 @pytest.mark.parametrize("backend", ["cpu", "xla"])
 def test_a_state_that_a_jitted_function_closes_over_is_not_donated(backend):
     arrays = to_mode({**CASE.arrays(seed=9), "dt": np.full((3, 4), 0.1, "float32")}, "jax")

@@ -65,11 +65,14 @@ else:
     raise AssertionError("results that differ by shard were taken for the same")
 """,
     "gives each shard of a state a seed of its own": """
-from ssu_bridge.frontends.jax import _shard_seed
+from ssu_bridge.frontends import jax_sharding
+from ssu_bridge.frontends.jax_step import varying
+def shard_seed(seed, state):
+    return jax_sharding.shard_seed(seed, varying(jax.typeof(state)) - varying(jax.typeof(seed)))
 mesh = Mesh(np.array(devices).reshape(2, 2), ("a", "b"))
 seed = np.array([3, 4], "uint32")
 def seeds(state_spec, seed_spec, seed):
-    body = lambda state, seed: _shard_seed(seed.reshape(2), state)[None]
+    body = lambda state, seed: shard_seed(seed.reshape(2), state)[None]
     specs = (state_spec, seed_spec)
     return np.array(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(("a", "b")))(np.zeros((4, 4)), seed))
 both = seeds(P("a", "b"), P(), seed)
@@ -79,7 +82,7 @@ assert np.array_equal(both, seeds(P("a", "b"), P(), seed))
 own = np.arange(8, dtype="uint32").reshape(4, 2)
 assert np.array_equal(seeds(P("a", "b"), P(("a", "b")), own), own)
 # Along an axis over which the state does not vary, its copies are rounded alike.
-along = jax.shard_map(lambda x, s: _shard_seed(s, x)[None], mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"))
+along = jax.shard_map(lambda x, s: shard_seed(s, x)[None], mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"))
 assert len({*map(tuple, np.array(along(np.zeros((4, 4)), seed)))}) == 2
 """,
     "is right for sharded arrays": """

@@ -79,7 +79,7 @@ def test_the_torch_caller(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_sharing_a_state(device):
-    assert "the bits of twelve steps in JAX alone" in run("share_state.py", device=device)
+    assert "the bits of 24 steps in JAX alone" in run("share_state.py", device=device)
 
 
 def test_the_configurations_of_known_models():

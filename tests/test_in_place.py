@@ -16,7 +16,7 @@ from ssu_bridge.arrays import framework_of
 from ssu_bridge.backends import reference
 from ssu_bridge.cases import Case
 from ssu_bridge.check import compare
-from ssu_bridge.frontends import jax as jax_frontend
+from ssu_bridge.frontends import jax_eager
 from ssu_bridge.update import explain
 
 CASE = Case("in place", headdim=8, dstate=16)
@@ -35,7 +35,7 @@ def jax_args(arrays):
 
 @pytest.fixture
 def _warn_again(monkeypatch):
-    monkeypatch.setattr(jax_frontend, "_warned", False)
+    monkeypatch.setattr(jax_eager, "_warned", False)
 
 
 @pytest.mark.parametrize("backend", IN_PLACE_BACKENDS)

@@ -231,6 +231,23 @@ def test_the_check_for_copies_sees_that_nothing_was_donated():
         measure.assert_no_copy_of_a_state(compiled, states[0].ssm)
 
 
+class Compiled:
+    """A compiled program of one line."""
+
+    def __init__(self, line):
+        self.line = line
+
+    def as_text(self):
+        return self.line
+
+
+def test_the_check_for_copies_knows_a_custom_call_with_its_slices():
+    state, made = jnp.zeros((3, 2, 4, 8)), "%made.1 = (f32[1,2,4]{2,1,0}, f32[3,2,4,8]{3,2,1,0}) fusion(%a, %b), "
+    measure.assert_no_copy_of_a_state(Compiled(made + "kind=kCustom, calls=%dynamic-slice-fusion.1"), state)
+    with pytest.raises(AssertionError, match="come from fusion"):
+        measure.assert_no_copy_of_a_state(Compiled(made + "kind=kLoop, calls=%fused_computation"), state)
+
+
 # --- Sampling and text ---
 
 

@@ -120,3 +120,22 @@ def test_a_guarded_function_from_many_threads():
         thread.join()
     assert len(set(ran)) == 1
     assert len(ran) == 16
+
+
+def test_arguments_that_come_and_go():
+    case = Case("more and less", sequences=2, slots=3, indices=(2, 0), tokens=2, steps=2)
+    arrays = to_mode(case.arrays(seed=1), "torch")
+    buffer, more = arrays.pop("intermediate_states"), arrays
+    fewer = {name: tensor for name, tensor in arrays.items() if name != "z"}
+    expected = [ssu_bridge.update(**copied(given), **case.flags, backend="reference") for given in (more, fewer)]
+    for _ in range(3):
+        for given, right in zip((more, fewer), expected, strict=True):
+            for extra in ({}, {"intermediate_states": buffer.clone()}):
+                results = ssu_bridge.update(**copied(given), **extra, **case.flags)
+                for got, wanted in zip(results, right, strict=False):
+                    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+                assert len(results) == 2 + len(extra)
+
+
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 from ssu_bridge.backends.base import Feature, TracedKernel, cannot
 from ssu_bridge.problem import Problem
+from ssu_bridge.tables import read_slots, slots
 
 
 def missing(framework: str) -> str | None:
@@ -34,7 +35,9 @@ _TOKENWISE = ("x", "dt", "B", "C", "z")
 
 
 def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
-    read = _read_slots(problem, arrays)
+    import jax.numpy as jnp
+
+    read = read_slots(jnp, problem, arrays)
     form = {"single": _single, "multi": _multi, "packed": _packed}[problem.form]
     results = form(problem, arrays, read)
     return tuple(results[name] for name in problem.results)
@@ -142,29 +145,6 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
 # An array of places has -1 where nothing is loaded or stored; None stands for each sequence's own number.
 
 
-def _slots(problem: Problem, indices: Any) -> Any:
-    """Make -1 of each pad."""
-    import jax.numpy as jnp
-
-    valid = (indices >= 0) & (indices < problem.slots)
-    if 0 <= problem.options.pad_slot_id < problem.slots:  # else it is out of range, and need not fit the indices' dtype
-        valid &= indices != problem.options.pad_slot_id
-    return jnp.where(valid, indices, -1)
-
-
-def _read_slots(problem: Problem, arrays: dict[str, Any]) -> Any:
-    import jax.numpy as jnp
-
-    indices = arrays.get("state_batch_indices")
-    if indices is None:
-        return None
-    if indices.ndim == 2:
-        accepted = arrays.get("num_accepted_tokens", jnp.ones(problem.sequences, jnp.int32))
-        column = jnp.clip(accepted, 1, indices.shape[1]) - 1
-        indices = indices[jnp.arange(problem.sequences), column]
-    return _slots(problem, indices)
-
-
 def _stored_each_token(
     problem: Problem, arrays: dict[str, Any], read: Any, sequence: Any, token: Any, is_owned: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,9 +155,9 @@ def _stored_each_token(
     stores = is_owned if read is None else is_owned & (read[sequence] >= 0)
     if "dst_state_batch_indices" in problem.tables:
         table = arrays["dst_state_batch_indices"]
-        slots = _slots(problem, table[sequence, jnp.minimum(token, table.shape[1] - 1)])
+        place = slots(jnp, problem, table[sequence, jnp.minimum(token, table.shape[1] - 1)])
         written["state"] = arrays["state"]
-        places["state"] = jnp.where(stores & (token < table.shape[1]), slots, -1)
+        places["state"] = jnp.where(stores & (token < table.shape[1]), place, -1)
     if "intermediate_states" in arrays:
         buffer = arrays["intermediate_states"]
         entries, steps = buffer.shape[:2]
@@ -205,7 +185,7 @@ def _results(
 
     results = {name: array.reshape(arrays[name].shape) for name, array in written.items()}
     if "state" in problem.results and "state" not in written:
-        final = _slots(problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else read
+        final = slots(jnp, problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else read
         if read is not None or some is not True:
             final = jnp.arange(problem.sequences) if final is None else final
             final = jnp.where(some if read is None else some & (read >= 0), final, -1)

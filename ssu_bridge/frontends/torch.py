@@ -81,7 +81,7 @@ def launcher(state_type: type, options: Options) -> Launch:
             special = any(map(_is_neg, given)) or any(graded)
             if not special and _PLAIN_TYPES.issuperset(map(type, given)):
                 done = run(*arrays, result)
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
             done = False  # the first of its sizes; or else the check below says what is wrong
         if not done:
             return check_and_launch(arrays, out, grad)

@@ -1,0 +1,113 @@
+"""``jax.vmap`` of the step: the mapped axis is folded into the sequences and the slots, so that one step does it all.
+
+Of v mapped calls, call j has slots j*S to (j+1)*S - 1 of one long state, and likewise its sequences, rows and entries.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.interpreters import batching
+
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax_arrays import described
+from ssu_bridge.frontends.jax_step import bind, step
+from ssu_bridge.problem import ARGUMENTS, STATE, Problem
+from ssu_bridge.tables import TABLES, read_slots, slots
+
+_READ, _WRITE, _ENTRIES = "state_batch_indices", "dst_state_batch_indices", "intermediate_state_indices"
+_EDGES = "cu_seqlens"
+# One for all sequences of a step.
+_PARAMETERS = ("A", "D", "dt_bias", "rand_seed")
+
+
+def _batch(operands: Any, axes: Any, *, problem: Problem, donated: bool, **_: Any) -> tuple[list[Any], list[int]]:
+    if donated:
+        raise UnsupportedError("a call that gives its state up cannot be mapped")
+    given, mapped = (dict(zip(problem.names, values, strict=True)) for values in (operands, axes))
+    size = next(given[name].shape[axis] for name, axis in mapped.items() if axis is not None)
+    shared = [name for name in _PARAMETERS if name in given]
+    if problem.options.disable_state_update:
+        shared += [name for name in STATE if mapped.get(name) is None and name in given]
+    for name in shared:
+        if mapped[name] is not None:
+            raise UnsupportedError(
+                f"{name}: jax.vmap cannot map it, because a step has one {name} for all its sequences; use jax.lax.map"
+            )
+    arrays = {n: a if n in shared else _lead(a, mapped[n], size) for n, a in given.items()}
+    folded = _fold(problem, size, arrays, shared)
+    options = dataclasses.replace(problem.options, pad_slot_id=-1)
+    results = dict(zip(problem.results, bind(folded, described(options, folded)), strict=True))
+    shapes = {name: arrays["x" if name == "out" else name].shape for name in results}
+    return [result.reshape(shapes[name]) for name, result in results.items()], [0] * len(results)
+
+
+def register() -> None:
+    """Give the primitive its rule."""
+    batching.primitive_batchers[step] = _batch
+
+
+def _lead(array: Any, axis: int | None, size: int) -> Any:
+    """Put the mapped axis first; give one to an array that has none."""
+    if axis is None:
+        return jnp.broadcast_to(array, (size, *array.shape))
+    return jnp.moveaxis(array, axis, 0)
+
+
+def _fold(problem: Problem, size: int, arrays: dict[str, Any], shared: list[str]) -> dict[str, Any]:
+    """Return the arrays of the one step."""
+    folded = {n: a if n in shared else _merged(a) for n, a in arrays.items() if n not in TABLES}
+    folded |= _tables(problem, size, arrays, 0 if "state" in shared else problem.slots)
+    return {name: folded[name] for name in ARGUMENTS if name in folded}
+
+
+def _merged(array: Any) -> Any:
+    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+
+def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) -> dict[str, Any]:
+    """Return the tables of the one step. A call's first slot is ``stride`` behind that of the call before."""
+    result = {name: _merged(arrays[name]) for name in TABLES if name in arrays and name != _EDGES}
+    call = jnp.repeat(jnp.arange(size), problem.sequences)
+    read = read_slots(jnp, problem, result)
+    own = jnp.tile(jnp.arange(problem.sequences), size) if read is None else read
+    if read is None and (problem.form == "packed" or not stride == problem.slots == problem.sequences):
+        result[_READ] = own
+    if "intermediate_states" in arrays:
+        count = arrays["intermediate_states"].shape[1]
+        # Without a table, the entries are the slots; that still holds if there are as many.
+        if _ENTRIES in result or count != stride:
+            entries = result.get(_ENTRIES, own)
+            result[_ENTRIES] = _moved(jnp.where(entries < count, entries, -1), call, count)
+    for name in (_READ, _WRITE):
+        if name in result:
+            result[name] = _moved(slots(jnp, problem, result[name]), call, stride)
+    if problem.form == "packed":
+        result = {name: _with_gaps(table, size) for name, table in result.items()}
+        result[_EDGES] = _edges(arrays[_EDGES], problem.tokens)
+    return result
+
+
+def _moved(places: Any, call: Any, stride: int) -> Any:
+    """Number the places of each call behind those of the call before; negative ones are pads, and stay."""
+    call = call.reshape(-1, *[1] * (places.ndim - 1)).astype(places.dtype)
+    return jnp.where(places >= 0, places + call * stride, -1)
+
+
+# --- Packed rows ---
+
+# The last call's sequences come first. What cu_seqlens then makes a sequence of between those of two calls, from the
+# end of a call to the beginning of the one before, is empty, and rows of no sequence still belong to none.
+
+
+def _edges(edges: Any, rows: int) -> Any:
+    """Return cu_seqlens of all rows, from one for each call."""
+    first = jnp.arange(len(edges), dtype=edges.dtype)[:, None] * rows
+    return jnp.append((jnp.clip(edges, 0, rows) + first)[::-1].ravel(), 0)
+
+
+def _with_gaps(table: Any, size: int) -> Any:
+    """Put a table's rows in that order, with one of pads behind each call."""
+    table = table.reshape(size, table.shape[0] // max(size, 1), *table.shape[1:])[::-1]
+    gaps = [(0, 0), (0, 1), *[(0, 0)] * (table.ndim - 2)]
+    return _merged(jnp.pad(table, gaps, constant_values=-1))

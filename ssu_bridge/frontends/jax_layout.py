@@ -1,0 +1,110 @@
+"""Where the arrays of a step have to lie on a mesh of devices for the state to stay where it is."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.problem import ARGUMENTS, Problem
+
+# For each axis of an array, the mesh axes that it is sharded over.
+Place = tuple[tuple[Any, ...], ...]
+
+
+class Layout:
+    """Where the arrays of a step have to be for the state to stay where it is.
+
+    Attributes:
+        places: of each array, "out" among them.
+        heads: the mesh axes over which heads are sharded.
+        all: those over which anything of the state is.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        shapes: Mapping[str, tuple[int, ...]],
+        given: Mapping[str, Place],
+        mesh: Mapping[Any, int],
+    ):
+        """Find them for arrays of these shapes in these places of a mesh with axes of these sizes.
+
+        Raises:
+            UnsupportedError: the step cannot be computed shard by shard with the state where it is.
+        """
+        symbols = {name: problem.axes(name, len(shape)) for name, shape in shapes.items()}
+        state = dict(zip(symbols["state"], given["state"], strict=True))
+        for symbol, size in zip(symbols["state"], shapes["state"], strict=True):
+            _check(problem, symbol, size, state[symbol], mesh)
+        wanted = {symbol: state.get(symbol, ()) for symbol in "HP"}
+        if state["S"]:
+            wanted["S"] = wanted["b"] = state["S"]
+            if "intermediate_states" in shapes:
+                if "intermediate_state_indices" in shapes or shapes["intermediate_states"][0] != problem.slots:
+                    raise UnsupportedError(
+                        f"intermediate_states: expected an entry for each slot, and no indices, {_LOCAL}"
+                    )
+                wanted["E"] = state["S"]
+        self.places = {n: tuple(wanted.get(symbol, ()) for symbol in symbols[n]) for n in shapes}
+        for name in ("B", "C"):
+            # Groups may be sharded as the heads are, where no shard has a part of a group.
+            divides = problem.ngroups % _count(wanted["H"], mesh) == 0
+            if symbols[name][-2] == "G" and given[name][-2] == wanted["H"] and divides:
+                self.places[name] = (*self.places[name][:-2], wanted["H"], ())
+        for name in shapes:
+            if ARGUMENTS[name].written and given[name] != self.places[name]:
+                raise UnsupportedError(
+                    f"{name}: expected to be sharded as the state is, {spec_of(self.places[name])}, "
+                    f"got {spec_of(given[name])}"
+                )
+        self.places["out"] = self.places["x"]
+        self.heads = wanted["H"]
+        self.all = tuple(axis for place in given["state"] for axis in place)
+
+
+_LOCAL = "where slots are sharded; call update inside jax.shard_map, with indices that count from 0 in each shard"
+
+
+def own_slots(problem: Problem) -> bool:
+    """Say whether sequence i has slot i and there are no others, so that both can be sharded alike."""
+    indexed = any(name.endswith("state_batch_indices") for name in problem.names)
+    return problem.form != "packed" and not indexed and problem.slots == problem.sequences
+
+
+def _check(problem: Problem, symbol: str, size: int, axes: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
+    """Check that an axis of the state can be sharded over these axes of the mesh."""
+    if not axes:
+        return
+    over = " and ".join(map(repr, axes))
+    if symbol == "N":
+        raise UnsupportedError(
+            f"state: its last axis (dstate) is sharded over {over}, but a row is summed on one device; shard heads, "
+            "headdim or sequences"
+        )
+    if symbol == "S" and not own_slots(problem):
+        raise UnsupportedError(
+            f"state: its slots are sharded over {over}; expected no indices, as many slots as sequences and no "
+            f"cu_seqlens {_LOCAL}"
+        )
+    if size % _count(axes, mesh):
+        raise UnsupportedError(
+            f"state: an axis of {size} is sharded over {_count(axes, mesh)} devices ({over}); expected a number that "
+            "divides it"
+        )
+
+
+def _count(axes: tuple[Any, ...], mesh: Mapping[Any, int]) -> int:
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def spec_of(place: Place) -> PartitionSpec:
+    """Return a place as JAX spells it."""
+    return PartitionSpec(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in place))  # type: ignore[no-untyped-call]
+
+
+def place_of(spec: PartitionSpec, count: int) -> Place:
+    """Return the place of an array of so many axes."""
+    axes = [() if axis is None else axis if isinstance(axis, tuple) else (axis,) for axis in spec]
+    return (*axes, *[()] * (count - len(axes)))

@@ -1,0 +1,154 @@
+"""The step on arrays that are sharded over several devices: each shard of the state is updated where it is.
+
+Heads and channels may be sharded, and sequences with their slots where sequence i has slot i. The other arrays go where
+the state needs them; the state does not move.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax_arrays import described
+from ssu_bridge.frontends.jax_kernel import kernel
+from ssu_bridge.frontends.jax_layout import Layout, own_slots, place_of, spec_of
+from ssu_bridge.problem import ARGUMENTS, Problem
+
+
+def shard_seed(seed: Any, axes: Iterable[Any]) -> Any:
+    """Give each shard along some mesh axes a seed of its own: its elements are counted from 0."""
+    for axis in sorted(axes, key=str):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), jax.lax.axis_index(axis))
+        seed = jax.random.key_data(key)
+    return seed
+
+
+def _own_groups(problem: Problem, array: Any, heads: int, axes: tuple[Any, ...]) -> Any:
+    """Return the groups of a shard's heads, from B or C with all groups; one a head if it has parts of several."""
+    each = problem.nheads // problem.ngroups
+    first = jax.lax.axis_index(axes) * heads
+    if heads % each and each % heads:
+        return jnp.take(array, (first + jnp.arange(heads)) // each, axis=-2)
+    return jax.lax.dynamic_slice_in_dim(array, first // each, max(heads // each, 1), axis=-2)
+
+
+def _localised(problem: Problem, layout: Layout, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the arrays of one shard's step, from the shards in the places of the layout."""
+    arrays = dict(arrays)
+    heads = arrays["state"].shape[1] if problem.heads_axis else 1
+    for name in ("B", "C"):
+        whole = problem.ngroups > 1 and arrays[name].shape[-2] == problem.ngroups
+        if heads < problem.nheads and whole:
+            arrays[name] = _own_groups(problem, arrays[name], heads, layout.heads)
+    return arrays
+
+
+# --- Automatic axes: XLA decides where arrays are, and asks ---
+
+
+@functools.lru_cache(maxsize=256)
+def partitioned_jaxpr(problem: Problem, kinds: tuple[Any, ...]) -> Any:
+    """Return the step that XLA can partition, for operands of these shapes and dtypes."""
+    return jax.make_jaxpr(_partitioned(problem))(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[no-untyped-call]
+
+
+def _partitioned(problem: Problem) -> Callable[..., Any]:
+    @custom_partitioning
+    def step(*operands: Any) -> Any:
+        return tuple(kernel.bind(*operands, problem=problem))  # type: ignore[no-untyped-call]
+
+    def partition(mesh: Any, operands: Any, results: Any) -> Any:
+        names = problem.names
+        given = {n: place_of(_known(a.sharding), len(a.shape)) for n, a in zip(names, operands, strict=True)}
+        shapes = {n: a.shape for n, a in zip(names, operands, strict=True)}
+        layout = Layout(problem, shapes, given, mesh.shape)
+
+        def on_shard(*shards: Any) -> Any:
+            arrays = _localised(problem, layout, dict(zip(names, shards, strict=True)))
+            if "rand_seed" in arrays:
+                arrays["rand_seed"] = shard_seed(arrays["rand_seed"], layout.all)
+            return tuple(kernel.bind(*arrays.values(), problem=described(problem.options, arrays)))  # type: ignore[no-untyped-call]
+
+        def shardings(names: Iterable[str]) -> tuple[NamedSharding, ...]:
+            return tuple(NamedSharding(mesh, spec_of(layout.places[name])) for name in names)
+
+        return mesh, on_shard, shardings(problem.results), shardings(names)
+
+    step.def_partition(partition=partition, sharding_rule=functools.partial(_rule, problem))  # type: ignore[no-untyped-call]
+    return step
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Raise the refusal again that XLA met while it partitioned a program, and made an error of its own of."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        _, found, refusal = str(error).partition(f"{UnsupportedError.__name__}: ")
+        if found:
+            raise UnsupportedError(refusal.partition("\n")[0]) from error
+        raise
+
+
+def _known(sharding: Any) -> PartitionSpec:
+    if not isinstance(sharding, NamedSharding):
+        raise UnsupportedError(
+            f"expected arrays sharded by NamedSharding over one mesh, got {sharding}; jax.set_mesh says which it is"
+        )
+    return sharding.spec
+
+
+def _rule(problem: Problem, mesh: Any, operands: Any, results: Any) -> str:
+    """Return the step's sharding rule: which axes of which arrays are sharded alike."""
+    types = dict(zip(problem.names, operands, strict=True))
+    types["out"] = types["x"]
+    factors = {n: _factors(problem, n, len(kind.shape)) for n, kind in types.items()}
+    sides = (", ".join(factors[name] for name in names) for names in (problem.names, problem.results))
+    return " -> ".join(sides)
+
+
+def _factors(problem: Problem, name: str, count: int) -> str:
+    shared = {"H": "h", "P": "p", "b": "b", "S": "b" if own_slots(problem) else "s", "T": "t", "L": "l"}
+    number = [*ARGUMENTS].index(name)
+    symbols = problem.axes(name, count)
+    return " ".join(shared.get(symbol, f"a{number}x{i}") for i, symbol in enumerate(symbols)) or "..."
+
+
+# --- Explicit axes: the operands' types say where they are ---
+
+
+def explicit_mesh(arrays: Iterable[Any]) -> Any:
+    """Return the mesh over whose explicit axes some arrays are sharded, or None."""
+    for array in arrays:
+        sharding = jax.typeof(array).sharding
+        named = {a for axes in place_of(sharding.spec, array.ndim) for a in axes}
+        kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+        if any(kinds[axis] == AxisType.Explicit for axis in named):
+            return sharding.mesh
+    return None
+
+
+def on_explicit_shards(problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any]) -> tuple[Any, ...]:
+    """Run a step shard by shard; ``run`` takes a shard's arrays by name and returns its results."""
+    names = tuple(arrays)
+    given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
+    layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape)
+    specs = {name: spec_of(place) for name, place in layout.places.items()}
+
+    def on_shard(*shards: Any) -> Any:
+        return tuple(run(_localised(problem, layout, dict(zip(names, shards, strict=True)))))
+
+    moved = [
+        jax.sharding.reshard(a, NamedSharding(mesh, specs[n])) if given[n] != layout.places[n] else a  # type: ignore[no-untyped-call]
+        for n, a in arrays.items()
+    ]
+    shard = jax.shard_map(
+        on_shard, mesh=mesh, in_specs=tuple(specs[n] for n in names), out_specs=tuple(specs[n] for n in problem.results)
+    )
+    return tuple(shard(*moved))

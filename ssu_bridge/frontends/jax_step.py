@@ -1,0 +1,93 @@
+"""The step as a JAX primitive, over however many devices its arrays lie on."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, mlir
+
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax_arrays import several_devices
+from ssu_bridge.frontends.jax_kernel import lower, register_lowering, result_types
+from ssu_bridge.frontends.jax_sharding import partitioned_jaxpr
+from ssu_bridge.problem import Problem
+
+# Its operands are what ``problem.names`` lists, its results what ``problem.results`` does. ``shards`` is the step that
+# XLA can partition, where the process has several devices: JAX looks for it in here, and then says which mesh they
+# form. ``donated`` says that the program around it gives up the caller's state.
+step = Primitive("ssu_bridge_update")
+step.multiple_results = True
+
+
+def bind(arrays: dict[str, Any], problem: Problem, donated: bool = False) -> list[Any]:
+    """Put the step into the program that is being traced, or run it; return its results."""
+    kinds = tuple((array.shape, array.dtype) for array in arrays.values())
+    shards = partitioned_jaxpr(problem, kinds) if several_devices() else None
+    operands = _vary_alike(arrays.values())
+    results: list[Any] = step.bind(*operands, problem=problem, shards=shards, donated=donated)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _vary_alike(arrays: Iterable[Any]) -> list[Any]:
+    """Inside shard_map, mark all operands as varying over each mesh axis that one varies over, as the results do."""
+    axes = [varying(jax.typeof(array)) for array in arrays]
+    union = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(array, tuple(union - own), to="varying") if union - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def varying(kind: Any) -> frozenset[Any]:
+    """Return the mesh axes over which an array of this type varies; versions of JAX differ in where they keep them."""
+    manual = getattr(kind, "manual_axis_type", None)
+    return frozenset(kind.vma if manual is None else manual.varying)
+
+
+@step.def_abstract_eval  # type: ignore[untyped-decorator]
+def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]:
+    types: tuple[Any, ...] = result_types(*operands, problem=problem)
+    return types
+
+
+@step.def_impl  # type: ignore[untyped-decorator]
+def _run_at_once(*operands: Any, problem: Problem, shards: Any, donated: bool) -> Any:
+    """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
+    with jax.disable_jit(False):
+        return _jitted(problem, shards)(*operands)
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(problem: Problem, shards: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(step.bind, problem=problem, shards=shards, donated=False))
+
+
+def _lower(ctx: Any, *operands: Any, problem: Problem, shards: Any, platform: str | None = None, **_: Any) -> Any:
+    if _devices(ctx.module_context.axis_context) == 1:
+        return lower(ctx, *operands, problem=problem, platform=platform)
+    if hasattr(ctx.module_context.axis_context, "mesh"):
+        raise UnsupportedError(
+            "inside jax.shard_map over some axes of a mesh, XLA cannot partition the step over the others; expected "
+            "all axes of the mesh in axis_names"
+        )
+    return mlir.lower_fun(jaxpr_as_fun(shards), multiple_results=True)(ctx, *operands)
+
+
+def _devices(context: Any) -> int:
+    """Return over how many devices XLA is to partition a program; inside shard_map that has been done."""
+    if hasattr(context, "mesh"):
+        return math.prod(n for axis, n in context.mesh.shape.items() if axis not in context.manual_axes)
+    return getattr(context, "num_devices", 1)
+
+
+register_lowering(step, _lower)
+
+
+def _refuse_gradient(*_: Any, **__: Any) -> Any:
+    raise UnsupportedError('a gradient through this backend is not to be had; backend="xla" can be differentiated')
+
+
+ad.primitive_jvps[step] = _refuse_gradient

@@ -1,0 +1,77 @@
+"""Tracing a call: it is checked here, and becomes the primitive or, for the xla backend, jax.numpy."""
+
+import functools
+from typing import Any
+
+import jax
+
+from ssu_bridge.arrays import QuantizedState
+from ssu_bridge.backends.base import TracedKernel
+from ssu_bridge.choose import consider_problem, load
+from ssu_bridge.config import Backend
+from ssu_bridge.frontends import Arrays, named, require_one_framework, returned
+from ssu_bridge.frontends.jax_arrays import described, narrowed, platforms, refuse_out, words
+from ssu_bridge.frontends.jax_sharding import explicit_mesh, on_explicit_shards, shard_seed
+from ssu_bridge.frontends.jax_step import bind, varying
+from ssu_bridge.problem import STATE, Options
+
+
+def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
+    """Return what ``update`` does, for arrays of which some are traced."""
+    require_one_framework(arrays)
+    refuse_out(out)
+    return with_given(arrays, trace(options, False, *narrowed(arrays)))
+
+
+def trace(options: Options, donated: bool, *positional: Any) -> tuple[Any, ...]:
+    """Return what ``update`` does, but None for what the program does not return: :func:`with_given` puts it there.
+
+    That is a state that is only read, which the program would have to copy, and a ``jax.Ref``, which is written here.
+
+    Args:
+        options: of the call.
+        donated: the state is given up to the program that is being traced.
+        *positional: the arrays.
+    """
+    given = named(positional)
+    arrays = {name: array[...] if isinstance(array, jax.Ref) else array for name, array in given.items()}
+    problem = described(options, arrays)
+    if "rand_seed" in arrays:
+        arrays["rand_seed"] = words(arrays["rand_seed"])
+    choices = [consider_problem(problem.on(*platform)) for platform in platforms().items()]
+    if all(choice.backend is None for choice in choices):
+        raise choices[0].error()
+    run = functools.partial(_run, options, donated)
+    mesh = explicit_mesh(arrays.values())
+    results = run(arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, run)
+    after = dict(zip(problem.results, results, strict=True))
+    for name, result in after.items():
+        if isinstance(given.get(name), jax.Ref):
+            given[name][...] = result
+            after[name] = None
+    kept = dict.fromkeys(STATE) if options.disable_state_update else {}
+    return returned({**{name: kept.get(name, array) for name, array in arrays.items()}, **after})
+
+
+def _run(options: Options, donated: bool, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    problem = described(options, arrays)
+    if options.config.backend is Backend.XLA:
+        # Traced in place rather than behind the primitive, it can be differentiated.
+        kernel = load(problem.on(*next(iter(platforms().items()))))
+        assert isinstance(kernel, TracedKernel)
+        return kernel.function(arrays)
+    if "rand_seed" in arrays:
+        own = varying(jax.typeof(arrays["state"])) - varying(jax.typeof(arrays["rand_seed"]))
+        arrays = {**arrays, "rand_seed": shard_seed(arrays["rand_seed"], own)}
+    return tuple(bind(arrays, problem, donated))
+
+
+def with_given(arrays: Arrays, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put what was given to a call where :func:`trace` returns None for it."""
+    return results[0], *map(_with_given, results[1:], returned({**named(arrays), "out": None})[1:])
+
+
+def _with_given(result: Any, array: Any) -> Any:
+    if isinstance(result, QuantizedState):
+        return QuantizedState(*map(_with_given, result, array))
+    return array if result is None else result

@@ -1,0 +1,134 @@
+"""``jax.export`` in one process and the program called in another; the compilation cache of JAX over two processes."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+from modes import bits, int64_as_it_is, skip_if_refused, to_mode
+
+import ssu_bridge
+from ssu_bridge.cases import CASES, Case
+from ssu_bridge.frontends.jax_targets import parse, registered
+from ssu_bridge.update import explain
+
+CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
+
+ELSEWHERE = """
+import sys
+import jax
+import numpy as np
+import ssu_bridge
+path = sys.argv[1]
+with open(path + "/program", "rb") as file:
+    exported = jax.export.deserialize(bytearray(file.read()))
+arrays = dict(np.load(path + "/arrays.npz"))
+targets = ssu_bridge.prepare(exported)
+assert len(targets) == 1, targets
+out, state = exported.call(**arrays)
+np.savez(path + "/results.npz", out=out, state=state)
+"""
+
+
+def exported_step(case, **flags):
+    given = to_mode(case.arrays(seed=3), "jax")
+    step = jax.jit(functools.partial(ssu_bridge.update, **case.flags, **flags))
+    return export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
+
+
+def run(code, *arguments, **environment):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_a_fresh_process_runs_an_exported_program(tmp_path):
+    arrays = CASE.arrays(seed=3)
+    (tmp_path / "program").write_bytes(exported_step(CASE, backend="cpu").serialize())
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    expected = ssu_bridge.update(**arrays, **CASE.flags)
+    run(ELSEWHERE, tmp_path)
+    results = np.load(tmp_path / "results.npz")
+    np.testing.assert_array_equal(bits(results["out"]), bits(expected[0]))
+    np.testing.assert_array_equal(bits(results["state"]), bits(expected[1]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_kernel_is_found_by_its_name(case):
+    arrays = case.arrays(seed=3)
+    with int64_as_it_is(arrays):
+        skip_if_refused(explain(**to_mode(arrays, "jax"), **case.flags, backend="cpu"))
+        targets = ssu_bridge.prepare(exported_step(case, backend="cpu"))
+    assert len(targets) == 1
+    assert targets[0] in registered()
+
+
+def test_the_checks_are_needed_and_enough():
+    given = to_mode(CASE.arrays(seed=3), "jax")
+    step = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend="cpu"))
+    with pytest.raises(ValueError, match="ssu_bridge.cpu"):
+        export.export(step)(**given)
+    exported = export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
+    assert [parse(name) for name in ssu_bridge.prepare(exported)] != [None]
+
+
+class Renamed(export.Exported):
+    """A program that calls something else."""
+
+    def mlir_module(self):
+        return self.program
+
+
+def renamed(exported, old, new):
+    program = exported.mlir_module()
+    assert old in program
+    other = Renamed(**{field.name: getattr(exported, field.name) for field in dataclasses.fields(exported)})
+    object.__setattr__(other, "program", program.replace(old, new))  # it is frozen
+    return other
+
+
+def test_what_is_missing_is_said():
+    exported = exported_step(CASE, backend="cpu")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="exported for tpu, and this process has cpu"):
+        ssu_bridge.prepare(dataclasses.replace(exported, platforms=("tpu",)))
+    with pytest.raises(ssu_bridge.UnsupportedError, match=r"calls ssu_bridge\.cpu.*does not know"):
+        ssu_bridge.prepare(renamed(exported, "softplus=1;pad=3;update", "softplus=1;pad=3;renewal"))
+    with pytest.raises(
+        ssu_bridge.UnsupportedError, match=r"calls ssu_bridge\.cpu\(sm90;.*have ssu_bridge\.cpu\(D.*again"
+    ):
+        ssu_bridge.prepare(renamed(exported, "ssu_bridge.cpu(", "ssu_bridge.cpu(sm90;"))
+    with pytest.raises(ssu_bridge.UnsupportedError, match="triton: it runs on CUDA arrays only"):
+        ssu_bridge.prepare(renamed(exported, "ssu_bridge.cpu(", "ssu_bridge.triton("))
+    with pytest.raises(TypeError, match="exported: expected a jax.export.Exported, got bytes"):
+        ssu_bridge.prepare(b"")
+
+
+CACHED = """
+import sys
+import jax
+import numpy as np
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+import ssu_bridge
+from ssu_bridge.cases import Case
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+case = Case("cached", headdim=8, dstate=16)
+step = jax.jit(lambda arrays: ssu_bridge.update(**arrays, **case.flags, backend="cpu"), donate_argnums=0)
+out, state = step({n: jax.numpy.array(a) for n, a in case.arrays(5).items()})
+expected = ssu_bridge.update(**case.arrays(5), **case.flags)
+assert np.array_equal(out, expected[0]) and np.array_equal(state, expected[1])
+print("hits", sum(event == "/jax/compilation_cache/cache_hits" for event in hits))
+"""
+
+
+def test_the_compilation_cache_of_jax(tmp_path):
+    first, second = (int(run(CACHED, tmp_path).split()[-1]) for _ in range(2))
+    assert second > first

@@ -1,0 +1,37 @@
+"""Calls leave nothing behind: neither memory nor XLA FFI targets."""
+
+import jax.numpy as jnp
+
+import ssu_bridge
+from ssu_bridge.bench import memory
+from ssu_bridge.cases import Case
+from ssu_bridge.frontends.jax_targets import registered
+
+ALLOWED = 2 * 2**20
+
+
+def test_eager_calls_leave_nothing_behind():
+    assert memory.eager(20_000).resident < ALLOWED
+
+
+def test_calls_in_a_jitted_loop_leave_nothing_behind():
+    assert memory.traced(200_000).resident < ALLOWED
+
+
+def test_what_is_left_behind_is_seen():
+    kept = []
+    leak = memory.growth(lambda count: kept.extend(bytes([i % 250]) * 1024 for i in range(count)), 64_000)
+    assert leak.resident > ALLOWED
+
+
+def test_sizes_that_vary_need_no_targets_of_their_own():
+    def step(sequences):
+        case = Case("sizes", sequences=sequences, slots=sequences + 1, indices=tuple(range(sequences)), headdim=8)
+        given = {name: jnp.array(array) for name, array in case.arrays(seed=0).items()}
+        ssu_bridge.update(**given, **case.flags, backend="cpu")
+
+    step(1)
+    before = registered()
+    for sequences in range(2, 12):
+        step(sequences)
+    assert registered() == before

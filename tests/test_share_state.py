@@ -1,0 +1,62 @@
+"""A state cache that JAX and Torch change in turn, in one memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from modes import bits
+
+import ssu_bridge
+from ssu_bridge.cases import Case
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "share_state.py"
+CASE = Case("shared", headdim=8, dstate=16)
+
+
+def test_the_example():
+    result = subprocess.run([sys.executable, EXAMPLE, "--rounds", "2"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "the bits of 16 steps in JAX alone" in result.stdout
+
+
+def rounds(count, device):
+    """Change a state in Torch and in JAX in turn while both allocate; compare with all steps in JAX."""
+    arrays = CASE.arrays(seed=1)
+    state = jnp.array(arrays.pop("state"))
+    alone, place = jnp.copy(state), state.unsafe_buffer_pointer()
+    in_jax = {name: jnp.array(array) for name, array in arrays.items()}
+    in_torch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    spoilt = []
+    for number in range(count):
+        view = ssu_bridge.to_torch(state)
+        ssu_bridge.update(view, **in_torch, **CASE.flags)
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()
+        del view
+        # What would take the state's memory if it were free, or write to it too late.
+        size = 3072 + 64 * (number % 3)
+        spoilt = [*spoilt[-4:], torch.full((size,), float("nan"), device=device), jnp.full((size,), jnp.nan)]
+        _, state = ssu_bridge.update(state, **in_jax, **CASE.flags)
+        assert state.unsafe_buffer_pointer() == place
+    for _ in range(2 * count):
+        _, alone = ssu_bridge.update(alone, **in_jax, **CASE.flags)
+    np.testing.assert_array_equal(bits(np.array(state)), bits(np.array(alone)))
+    assert all(
+        bool(array.isnan().all() if isinstance(array, torch.Tensor) else jnp.isnan(array).all()) for array in spoilt
+    )
+
+
+def test_in_turn_on_the_cpu():
+    with ssu_bridge.using(strict_in_place=True):
+        rounds(1000, "cpu")
+
+
+@pytest.mark.gpu
+def test_in_turn_on_a_gpu():
+    with jax.default_device(jax.devices("gpu")[0]), ssu_bridge.using(strict_in_place=True):
+        rounds(5000, "cuda")

@@ -1,0 +1,210 @@
+"""What JAX does to a function that calls ``update``: references, control flow, compiling ahead, threads, gradients."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from modes import bits, to_mode
+
+import ssu_bridge
+from ssu_bridge.cases import Case
+from ssu_bridge.update import explain
+
+CASE = Case("transforms", headdim=8, dstate=16)
+BACKENDS = ("cpu", "xla")
+
+
+@pytest.fixture
+def arrays():
+    return CASE.arrays(seed=11)
+
+
+def as_jax(arrays):
+    given = to_mode(arrays, "jax")
+    return given.pop("state"), given
+
+
+def steps(arrays, count, backend):
+    """Return the output and state of the last of some eager steps."""
+    state, rest = as_jax(arrays)
+    for _ in range(count):
+        out, state = ssu_bridge.update(state, **rest, **CASE.flags, backend=backend)
+    return np.array(out), np.array(state)
+
+
+def assert_same(got, expected, backend):
+    for mine, theirs in zip(map(np.array, got), expected, strict=True):
+        if backend == "cpu":
+            np.testing.assert_array_equal(bits(mine), bits(theirs))
+        else:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+# --- References ---
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, "reference"))
+def test_an_eager_step_updates_a_reference(arrays, backend):
+    state, rest = as_jax(arrays)
+    ref = jax.new_ref(state)
+    before = ref.unsafe_buffer_pointer()
+    assert explain(ref, **rest, **CASE.flags, backend=backend).backend == backend
+    for _ in range(3):
+        out, same = ssu_bridge.update(ref, **rest, **CASE.flags, backend=backend)
+        assert same is ref
+    if backend != "reference":
+        assert ref.unsafe_buffer_pointer() == before
+    assert_same((out, ref[...]), steps(arrays, 3, backend), backend)
+    np.testing.assert_array_equal(bits(np.array(state)), bits(arrays["state"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_jitted_scan_updates_a_reference(arrays, backend):
+    state, rest = as_jax(arrays)
+    ref = jax.new_ref(state)
+
+    @jax.jit
+    def run(ref, rest):
+        def token(_, __):
+            out, same = ssu_bridge.update(ref, **rest, **CASE.flags, backend=backend)
+            assert same is ref
+            return None, out
+
+        return jax.lax.scan(token, None, None, length=4)[1]
+
+    before, outs = ref.unsafe_buffer_pointer(), run(ref, rest)
+    assert ref.unsafe_buffer_pointer() == before
+    assert_same((outs[-1], ref[...]), steps(arrays, 4, backend), backend)
+
+
+def test_a_reference_is_not_copied():
+    case = Case("large", slots=64, nheads=8, headdim=64, dstate=64)
+    state, rest = as_jax(case.arrays(0))
+    run = jax.jit(lambda ref: ssu_bridge.update(ref, **rest, **case.flags)[0])
+    compiled = run.lower(jax.new_ref(state)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < state.nbytes / 8
+
+
+def test_intermediate_states_in_a_reference():
+    case = Case("intermediates", tokens=2, steps=2)
+    given = to_mode(case.arrays(3), "jax")
+    expected = ssu_bridge.update(**given, **case.flags, donate=False)
+    ref = jax.new_ref(given.pop("intermediate_states"))
+    out, state, same = ssu_bridge.update(**given, **case.flags, intermediate_states=ref)
+    assert same is ref
+    assert given["state"].is_deleted()
+    assert_same((out, state, ref[...]), expected, "xla")
+    *_, both = ssu_bridge.update(**{**given, "state": jax.new_ref(state)}, **case.flags, intermediate_states=ref)
+    assert both is ref
+
+
+def test_a_reference_with_a_wrong_argument(arrays):
+    state, rest = as_jax(arrays)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        ssu_bridge.update(jax.new_ref(state), **{**rest, "x": rest["x"][:, :2]}, **CASE.flags)
+    with pytest.raises(TypeError, match="got Ref"):
+        ssu_bridge.to_torch(jax.new_ref(state))
+
+
+def test_mapped_references(arrays):
+    state, rest = as_jax(arrays)
+    ref = jax.new_ref(jnp.stack([state, 2 * state]))
+    outs = jax.vmap(lambda ref: ssu_bridge.update(ref, **rest, **CASE.flags)[0])(ref)
+    for j, one in enumerate((state, 2 * state)):
+        assert_same((outs[j], ref[j]), ssu_bridge.update(one, **rest, **CASE.flags, donate=False), "cpu")
+
+
+# --- Control flow and compilation ---
+
+
+def while_loop(step, state, count):
+    return jax.lax.while_loop(lambda c: c[0] < count, lambda c: (c[0] + 1, *step(c[2])), (0, *_empty(step, state)))[1:]
+
+
+def _empty(step, state):
+    out, _ = jax.eval_shape(step, state)
+    return jnp.zeros(out.shape, out.dtype), state
+
+
+def cond(step, state, count):
+    def token(carry, i):
+        return jax.lax.cond(i % 2 == 0, lambda c: step(c[1]), lambda c: c, carry), None
+
+    return jax.lax.scan(token, _empty(step, state), jnp.arange(2 * count))[0]
+
+
+def checkpoint(step, state, count):
+    for _ in range(count):
+        out, state = jax.checkpoint(step)(state)
+    return out, state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loop", (while_loop, cond, checkpoint))
+def test_control_flow(arrays, loop, backend):
+    state, rest = as_jax(arrays)
+    before = state.unsafe_buffer_pointer()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, rest):
+        return loop(lambda s: ssu_bridge.update(s, **rest, **CASE.flags, backend=backend), state, 3)
+
+    got = run(state, rest)
+    assert got[1].unsafe_buffer_pointer() == before
+    assert_same(got, steps(arrays, 3, backend), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_ahead(arrays, backend):
+    state, rest = as_jax(arrays)
+    run = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend=backend), donate_argnums=0)
+    compiled = run.lower(state, **rest).compile()
+    for _ in range(2):
+        out, state = compiled(state, **rest)
+    assert_same((out, state), steps(arrays, 2, backend), backend)
+
+
+def test_jitted_once_and_called_from_several_threads(arrays):
+    run = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend="cpu"), donate_argnums=0)
+    started, results = threading.Barrier(4), {}
+
+    def decode(number):
+        state, rest = as_jax(CASE.arrays(seed=number))
+        started.wait()
+        for _ in range(50):
+            out, state = run(state, **rest)
+        results[number] = np.array(out), np.array(state)
+
+    threads = [threading.Thread(target=decode, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        assert_same(results[number], steps(CASE.arrays(seed=number), 50, "cpu"), "cpu")
+
+
+# --- Gradients ---
+
+SMOOTH = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def of_many(loss):
+    return lambda value: jax.vmap(jax.grad(loss))(jnp.stack([value] * 2))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("transform", (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f)), of_many))
+def test_other_backends_have_no_gradient(arrays, name, transform):
+    state, rest = as_jax(arrays)
+    given = {"state": state, **rest}
+
+    def loss(value):
+        return ssu_bridge.update(**{**given, name: value}, **CASE.flags, backend="cpu")[0].sum()
+
+    with pytest.raises(ssu_bridge.UnsupportedError, match='backend="xla" can be differentiated'):
+        transform(loss)(given[name])
+    assert not any(array.is_deleted() for array in given.values())

@@ -1,0 +1,197 @@
+"""``jax.vmap`` of the step: equal to a loop over the calls, whatever is mapped, and nothing is donated."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from modes import bits, int64_as_it_is, skip_if_refused, to_mode
+
+import ssu_bridge
+from ssu_bridge.arrays import paired, unpaired
+from ssu_bridge.cases import CASES, Case
+from ssu_bridge.update import explain
+
+SHARED = ("A", "D", "dt_bias", "rand_seed")
+CALLS = 3
+# Where numbers are drawn, no two calls would give the same.
+DETERMINED = [case for case in CASES if case.seed is None]
+
+
+def drawn(case, seed=0):
+    """Draw the arrays of several calls that differ in all that a call can have of its own."""
+    calls = [case.arrays(seed + j) for j in range(CALLS)]
+    for j, arrays in enumerate(calls):
+        for name in SHARED:
+            if name in arrays:
+                arrays[name] = calls[0][name]
+        for name, array in arrays.items():
+            if name == "cu_seqlens":
+                arrays[name] = np.where(np.abs(array.astype(np.int64)) < 99, array + j, array)
+            elif name.endswith("indices") or name == "num_accepted_tokens":
+                arrays[name] = np.roll(array, j, axis=0)
+    return calls
+
+
+def as_jax(arrays):
+    return unpaired(to_mode(arrays, "jax"))
+
+
+def call(flags, arrays):
+    return ssu_bridge.update(**paired(arrays), **flags)
+
+
+def stacked(calls, mapped):
+    """Return the arrays of all calls: those that ``mapped`` gives an axis have them all, the others those of the first."""
+    return {n: jnp.stack([c[n] for c in calls], mapped[n]) if n in mapped else a for n, a in calls[0].items()}
+
+
+def assert_loop(case, calls, mapped, transform=lambda f: f, **flags):
+    """Assert that a mapped step gives what a loop over the calls does: the same bits, where a kernel promises them."""
+    flags = {**case.flags, **flags}
+    together = stacked(calls, mapped)
+    axes = {name: mapped.get(name) for name in together}
+    alone = [{n: c[n] if n in mapped else calls[0][n] for n in c} for c in calls]
+    backend = explain(**paired(alone[0]), **flags).backend
+    run = transform(jax.vmap(functools.partial(call, flags), in_axes=(axes,)))
+    if backend is None:
+        with pytest.raises(ssu_bridge.UnsupportedError):
+            run(together)
+        return
+    results = jax.tree.leaves(run(together))
+    for j, one in enumerate(alone):
+        expected = jax.tree.leaves(call({**flags, "donate": False}, one))
+        for number, (got, array) in enumerate(zip(results, expected, strict=True)):
+            assert got.dtype == array.dtype
+            # The output's rows that belong to no sequence may hold anything.
+            rows = owned(one) if number == 0 and "cu_seqlens" in one else slice(None)
+            assert_close(np.array(got[j])[rows], np.array(array)[rows], exact=backend == "cpu")
+    assert not any(array.is_deleted() for array in jax.tree.leaves((together, calls)))
+
+
+def owned(arrays):
+    """Return which rows of a packed call belong to a sequence."""
+    rows = np.arange(len(arrays["x"]))
+    edges = np.clip(np.array(arrays["cu_seqlens"]), 0, len(rows))
+    return np.array([((edges[:-1] <= row) & (row < edges[1:])).any() for row in rows], bool)
+
+
+def assert_close(got, expected, exact):
+    if exact:
+        np.testing.assert_array_equal(bits(got), bits(expected))
+    else:
+        step = {2: 2.0**-7, 4: 1e-5}[got.itemsize]
+        np.testing.assert_allclose(*(a.astype("float32") for a in (got, expected)), rtol=step, atol=step)
+
+
+def some(names, seed):
+    """Choose about half of the names, at least one, and an axis for each."""
+    rng = np.random.default_rng(seed)
+    chosen = [n for n in names if rng.random() < 0.5] or [names[0]]
+    return {name: int(rng.integers(2)) for name in chosen}
+
+
+@pytest.mark.parametrize("case", DETERMINED, ids=lambda case: case.name)
+def test_everything_mapped(case):
+    calls = drawn(case)
+    with int64_as_it_is(calls[0]):
+        calls = [as_jax(arrays) for arrays in calls]
+        assert_loop(case, calls, {name: 0 for name in calls[0] if name not in SHARED}, jax.jit)
+
+
+@pytest.mark.parametrize("case", DETERMINED[::3], ids=lambda case: case.name)
+def test_some_mapped_eagerly(case):
+    calls = drawn(case, seed=len(case.name))
+    with int64_as_it_is(calls[0]):
+        calls = [as_jax(arrays) for arrays in calls]
+        names = [name for name in calls[0] if name not in SHARED and calls[0][name].ndim]
+        assert_loop(case, calls, some(names, seed=len(case.name)))
+
+
+CASE = Case("vmap", headdim=8, dstate=16, destinations=(1, -1, 5))
+
+
+@pytest.mark.parametrize("name", [name for name in CASE.arrays(0) if name not in SHARED])
+@pytest.mark.parametrize("transform", (lambda f: f, jax.jit), ids=("eager", "jit"))
+def test_one_mapped(name, transform):
+    """With a state that is not, too: each call then changes a state of its own, and the caller's stays."""
+    assert_loop(CASE, [as_jax(arrays) for arrays in drawn(CASE)], {name: 0}, transform)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "xla"))
+def test_nested(backend):
+    inner, outer = ([as_jax(arrays) for arrays in drawn(CASE, seed)] for seed in (0, 10))
+    both = [{**a, "B": b["B"]} for b in outer for a in inner]
+    flags = {**CASE.flags, "backend": backend}
+    arrays = {**stacked(inner, {"state": 0, "x": 0}), "B": jnp.stack([b["B"] for b in outer])}
+    given = dict.fromkeys(arrays)
+    run = jax.vmap(functools.partial(call, flags), in_axes=({**given, "state": 0, "x": 0},))
+    results = jax.vmap(run, in_axes=({**given, "B": 0},))(arrays)
+    for k, one in enumerate(both):
+        one = {**inner[0], **{name: one[name] for name in ("state", "x", "B")}}
+        for got, expected in zip(results, call({**flags, "donate": False}, one), strict=True):
+            assert_close(np.array(got[divmod(k, CALLS)]), np.array(expected), exact=backend == "cpu")
+
+
+def test_inside_scan_and_scan_inside():
+    """In a scan whose carry is the mapped state, it stays in place."""
+    calls = [as_jax(arrays) for arrays in drawn(CASE)]
+    together = stacked(calls, {"state": 0, "x": 0})
+    axes = {name: 0 if name in ("state", "x") else None for name in together}
+    mapped = jax.vmap(functools.partial(call, CASE.flags), in_axes=(axes,))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, rest):
+        return jax.lax.scan(lambda s, _: mapped({**rest, "state": s})[::-1], state, None, length=4)
+
+    def alone(arrays):
+        def token(state, _):
+            return call(CASE.flags, {**arrays, "state": state})[::-1]
+
+        return jax.lax.scan(token, arrays["state"], None, length=4)
+
+    inside = jax.jit(jax.vmap(alone, in_axes=(axes,)))(together)
+    rest = {name: array for name, array in together.items() if name != "state"}
+    before = together["state"].unsafe_buffer_pointer()
+    state, outs = run(together["state"], rest)
+    assert state.unsafe_buffer_pointer() == before
+    np.testing.assert_array_equal(inside[0], state)
+    np.testing.assert_array_equal(inside[1], jnp.swapaxes(outs, 0, 1))
+    for j, one in enumerate(calls):
+        one = {**calls[0], "state": one["state"], "x": one["x"]}
+        for _ in range(4):
+            _, one["state"] = call(CASE.flags, one)
+        np.testing.assert_array_equal(state[j], one["state"])
+
+
+@pytest.mark.parametrize("name", ("A", "D", "dt_bias"))
+def test_a_mapped_parameter_is_refused(name):
+    arrays = as_jax(CASE.arrays(0))
+    together = {**arrays, name: jnp.stack([arrays[name]] * 2)}
+    axes = {n: 0 if n == name else None for n in arrays}
+    with pytest.raises(ssu_bridge.UnsupportedError, match=rf"{name}: .*jax\.lax\.map"):
+        jax.vmap(functools.partial(call, {**CASE.flags, "backend": "cpu"}), in_axes=(axes,))(together)
+    assert not any(array.is_deleted() for array in arrays.values())
+    outs, _ = jax.lax.map(lambda p: call({**CASE.flags, "donate": False}, {**arrays, name: p}), together[name])
+    np.testing.assert_array_equal(outs[0], outs[1])
+
+
+def test_no_calls_at_all():
+    arrays = as_jax(CASE.arrays(0))
+    axes = {name: 0 if name in ("state", "x") else None for name in arrays}
+    empty = {n: jnp.zeros((0, *a.shape), a.dtype) if axes[n] == 0 else a for n, a in arrays.items()}
+    out, state = jax.vmap(functools.partial(call, CASE.flags), in_axes=(axes,))(empty)
+    assert (out.shape, state.shape) == (empty["x"].shape, empty["state"].shape)
+
+
+def test_calls_that_round_stochastically_draw_numbers_of_their_own():
+    case = Case("stochastic", headdim=8, dstate=16, dtypes={"state": "bfloat16"}, seed=5)
+    arrays = as_jax(case.arrays(0))
+    skip_if_refused(explain(**arrays, **case.flags))
+    mapped = jax.vmap(lambda x: call(case.flags, {**arrays, "x": x})[1])
+    first, second = np.array(mapped(jnp.stack([arrays["x"]] * 2)))
+    assert (first != second).any()
+    nearest = call({**case.flags, "donate": False}, {n: a for n, a in arrays.items() if n != "rand_seed"})[1]
+    for state in (first, second):
+        np.testing.assert_allclose(state.astype("float32"), np.array(nearest).astype("float32"), rtol=2.0**-7)
