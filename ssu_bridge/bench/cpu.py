@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import update
-from ssu_bridge.bench.jax_calls import TRIVIAL, eager_calls
+from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, interleaved
 from ssu_bridge.cases import Case
 from ssu_bridge.library import library
@@ -102,7 +102,7 @@ def _print_jax_host() -> None:
     print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
     for name, timing in times.items():
         _print_row(name, timing)
-    print(f"ratio {times['update'].median / times[TRIVIAL].median:.2f}\n")
+    print(f"  {ratios({name: timing.median for name, timing in times.items()})}\n")
 
 
 def _print_torch_host() -> None:

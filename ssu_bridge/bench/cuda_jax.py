@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ssu_bridge import update
 from ssu_bridge.bench.cuda_steps import LAYER
-from ssu_bridge.bench.jax_calls import TRIVIAL, eager_calls
+from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, microseconds, summary
 
 _H, _P, _N, _G = LAYER
@@ -97,15 +97,15 @@ def print_host() -> None:
     print("host time of an eager JAX call, batch 1, nine arrays, state donated")
     for name, timing in times.items():
         print(f"  {name:<54}{timing!s}")
-    print(f"  ratio {times['update'].median / times[TRIVIAL].median:.2f}")
+    print(f"  {ratios({name: timing.median for name, timing in times.items()})}")
 
 
 def _host_times(functions: dict[str, Callable[[], Any]], states: list[Any]) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(60):
         for name, function in functions.items():
-            states[0].block_until_ready()
-            states[1].block_until_ready()
+            for state in states:
+                state.block_until_ready()
             started = time.perf_counter()
             for _ in range(50):
                 function()
