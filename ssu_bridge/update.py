@@ -97,7 +97,7 @@ def update(
         ValueError, TypeError: an argument is wrong, or with ``check_indices`` a number in a table, or two sequences
             meet in a slot; the message names it, what was expected and what came.
         UnsupportedError: the backend asked for, or every backend, refuses the call; or Torch's grad mode is on and an
-            argument requires grad.
+            argument other than A, D and dt_bias requires grad.
         BackendNotAvailableError: the backend asked for is not installed.
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state.
         Nothing has been written or donated when one of these is raised, but for the last.

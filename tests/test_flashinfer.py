@@ -591,7 +591,7 @@ def test_not_installed(monkeypatch):
 def test_too_old(installed):
     installed("0.6.9")
     assert re.search(
-        r'FlashInfer 0\.6\.9 is too old, tested are 0\.6\.11 to .*: pip install "ssu-', flashinfer.missing("torch")
+        r'FlashInfer 0\.6\.9 is too old, known are 0\.6\.11 to .*: pip install "ssu-', flashinfer.missing("torch")
     )
 
 

@@ -51,7 +51,7 @@ def test_other_targets_and_other_settings_of_triton_are_other_kernels(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "text", ("", "{", "[]", "{}", '{"cubin": "?", "arguments": []}', '{"cubin": "", "arguments": []}')
+    "text", ("", "{", "[]", "{}", "null", "3", '{"cubin": "?", "arguments": []}', '{"cubin": "", "arguments": []}')
 )
 def test_a_file_that_is_no_kernel_is_replaced(folder, caplog, text):
     cached("target", lambda: COMPILED)
@@ -68,6 +68,18 @@ def test_a_folder_that_cannot_be_written_is_said(folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert cached("target", lambda: COMPILED) is COMPILED
     assert "cannot be kept" in caplog.text
+
+
+def test_a_user_without_a_home_compiles_each_time(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("no home directory")
+
+    monkeypatch.delenv("SSU_BRIDGE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(triton_cache.Path, "home", no_home)
+    with caplog.at_level(logging.WARNING):
+        assert cached("target", lambda: COMPILED) is COMPILED
+    assert "SSU_BRIDGE_CACHE_DIR" in caplog.text
 
 
 def test_the_default_folder_is_the_users(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from ssu_bridge.errors import BackendNotAvailableError
 
-_OLDEST, _TESTED = (0, 6, 11), "0.6.11 to 0.6.18"
+_OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.6.18"
 _INSTALL = 'pip install "ssu-bridge[flashinfer]"'
 _SOURCE = "mamba/selective_state_update.py"
 # Seconds that loading a module may take before the user is told why. One that was compiled before takes about one.
@@ -66,9 +66,9 @@ def missing() -> str | None:
         return f"FlashInfer is not installed: {_INSTALL}"
     version = _version()
     if version and tuple(map(int, re.findall(r"\d+", version)[:3])) < _OLDEST:
-        return f"FlashInfer {version} is too old, tested are {_TESTED}: {_INSTALL}"
+        return f"FlashInfer {version} is too old, known are {_KNOWN}: {_INSTALL}"
     if _signature(Path(spec.submodule_search_locations[0]) / _SOURCE) != (Module._fields, ARGUMENTS):
-        return f"FlashInfer {version} calls its kernels in another way than those tested, {_TESTED}: {_INSTALL}"
+        return f"FlashInfer {version} calls its kernels in another way than those known, {_KNOWN}: {_INSTALL}"
     if not _has_compiler() and importlib.util.find_spec("flashinfer_jit_cache") is None:
         return (
             "FlashInfer compiles its kernels with nvcc, which was not found: install NVIDIA's CUDA toolkit, or set "

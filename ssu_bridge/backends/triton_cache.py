@@ -27,12 +27,16 @@ def cached(target: str, compile_it: Callable[[], Compiled]) -> Compiled:
         target: all that is compiled into the kernel, spelt out.
         compile_it: what makes it.
     """
-    path = directory() / f"{_key(target)}.json"
+    try:
+        path = directory() / f"{_key(target)}.json"
+    except RuntimeError as error:  # this user has no home directory
+        _log.warning("kernels are not kept, so each process compiles them; set SSU_BRIDGE_CACHE_DIR: %s", error)
+        return compile_it()
     try:
         return _read(path.read_text())
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("the cached kernel %s cannot be read and is compiled anew: %s", path, error)
     compiled = compile_it()
     try:
@@ -77,5 +81,10 @@ def _write(path: Path, compiled: Compiled) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Whole or not at all: other processes may read and write it at the same time.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(fields, file)
+        try:
+            json.dump(fields, file)
+            file.flush()
+        except BaseException:
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)

@@ -11,6 +11,7 @@ from ssu_bridge.problem import ARGUMENTS, Options, Problem, describe
 
 # What a call can write in place.
 WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written and name != "out")
+_SLOTS = ("state_batch_indices", "dst_state_batch_indices")
 _COUNTS = ("num_accepted_tokens", "cu_seqlens")
 
 
@@ -64,7 +65,7 @@ def _is_key(array: Any) -> bool:
     return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined]
 
 
-def narrowed(arrays: Arrays) -> Arrays:
+def narrowed(arrays: Arrays, pad_slot_id: int) -> Arrays:
     """Keep NumPy's int64 from losing the high 32 bits in JAX, which would make it another sequence's slot.
 
     An index that 32 bits cannot hold becomes a pad, a count the largest or smallest that they can.
@@ -72,12 +73,13 @@ def narrowed(arrays: Arrays) -> Arrays:
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return arrays
     narrow = np.iinfo(np.int32)
+    pad = pad_slot_id if narrow.min <= pad_slot_id <= narrow.max else -1
     result = list(arrays)
     for i, (name, array) in enumerate(zip(ARGUMENTS, arrays, strict=False)):
         if type(array) is not np.ndarray or array.dtype != np.int64:
             continue
         inside = (array >= narrow.min) & (array <= narrow.max)
-        beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else -1
+        beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in _SLOTS else -1
         result[i] = np.where(inside, array, beyond).astype(np.int32)
     return tuple(result)
 

@@ -38,7 +38,7 @@ def launcher(options: Options) -> Launch:
             require_one_framework(arrays)
             refuse_out(out)
         if len(arrays) > usual or type(arrays[read]) is host_array or type(arrays[write]) is host_array:
-            arrays = narrowed(arrays)
+            arrays = narrowed(arrays, options.pad_slot_id)
             if jax.Ref in map(type, arrays):
                 return _launch_on_references(options, donated, arrays)
         state = arrays[0]
@@ -77,7 +77,7 @@ def launcher_on_references(options: Options) -> Launch:
     def launch(arrays: Arrays, out: Any) -> tuple[Any, ...]:
         require_one_framework(arrays)
         refuse_out(out)
-        return _launch_on_references(options, donated, narrowed(arrays))
+        return _launch_on_references(options, donated, narrowed(arrays, options.pad_slot_id))
 
     return launch
 

@@ -20,7 +20,7 @@ def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     """Return what ``update`` does, for arrays of which some are traced."""
     require_one_framework(arrays)
     refuse_out(out)
-    return with_given(arrays, trace(options, False, *narrowed(arrays)))
+    return with_given(arrays, trace(options, False, *narrowed(arrays, options.pad_slot_id)))
 
 
 def trace(options: Options, donated: bool, *positional: Any) -> tuple[Any, ...]:

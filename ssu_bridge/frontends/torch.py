@@ -70,7 +70,7 @@ def launcher(state_type: type, options: Options) -> Launch:
             arrays = seeded(arrays, options)
         if torch.compiler.is_compiling():
             return trace(options, arrays, out)
-        grad, done = torch.is_grad_enabled(), False
+        grad, ready = torch.is_grad_enabled(), False
         try:
             state, x = arrays[0], arrays[1]
             run, pick_given, pick_graded, written = steps[state.shape, x.shape]
@@ -79,12 +79,16 @@ def launcher(state_type: type, options: Options) -> Launch:
             given = (result, *pick_given(arrays))
             graded = [a.requires_grad for a in (result, *pick_graded(arrays))] if grad else ()
             special = any(map(_is_neg, given)) or any(graded)
-            if not special and _PLAIN_TYPES.issuperset(map(type, given)):
-                done = run(*arrays, result)
-        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, BufferError):
-            done = False  # the first of its sizes; or else the check below says what is wrong
-        if not done:
-            return check_and_launch(arrays, out, grad)
+            ready = not special and _PLAIN_TYPES.issuperset(map(type, given))
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
+            pass  # the first of its sizes; or else the check below says what is wrong
+        try:
+            if not (ready and run(*arrays, result)):
+                return check_and_launch(arrays, out, grad)
+        except Exception:
+            if ready:  # to say what is wrong with a tensor, if that is why
+                _kernel(_key(arrays, out), grad, options)
+            raise
         if written is None:
             return _written(result, state)
         _written(result, *[arrays[place] for place in written])
