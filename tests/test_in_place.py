@@ -52,6 +52,16 @@ def test_eager_jax_steps_stay_in_one_place(arrays, backend):
     np.testing.assert_allclose(state, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_output_of_the_shape_of_scales_does_not_take_their_memory():
+    case = Case("alike", sequences=6, slots=6, indices=None, headdim=8, dstate=16, dtypes={"state": "int8"})
+    given = to_mode(case.arrays(seed=7), "jax")
+    before = [address(array) for array in given["state"]]
+    for _ in range(2):
+        out, given["state"] = ssu_bridge.update(**given, **case.flags)
+        assert out.shape == given["state"].scale.shape
+        assert [address(array) for array in given["state"]] == before
+
+
 def table(arrays):
     return {"state_batch_indices": arrays["state_batch_indices"]}
 

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def launcher(options: Options) -> Launch:
         state = arrays[0]
         try:
             before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
-            results: tuple[Any, ...] = compiled(*arrays)
+            results = compiled(*arrays)
         except Exception as error:
             if any(isinstance(array, jax.core.Tracer) for array in arrays):
                 # Under vmap a concrete state stays the caller's: the calls that are mapped all read it.
@@ -66,8 +67,19 @@ def launcher(options: Options) -> Launch:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(options: Options, donated: tuple[int, ...]) -> Any:
-    return jax.jit(functools.partial(trace, options, bool(donated)), donate_argnums=donated)
+def _compiled(options: Options, donated: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    @functools.partial(jax.jit, donate_argnums=donated)
+    def step(*arrays: Any) -> tuple[Any, ...]:
+        # The output last: JAX gives donated memory to the first result of its shape and dtype, and an output of the
+        # shape of the scales would take theirs.
+        out, *written = trace(options, bool(donated), *arrays)
+        return (*written, out)
+
+    def run(*arrays: Any) -> tuple[Any, ...]:
+        *written, out = step(*arrays)
+        return (out, *written)
+
+    return run
 
 
 def launcher_on_references(options: Options) -> Launch:
