@@ -42,7 +42,8 @@ class Layout:
         if state["S"]:
             wanted["S"] = wanted["b"] = state["S"]
             if "intermediate_states" in shapes:
-                if "intermediate_state_indices" in shapes or shapes["intermediate_states"][0] != problem.slots:
+                own_entries = shapes["intermediate_states"][0] == problem.slots
+                if _count(state["S"], mesh) > 1 and ("intermediate_state_indices" in shapes or not own_entries):
                     raise UnsupportedError(
                         f"intermediate_states: expected an entry for each slot, and no indices, {_LOCAL}"
                     )
@@ -83,7 +84,7 @@ def _check(problem: Problem, symbol: str, size: int, axes: tuple[Any, ...], mesh
             f"state: its last axis (dstate) is sharded over {over}, but a row is summed on one device; shard heads, "
             "headdim or sequences"
         )
-    if symbol == "S" and not own_slots(problem):
+    if symbol == "S" and _count(axes, mesh) > 1 and not own_slots(problem):
         raise UnsupportedError(
             f"state: its slots are sharded over {over}; expected no indices, as many slots as sequences and no "
             f"cu_seqlens {_LOCAL}"
