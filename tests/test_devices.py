@@ -1,17 +1,10 @@
 """Several devices in one process: four virtual CPU devices, in a process of their own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from sharded import run
 
 START = """
-import warnings
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import ssu_bridge
+from jax.sharding import Mesh
 from ssu_bridge.cases import CASES
 
 devices, case = jax.devices(), CASES[0]
@@ -116,7 +109,4 @@ assert len(results) == 4 and all(np.array_equal(result, results[0]) for result i
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_four_devices(program):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-c", START + PROGRAMS[program]]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run(START + PROGRAMS[program], devices=4)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from jax import export
 from modes import bits, int64_as_it_is, skip_if_refused, to_mode
+from sharded import run
 
 import ssu_bridge
 from ssu_bridge.cases import CASES, Case
@@ -20,10 +18,6 @@ from ssu_bridge.update import explain
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
 
 ELSEWHERE = """
-import sys
-import jax
-import numpy as np
-import ssu_bridge
 path = sys.argv[1]
 with open(path + "/program", "rb") as file:
     exported = jax.export.deserialize(bytearray(file.read()))
@@ -41,19 +35,12 @@ def exported_step(case, **flags):
     return export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
 
 
-def run(code, *arguments, **environment):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
-
 def test_a_fresh_process_runs_an_exported_program(tmp_path):
     arrays = CASE.arrays(seed=3)
     (tmp_path / "program").write_bytes(exported_step(CASE, backend="cpu").serialize())
     np.savez(tmp_path / "arrays.npz", **arrays)
     expected = ssu_bridge.update(**arrays, **CASE.flags)
-    run(ELSEWHERE, tmp_path)
+    run(ELSEWHERE, tmp_path, devices=1)
     results = np.load(tmp_path / "results.npz")
     np.testing.assert_array_equal(bits(results["out"]), bits(expected[0]))
     np.testing.assert_array_equal(bits(results["state"]), bits(expected[1]))
@@ -110,25 +97,36 @@ def test_what_is_missing_is_said():
 
 
 CACHED = """
-import sys
-import jax
-import numpy as np
+from ssu_bridge.cases import Case
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-import ssu_bridge
-from ssu_bridge.cases import Case
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
-case = Case("cached", headdim=8, dstate=16)
-step = jax.jit(lambda arrays: ssu_bridge.update(**arrays, **case.flags, backend="cpu"), donate_argnums=0)
-out, state = step({n: jax.numpy.array(a) for n, a in case.arrays(5).items()})
-expected = ssu_bridge.update(**case.arrays(5), **case.flags)
-assert np.array_equal(out, expected[0]) and np.array_equal(state, expected[1])
+mesh = mesh_of(getattr(AxisType, sys.argv[2]), h=jax.device_count())
+for softplus in (True, False):
+    case = Case("cached", headdim=8, dstate=16, dt_softplus=softplus)
+    # Nothing but the flag differs.
+    arrays = {n: abs(a) if n in ("dt", "dt_bias") else a for n, a in Case("cached", headdim=8, dstate=16).arrays(5).items()}
+    with jax.set_mesh(mesh):
+        after = jax.jit(lambda arrays: step(case, arrays))(put(arrays, mesh, heads()))
+    same(after, step(case, {n: np.copy(a) for n, a in arrays.items()}))
 print("hits", sum(event == "/jax/compilation_cache/cache_hits" for event in hits))
 """
 
 
-def test_the_compilation_cache_of_jax(tmp_path):
-    first, second = (int(run(CACHED, tmp_path).split()[-1]) for _ in range(2))
-    assert second > first
+def hits(tmp_path, kind, devices):
+    return int(run(CACHED, tmp_path, kind, devices=devices).split()[-1])
+
+
+@pytest.mark.parametrize(("kind", "devices"), [("Auto", 1), ("Explicit", 4)])
+def test_the_compilation_cache_of_jax(tmp_path, kind, devices):
+    first, second = (hits(tmp_path, kind, devices) for _ in range(2))
+    assert second >= first + 2
+
+
+def test_the_compilation_cache_of_jax_takes_no_partitioned_step_for_another(tmp_path):
+    """Two that differ in a flag have the same text, and are partitioned by the process that compiles them."""
+    for _ in range(2):
+        hits(tmp_path, "Auto", devices=4)

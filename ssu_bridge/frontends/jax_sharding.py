@@ -6,6 +6,7 @@ the state needs them; the state does not move.
 
 import contextlib
 import functools
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -55,7 +56,15 @@ def _localised(problem: Problem, layout: Layout, arrays: dict[str, Any]) -> dict
 @functools.lru_cache(maxsize=256)
 def partitioned_jaxpr(problem: Problem, kinds: tuple[Any, ...]) -> Any:
     """Return the step that XLA can partition, for operands of these shapes and dtypes."""
-    return jax.make_jaxpr(_partitioned(problem))(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[no-untyped-call]
+    step = _partitioned(problem)
+
+    def program(*operands: Any) -> Any:
+        return step(*operands)
+
+    # The program's text says nothing else of the flags, nor that its kernels are registered in this process alone:
+    # JAX's compilation cache would take one for another.
+    program.__name__ = f"ssu_bridge_{uuid.uuid4().hex}"
+    return jax.make_jaxpr(jax.jit(program))(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[no-untyped-call]
 
 
 def _partitioned(problem: Problem) -> Callable[..., Any]:

@@ -1,0 +1,171 @@
+"""Steps on arrays that are sharded over virtual CPU devices, for programs in processes of their own."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ssu_bridge
+from ssu_bridge.arrays import paired, unpaired
+from ssu_bridge.cases import arguments
+from ssu_bridge.check import results_by_name
+from ssu_bridge.frontends.jax_arrays import WRITTEN
+
+COLLECTIVE = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?[(]"
+# XLA's names of dtypes.
+XLA_DTYPES = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int16": "s16",
+    "int8": "s8",
+    "float8_e4m3fn": "f8e4m3fn",
+}
+# What hands an array on without touching it; the custom call is the kernel.
+IN_PLACE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "custom-call"}
+
+
+def run(program, *arguments, devices=8, **environment):
+    """Run a program that begins with all names of this module; return what it prints."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(Path(__file__).parent),
+        **environment,
+    }
+    command = [sys.executable, "-c", "from sharded import *\n" + program, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return result.stdout
+
+
+def mesh_of(kind=AxisType.Auto, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+def heads(token_axes=1):
+    """Return how the arrays of a step are sharded over heads, but for B, C and the parameters."""
+    rows = P(*[None] * token_axes, "h")
+    slots, entries = P(None, "h"), P(None, None, "h")
+    return {**dict.fromkeys(("x", "z", "dt"), rows), **written(slots, entries)}
+
+
+def channels(token_axes=1):
+    """Return how they are sharded over headdim."""
+    return {"x": P(*[None] * token_axes, None, "p"), **written(P(None, None, "p"), P(None, None, None, "p"))}
+
+
+def sequences():
+    """Return how they are sharded over sequences that have slots of their own."""
+    return {n: P("s") for n in ("x", "z", "dt", "B", "C", *WRITTEN)}
+
+
+def written(slots, entries):
+    return {name: entries if name.startswith("intermediate") else slots for name in WRITTEN}
+
+
+def drawn(case, seed=4):
+    """Draw a case's arrays as JAX takes them, by the names that kernels have for them."""
+    return unpaired(arguments(case.arrays(seed), "jax", lambda array: array))
+
+
+def put(arrays, mesh, specs):
+    # Not in the memory of the NumPy array, which JAX would not donate.
+    shardings = {n: NamedSharding(mesh, specs.get(n, P())) for n in arrays}
+    return jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(arrays)
+
+
+def parted(arrays):
+    """Return the arrays that a step writes, and the others."""
+    return ({n: a for n, a in arrays.items() if (n in WRITTEN) == w} for w in (True, False))
+
+
+def step(case, arrays):
+    return unpaired(results_by_name(ssu_bridge.update(**paired(arrays), **case.flags, backend="cpu")))
+
+
+def decode(case, count, changed, rest):
+    """Take some steps in a scan; return what was written, and the last output."""
+
+    def token(changed, _):
+        after = step(case, {**rest, **changed})
+        return {name: after[name] for name in changed}, after["out"]
+
+    changed, outs = jax.lax.scan(token, changed, None, length=count)
+    # JAX matches donated arrays with results by their size, in this order.
+    return changed, outs[-1]
+
+
+def decode_in_place(case, arrays, count=3):
+    """Take jitted steps on sharded arrays: no collective, no copy of what is written, at the addresses that it had."""
+    changed, rest = parted(arrays)
+    places = {name: addresses(array) for name, array in changed.items()}
+    shardings = {name: array.sharding for name, array in changed.items()}
+    compiled = jax.jit(functools.partial(decode, case, count), donate_argnums=0).lower(changed, rest).compile()
+    text = compiled.as_text()
+    assert not re.search(COLLECTIVE, text), text
+    for array in changed.values():
+        assert not touched(text, array), touched(text, array)
+    after, out = compiled(changed, rest)
+    for name, sharding in shardings.items():
+        assert addresses(after[name]) == places[name], name
+        assert after[name].sharding.is_equivalent_to(sharding, after[name].ndim), name
+    return {**after, "out": out}
+
+
+def touched(text, array):
+    """Return the lines of a program that make something like a shard of an array, but for the kernel's."""
+    shape = ",".join(map(str, array.sharding.shard_shape(array.shape)))
+    kind = f"{XLA_DTYPES[array.dtype.name]}[{shape}]"
+    made = re.finditer(rf"^.* = {re.escape(kind)}\S* ([\w-]+)\(.*$", text, re.MULTILINE)
+    return [line[0] for line in made if line[1] not in IN_PLACE]
+
+
+def check(case, mesh, specs, eager=False):
+    """Assert that sharded steps have the bits of steps on one device, and stay in place."""
+    changed, out = decode(case, 3, *parted({n: jnp.array(a) for n, a in drawn(case).items()}))
+    expected = {**changed, "out": out}
+    same(decode_in_place(case, put(drawn(case), mesh, specs)), expected)
+    if eager:
+        same(decode_eagerly(case, put(drawn(case), mesh, specs)), expected)
+
+
+def decode_eagerly(case, arrays, count=3):
+    places = {name: addresses(array) for name, array in arrays.items() if name in WRITTEN}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(count):
+            after = step(case, arrays)
+            arrays = {name: after.get(name, array) for name, array in arrays.items()}
+    assert {name: addresses(arrays[name]) for name in places} == places
+    return after
+
+
+def same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, array in got.items():
+        assert np.array(array).tobytes() == np.array(expected[name]).tobytes(), name
+
+
+def addresses(array):
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+def refused(message, call):
+    """Assert that a call raises an error with a message; return the error."""
+    try:
+        call()
+    except Exception as error:
+        assert re.search(message, str(error)), error
+        return error
+    raise AssertionError("no error")
