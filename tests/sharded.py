@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -161,11 +162,6 @@ def addresses(array):
     return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 
-def refused(message, call):
-    """Assert that a call raises an error with a message; return the error."""
-    try:
+def refused(message, call, error=ssu_bridge.UnsupportedError):
+    with pytest.raises(error, match=message):
         call()
-    except Exception as error:
-        assert re.search(message, str(error)), error
-        return error
-    raise AssertionError("no error")

@@ -1,6 +1,7 @@
 """Calls leave nothing behind: neither memory nor XLA FFI targets."""
 
 import jax.numpy as jnp
+from sharded import run
 
 import ssu_bridge
 from ssu_bridge.bench import memory
@@ -35,3 +36,28 @@ def test_sizes_that_vary_need_no_targets_of_their_own():
     for sequences in range(2, 12):
         step(sequences)
     assert registered() == before
+
+
+FULL = """
+import jax_tvm_ffi
+import tvm_ffi
+from ssu_bridge.cases import Case
+from ssu_bridge.frontends.jax_targets import registered
+case = Case("targets", headdim=8, dstate=16)
+arrays = lambda: {n: jnp.array(a) for n, a in drawn(case).items()}
+another = lambda arrays: ssu_bridge.update(**arrays, dt_softplus=False, backend="cpu")
+others = tvm_ffi.convert(lambda *_: None)
+while jax_tvm_ffi.registered_count() < 1023:
+    jax_tvm_ffi.register_ffi_target(f"other {jax_tvm_ffi.registered_count()}", others, platform="cpu")
+expected = step(case, arrays())  # the last that there is room for
+assert jax_tvm_ffi.registered_count() == 1024 and len(registered()) == 1
+for run_another in (another, jax.jit(another, donate_argnums=0)):
+    given = arrays()
+    refused("1024 kernels are registered with XLA in this process.*optional arguments and flags", lambda: run_another(given), RuntimeError)
+    assert not any(array.is_deleted() for array in given.values())
+same(step(case, arrays()), expected)
+"""
+
+
+def test_a_full_table_of_targets_is_an_error_that_says_so():
+    run(FULL, devices=1)

@@ -53,11 +53,9 @@ for one in (case, spare):
     for spec, message in ((P("s"), "slots are sharded over 's'.*jax.shard_map.*count from 0"), (P(None, None, None, "s"), "dstate.*shard heads")):
         there = put(one.arrays(seed=4), mesh, {"state": spec})
         step = functools.partial(ssu_bridge.update, **one.flags, backend="cpu")
-        error = refused(message, lambda: step(**there))
-        assert isinstance(error, ssu_bridge.UnsupportedError), error
+        refused(message, lambda: step(**there))
         assert not there["state"].is_deleted()
-        error = refused(message, lambda: jax.jit(step, donate_argnames="state")(**there))
-        assert isinstance(error, jax.errors.JaxRuntimeError), error
+        refused(message, lambda: jax.jit(step, donate_argnames="state")(**there), jax.errors.JaxRuntimeError)
         assert not there["state"].is_deleted()
 """,
     "explicit axes": """
@@ -77,8 +75,7 @@ with jax.set_mesh(mesh):
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(state, expected[1], rtol=1e-5, atol=1e-5)
     there = put(own.arrays(seed=4), mesh, {"state": P(None, None, None, "h")})
-    error = refused("dstate.*shard heads", lambda: ssu_bridge.update(**there, **own.flags, backend="cpu"))
-    assert isinstance(error, ssu_bridge.UnsupportedError)
+    refused("dstate.*shard heads", lambda: ssu_bridge.update(**there, **own.flags, backend="cpu"))
 """,
     "shard_map": """
 case = Case("local slots", sequences=8, slots=16, nheads=4, headdim=8, dstate=16, indices=(1, 0, 3, 2, 2, 0, 1, 3))
@@ -99,8 +96,7 @@ assert np.array_equal(out, expected[0]) and np.array_equal(state, expected[1])
 # Over one axis of the mesh alone.
 some = dict(mesh=mesh, in_specs=({n: P() for n in arrays},), out_specs=P(), axis_names={"s"})
 part = jax.shard_map(lambda arrays: step(**arrays), **some)
-error = refused("axis_names", lambda: jax.jit(part)(put(case.arrays(seed=4), mesh, {})))
-assert isinstance(error, ssu_bridge.UnsupportedError), error
+refused("axis_names", lambda: jax.jit(part)(put(case.arrays(seed=4), mesh, {})))
 """,
     "axes of one device, and axes of both kinds": """
 case = Case("indices", sequences=4, slots=8, nheads=4, headdim=8, dstate=16, indices=(4, 0, 2, 7))
@@ -155,7 +151,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     with jax.set_mesh(mesh):
         mapped(indexed, mesh, P(None, None, "h"))
         mapped(own, mesh, P("h"))
-        refused("slots are sharded over 'h'", lambda: mapped(indexed, mesh, P("h")))
+        refused("slots are sharded over 'h'", lambda: mapped(indexed, mesh, P("h")), jax.errors.JaxRuntimeError)
 """,
 }
 
