@@ -76,6 +76,7 @@ with jax.set_mesh(mesh):
     np.testing.assert_allclose(state, expected[1], rtol=1e-5, atol=1e-5)
     there = put(own.arrays(seed=4), mesh, {"state": P(None, None, None, "h")})
     refused("dstate.*shard heads", lambda: ssu_bridge.update(**there, **own.flags, backend="cpu"))
+    refused("dstate.*shard heads", lambda: jax.jit(lambda a: ssu_bridge.update(**a, **own.flags, backend="cpu"))(there))
 """,
     "shard_map": """
 case = Case("local slots", sequences=8, slots=16, nheads=4, headdim=8, dstate=16, indices=(1, 0, 3, 2, 2, 0, 1, 3))

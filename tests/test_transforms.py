@@ -80,6 +80,43 @@ def test_a_jitted_scan_updates_a_reference(arrays, backend):
     assert_same((outs[-1], ref[...]), steps(arrays, 4, backend), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loop", ("while_loop", "fori_loop", "cond"))
+def test_a_reference_in_control_flow(arrays, loop, backend):
+    state, rest = as_jax(arrays)
+    ref = jax.new_ref(state)
+
+    @jax.jit
+    def run(ref):
+        def token(i):
+            ssu_bridge.update(ref, **rest, **CASE.flags, backend=backend)
+            return i + 1
+
+        if loop == "while_loop":
+            return jax.lax.while_loop(lambda i: i < 3, token, 0)
+        if loop == "fori_loop":
+            return jax.lax.fori_loop(0, 3, lambda _, i: token(i), 0)
+        count = 0
+        for go in (True, False, True, True):
+            count = jax.lax.cond(go, token, lambda i: i, count)
+        return count
+
+    before = ref.unsafe_buffer_pointer()
+    assert run(ref) == 3
+    assert ref.unsafe_buffer_pointer() == before
+    assert_same((ref[...],), steps(arrays, 3, backend)[1:], backend)
+
+
+def test_a_quantised_state_in_references():
+    case = Case("quantised", headdim=8, dstate=16, dtypes={"state": "int8"})
+    given = to_mode(case.arrays(3), "jax")
+    expected = ssu_bridge.update(**given, **case.flags, donate=False)
+    refs = ssu_bridge.QuantizedState(*map(jax.new_ref, given.pop("state")))
+    out, after = ssu_bridge.update(refs, **given, **case.flags)
+    assert all(mine is theirs for mine, theirs in zip(after, refs, strict=True))
+    assert_same((out, *(ref[...] for ref in refs)), (expected[0], *expected[1]), "cpu")
+
+
 def test_a_reference_is_not_copied():
     case = Case("large", slots=64, nheads=8, headdim=64, dstate=64)
     state, rest = as_jax(case.arrays(0))
@@ -190,6 +227,35 @@ def test_jitted_once_and_called_from_several_threads(arrays):
 # --- Gradients ---
 
 SMOOTH = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
+
+
+def summed(arrays, backend="xla"):
+    """Return the sum of a step's output as a function of x, and x."""
+    state, rest = as_jax(arrays)
+    x = rest.pop("x")
+    return lambda x: ssu_bridge.update(state, x, **rest, **CASE.flags, backend=backend, donate=False)[0].sum(), x
+
+
+@pytest.mark.parametrize("transform", (jax.checkpoint, jax.jit, lambda f: jax.jit(jax.checkpoint(f))))
+def test_the_gradient_through_other_transforms(arrays, transform):
+    loss, x = summed(arrays)
+    np.testing.assert_allclose(jax.grad(transform(loss))(x), jax.grad(loss)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_scan_is_the_sum_over_its_steps(arrays):
+    loss, x = summed(arrays)
+
+    def run(x):
+        return jax.lax.scan(lambda total, scale: (total + scale * loss(x), None), 0.0, jnp.arange(4.0))[0]
+
+    np.testing.assert_allclose(jax.grad(run)(x), 6 * jax.grad(loss)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.checkpoint))
+def test_a_gradient_beside_a_step_needs_none_of_the_step(arrays, transform):
+    loss, x = summed(arrays, backend="cpu")
+    slope = jax.grad(transform(lambda x: (x * loss(jax.lax.stop_gradient(x))).sum()))(x)
+    np.testing.assert_array_equal(slope, jnp.full_like(x, loss(x)))
 
 
 def of_many(loss):

@@ -119,6 +119,18 @@ def test_one_mapped(name, transform):
     assert_loop(CASE, [as_jax(arrays) for arrays in drawn(CASE)], {name: 0}, transform)
 
 
+def test_there_is_no_loop():
+    calls = [as_jax(arrays) for arrays in drawn(CASE)]
+    mapped = {name: 0 for name in calls[0] if name not in SHARED}
+    together = stacked(calls, mapped)
+    run = jax.vmap(
+        functools.partial(call, {**CASE.flags, "backend": "cpu"}), in_axes=({**dict.fromkeys(SHARED[:3]), **mapped},)
+    )
+    text = jax.jit(run).lower(together).as_text()
+    assert text.count("stablehlo.custom_call @") == text.count('"ssu_bridge.cpu(') == 1
+    assert "stablehlo.while" not in text
+
+
 @pytest.mark.parametrize("backend", ("cpu", "xla"))
 def test_nested(backend):
     inner, outer = ([as_jax(arrays) for arrays in drawn(CASE, seed)] for seed in (0, 10))
@@ -165,16 +177,27 @@ def test_inside_scan_and_scan_inside():
         np.testing.assert_array_equal(state[j], one["state"])
 
 
-@pytest.mark.parametrize("name", ("A", "D", "dt_bias"))
+@pytest.mark.parametrize("name", SHARED)
 def test_a_mapped_parameter_is_refused(name):
-    arrays = as_jax(CASE.arrays(0))
+    case = Case("parameters", headdim=8, dstate=16, dtypes={"state": "bfloat16"}, seed=5)
+    arrays = as_jax(case.arrays(0))
     together = {**arrays, name: jnp.stack([arrays[name]] * 2)}
     axes = {n: 0 if n == name else None for n in arrays}
     with pytest.raises(ssu_bridge.UnsupportedError, match=rf"{name}: .*jax\.lax\.map"):
-        jax.vmap(functools.partial(call, {**CASE.flags, "backend": "cpu"}), in_axes=(axes,))(together)
+        jax.vmap(functools.partial(call, {**case.flags, "backend": "cpu"}), in_axes=(axes,))(together)
     assert not any(array.is_deleted() for array in arrays.values())
-    outs, _ = jax.lax.map(lambda p: call({**CASE.flags, "donate": False}, {**arrays, name: p}), together[name])
-    np.testing.assert_array_equal(outs[0], outs[1])
+    _, states = jax.lax.map(lambda p: call({**case.flags, "donate": False}, {**arrays, name: p}), together[name])
+    expected = call({**case.flags, "donate": False}, arrays)[1]
+    for state in states:
+        np.testing.assert_array_equal(bits(state), bits(expected))
+
+
+@pytest.mark.parametrize("name", ("A", "D", "dt_bias"))
+def test_the_xla_backend_maps_parameters_too(name):
+    calls = [as_jax(arrays) for arrays in drawn(CASE)]
+    for j, arrays in enumerate(calls):
+        arrays[name] = (1 + j) * calls[0][name]
+    assert_loop(CASE, calls, {name: 0}, backend="xla")
 
 
 def test_no_calls_at_all():
