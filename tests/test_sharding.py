@@ -57,6 +57,11 @@ for one in (case, spare):
         assert not there["state"].is_deleted()
         refused(message, lambda: jax.jit(step, donate_argnames="state")(**there), jax.errors.JaxRuntimeError)
         assert not there["state"].is_deleted()
+# XLA's older partitioner, if it is asked for.
+there = put(case.arrays(seed=4), mesh, {"x": P("s")})
+jax.config.update("jax_use_shardy_partitioner", False)
+refused("only Shardy", lambda: step(**there))
+refused("only Shardy", lambda: jax.jit(step)(**there))
 """,
     "explicit axes": """
 for G in (8, 2, 1):

@@ -73,6 +73,8 @@ def _lower(ctx: Any, *operands: Any, problem: Problem, shards: Any, platform: st
             "inside jax.shard_map over some axes of a mesh, XLA cannot partition the step over the others; expected "
             "all axes of the mesh in axis_names"
         )
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):  # XLA's older one would end the process
+        raise UnsupportedError("only Shardy can partition the step; expected jax_use_shardy_partitioner, got it off")
     return mlir.lower_fun(jaxpr_as_fun(shards), multiple_results=True)(ctx, *operands)
 
 
