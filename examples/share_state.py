@@ -1,8 +1,8 @@
 """One state cache, two frameworks: JAX allocates it, Torch fills slots of it and JAX decodes on them, in one memory.
 
 A server that reads prompts in Torch and decodes in JAX (or the other way round) needs no copy of the cache.
-``to_torch`` gives Torch a view of the memory. While the view lives, JAX does not donate the cache: drop it before the
-next step, and on a GPU wait for what Torch was doing first, because JAX knows nothing of Torch's streams.
+``to_torch`` gives Torch a view of the memory. While the view lives, JAX does not donate the cache: drop it, and
+``after_torch`` gives the cache back to JAX, which waits on the GPU for what Torch was doing with it.
 
     python examples/share_state.py
 """
@@ -34,14 +34,14 @@ def in_jax(state: jax.Array, seeds: range) -> jax.Array:
     return state
 
 
-def in_torch(state: jax.Array, seeds: range) -> None:
+def in_torch(state: jax.Array, seeds: range) -> jax.Array:
     """Take a step for each seed in the memory of a JAX array, which must not be in use elsewhere."""
     view = ssu_bridge.to_torch(state)  # Torch's stream waits for the array to be computed
     for seed in seeds:
         tensors = {name: torch.from_numpy(array).to(view.device) for name, array in inputs(seed).items()}
         ssu_bridge.update(view, **tensors, **CASE.flags)
-    if view.is_cuda:
-        torch.cuda.current_stream(view.device).synchronize()
+    del view
+    return ssu_bridge.after_torch(state)
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     place = state.unsafe_buffer_pointer()
     for number in range(arguments.rounds):
         first = 8 * number
-        in_torch(state, range(first, first + 4))
+        state = in_torch(state, range(first, first + 4))
         state = in_jax(state, range(first + 4, first + 8))
         assert state.unsafe_buffer_pointer() == place
         print(f"round {number}: four tokens in Torch, four in JAX, in the memory at {place:#x}")

@@ -53,6 +53,18 @@ int cuLaunchKernelEx(const Launch* launch, long function, void** arguments, void
   return cuLaunchKernel(function, launch->grid[0], launch->grid[1], launch->grid[2], launch->block[0], 1, 1,
                         launch->shared, launch->stream, arguments, nullptr);
 }
+int cuEventCreate(long* event, unsigned flags) {
+  std::printf("event with flags %u in %ld\n", flags, current);
+  return *event = 2000 + current, failing("cuEventCreate");
+}
+int cuEventRecord(long event, long stream) {
+  std::printf("record %ld on %ld in %ld\n", event, stream, current);
+  return failing("cuEventRecord");
+}
+int cuStreamWaitEvent(long stream, long event, unsigned) {
+  std::printf("%ld waits for %ld in %ld\n", stream, event, current);
+  return failing("cuStreamWaitEvent");
+}
 int cuGetErrorName(int, const char** name) { return *name = "CUDA_ERROR_ILLEGAL_ADDRESS", 0; }
 int cuGetErrorString(int, const char** text) { return *text = "an illegal memory access", 0; }
 }

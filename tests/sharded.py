@@ -1,4 +1,4 @@
-"""Steps on arrays that are sharded over virtual CPU devices, for programs in processes of their own."""
+"""Steps on arrays that are sharded: over GPUs, or over virtual CPU devices in programs in processes of their own."""
 
 import functools
 import os
@@ -91,8 +91,12 @@ def parted(arrays):
     return ({n: a for n, a in arrays.items() if (n in WRITTEN) == w} for w in (True, False))
 
 
+def backend():
+    return "triton" if jax.default_backend() == "gpu" else "cpu"
+
+
 def step(case, arrays):
-    return unpaired(results_by_name(ssu_bridge.update(**paired(arrays), **case.flags, backend="cpu")))
+    return unpaired(results_by_name(ssu_bridge.update(**paired(arrays), **case.flags, backend=backend())))
 
 
 def decode(case, count, changed, rest):

@@ -18,7 +18,7 @@ FLOORS = [
     {"bench"},
     {"__init__"},
     {"check", "compare", "compat", "support"},
-    {"exporting", "update"},
+    {"exporting", "sharing", "update"},
     {"frontends"},
     {"choose"},
     {"backends"},

@@ -1,4 +1,4 @@
-"""The launcher of compiled kernels without a GPU: what it packs, and what it asks of a driver that only pretends."""
+"""Native code for CUDA without a GPU: what the launcher packs, and what it asks of a driver that only pretends."""
 
 import ctypes
 import os
@@ -273,3 +273,49 @@ def test_many_threads_load_once(driver):
     lines = run_with_driver(code, driver).stdout.splitlines()
     assert sum(line.startswith("load") for line in lines) == 1
     assert sum(line.startswith("launch") for line in lines) == 200
+
+
+def test_a_stream_waits_for_all_that_was_recorded_on_its_device(driver):
+    code = """wait, record = library().waiting_kernel(), library().record_work
+    wait(s(), s())
+    [record(*work) for work in ((0, 11), (0, 12), (1, 13))]
+    wait(s(), t(), s(), t())"""
+    lines = run_with_driver(code, driver).stdout.splitlines()
+    assert lines[:-1] == [
+        "event with flags 2 in 100",
+        "11 waits for 2100 in 100",
+        "record 2100 on 11 in 100",
+        "12 waits for 2100 in 100",
+        "record 2100 on 12 in 100",
+        "event with flags 2 in 101",
+        "13 waits for 2101 in 101",
+        "record 2101 on 13 in 101",
+        "0 waits for 2100 in 100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("s(), t()", "result 0: expected the memory of argument 0"),
+        ("s(), t(), s()", "expected as many results as tensors, got 3 in all"),
+        ("", "expected as many results as tensors, got 0 in all"),
+        ("s(0), t(1), s(0), t(1)", "argument 1: expected memory of the CUDA device that the first is on"),
+    ],
+)
+def test_what_no_stream_waits_for(driver, arguments, message):
+    code = f"library().record_work(0, 11); library().waiting_kernel()({arguments})"
+    lines = run_with_driver(code, driver).stdout
+    assert f"ValueError: {message}" in lines
+    assert "0 waits for" not in lines
+
+
+@pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"])
+def test_an_error_while_recording_has_its_name(driver, call):
+    result = run_with_driver("library().record_work(0, 11)", driver, FAKE_CUDA_FAILS=call)
+    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
+
+
+def test_a_device_beyond_all_is_refused(driver):
+    result = run_with_driver("library().record_work(64, 11)", driver)
+    assert "ValueError: expected a CUDA device below 64, got 64" in result.stdout

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from ssu_bridge.frontends.jax_targets import parse, registered
 from ssu_bridge.update import explain
 
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
+LARGE = Case("export", headdim=64, dstate=128)
 
 ELSEWHERE = """
 path = sys.argv[1]
@@ -35,15 +37,32 @@ def exported_step(case, **flags):
     return export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
 
 
-def test_a_fresh_process_runs_an_exported_program(tmp_path):
-    arrays = CASE.arrays(seed=3)
-    (tmp_path / "program").write_bytes(exported_step(CASE, backend="cpu").serialize())
+@pytest.mark.parametrize(
+    ("platform", "backend"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cuda", "triton", marks=pytest.mark.gpu),
+        pytest.param("cuda", "flashinfer", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_fresh_process_runs_an_exported_program(tmp_path, platform, backend):
+    case = LARGE if backend == "flashinfer" else CASE
+    arrays = case.arrays(seed=3)
+    (tmp_path / "program").write_bytes(exported_step(case, backend=backend).serialize())
     np.savez(tmp_path / "arrays.npz", **arrays)
-    expected = ssu_bridge.update(**arrays, **CASE.flags)
-    run(ELSEWHERE, tmp_path, devices=1)
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
+    run(ELSEWHERE, tmp_path, devices=1, JAX_PLATFORMS=platform)
     results = np.load(tmp_path / "results.npz")
-    np.testing.assert_array_equal(bits(results["out"]), bits(expected[0]))
-    np.testing.assert_array_equal(bits(results["state"]), bits(expected[1]))
+    np.testing.assert_array_equal(bits(results["out"]), bits(np.array(expected[0])))
+    np.testing.assert_array_equal(bits(results["state"]), bits(np.array(expected[1])))
+
+
+@pytest.mark.gpu
+def test_a_program_for_another_gpu_is_refused():
+    exported = exported_step(CASE, backend="triton")
+    here = re.search(r"ssu_bridge\.triton\((sm\d+)", exported.mlir_module())[1]
+    with pytest.raises(ssu_bridge.UnsupportedError, match=rf"calls ssu_bridge\.triton\(sm70;.*have .*{here}"):
+        ssu_bridge.prepare(renamed(exported, here, "sm70"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -111,18 +130,24 @@ for softplus in (True, False):
     arrays = {n: abs(a) if n in ("dt", "dt_bias") else a for n, a in Case("cached", headdim=8, dstate=16).arrays(5).items()}
     with jax.set_mesh(mesh):
         after = jax.jit(lambda arrays: step(case, arrays))(put(arrays, mesh, heads()))
-    same(after, step(case, {n: np.copy(a) for n, a in arrays.items()}))
+    same(after, step(case, {n: jnp.array(a) for n, a in arrays.items()}))
 print("hits", sum(event == "/jax/compilation_cache/cache_hits" for event in hits))
 """
 
 
-def hits(tmp_path, kind, devices):
-    return int(run(CACHED, tmp_path, kind, devices=devices).split()[-1])
+def hits(tmp_path, kind, devices, platform="cpu"):
+    return int(run(CACHED, tmp_path, kind, devices=devices, JAX_PLATFORMS=platform).split()[-1])
 
 
 @pytest.mark.parametrize(("kind", "devices"), [("Auto", 1), ("Explicit", 4)])
 def test_the_compilation_cache_of_jax(tmp_path, kind, devices):
     first, second = (hits(tmp_path, kind, devices) for _ in range(2))
+    assert second >= first + 2
+
+
+@pytest.mark.gpu
+def test_the_compilation_cache_of_jax_on_a_gpu(tmp_path):
+    first, second = (hits(tmp_path, "Explicit", 1, "cuda") for _ in range(2))
     assert second >= first + 2
 
 

@@ -1,6 +1,7 @@
 """Calls leave nothing behind: neither memory nor XLA FFI targets."""
 
 import jax.numpy as jnp
+import pytest
 from sharded import run
 
 import ssu_bridge
@@ -17,6 +18,14 @@ def test_eager_calls_leave_nothing_behind():
 
 def test_calls_in_a_jitted_loop_leave_nothing_behind():
     assert memory.traced(200_000).resident < ALLOWED
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("measure", "calls"), [(memory.eager, 20_000), (memory.traced, 200_000)])
+def test_on_a_gpu_they_leave_nothing_behind_either(measure, calls):
+    left = measure(calls)
+    assert left.resident < ALLOWED
+    assert left.device == 0
 
 
 def test_what_is_left_behind_is_seen():

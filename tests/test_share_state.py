@@ -31,16 +31,17 @@ def rounds(count, device):
     alone, place = jnp.copy(state), state.unsafe_buffer_pointer()
     in_jax = {name: jnp.array(array) for name, array in arrays.items()}
     in_torch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    spoilt = []
+    spoilt, busy = [], 64 if device == "cpu" else 1024
     for number in range(count):
         view = ssu_bridge.to_torch(state)
+        work(torch, number, busy, device=device)
         ssu_bridge.update(view, **in_torch, **CASE.flags)
-        if device == "cuda":
-            torch.cuda.current_stream().synchronize()
         del view
+        state = ssu_bridge.after_torch(state)
         # What would take the state's memory if it were free, or write to it too late.
         size = 3072 + 64 * (number % 3)
         spoilt = [*spoilt[-4:], torch.full((size,), float("nan"), device=device), jnp.full((size,), jnp.nan)]
+        work(jnp, number + 1, busy)
         _, state = ssu_bridge.update(state, **in_jax, **CASE.flags)
         assert state.unsafe_buffer_pointer() == place
     for _ in range(2 * count):
@@ -49,6 +50,14 @@ def rounds(count, device):
     assert all(
         bool(array.isnan().all() if isinstance(array, torch.Tensor) else jnp.isnan(array).all()) for array in spoilt
     )
+
+
+def work(xp, number, size, **place):
+    """Keep one framework's queue busy, sometimes: the step behind it runs late."""
+    if number % 4 == 0:
+        busy = xp.ones((size, size), **place)
+        for _ in range(4):
+            busy = busy @ busy
 
 
 def test_in_turn_on_the_cpu():
@@ -60,3 +69,10 @@ def test_in_turn_on_the_cpu():
 def test_in_turn_on_a_gpu():
     with jax.default_device(jax.devices("gpu")[0]), ssu_bridge.using(strict_in_place=True):
         rounds(5000, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="gpu: this machine has one GPU")
+def test_in_turn_on_a_second_gpu():
+    with jax.default_device(jax.devices("gpu")[1]), ssu_bridge.using(strict_in_place=True):
+        rounds(500, "cuda:1")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ssu_bridge import update
-from ssu_bridge.bench import cuda_flashinfer, cuda_jax, cuda_tokens, cuda_tune
+from ssu_bridge.bench import cuda_devices, cuda_flashinfer, cuda_jax, cuda_tokens, cuda_tune
 from ssu_bridge.bench.cuda_steps import COPIES, Steps
 from ssu_bridge.bench.cuda_timing import graph_times, host_times
 from ssu_bridge.bench.timing import Timing, microseconds
@@ -22,10 +22,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, or with ``--tune`` measure the tiles and write their table, or with ``--tokens`` that part."""
+    """Run the benchmark, or a part of it; with ``--tune`` measure the tiles and write their table."""
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge bench --device cuda")
     parser.add_argument("--tune", action="store_true", help="measure the tiles, print and write their table")
     parser.add_argument("--tokens", action="store_true", help="measure calls of several tokens, and quantised states")
+    parser.add_argument("--devices", type=int, default=1, help="measure steps that are sharded over so many GPUs")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments.tokens:
         cuda_tokens.main()
+        return
+    if arguments.devices > 1:
+        cuda_devices.main(arguments.devices)
         return
     _print_steps(arguments.batches, arguments.dtypes)
     cuda_jax.print_loops([batch for batch in arguments.batches if batch <= 256])

@@ -66,7 +66,7 @@ def _print_loops() -> None:
         alone = graph_times({"auto": steps.flashinfer("auto")})["auto"]
         del steps
         torch.cuda.empty_cache()
-        loop = cuda_jax.loop_time(batch, cuda_jax.cold_caches(batch), "flashinfer")
+        (loop,) = cuda_jax.in_turn([cuda_jax.loop(batch, cuda_jax.cold_caches(batch), "flashinfer")])
         print(
             f"  {batch:<6}{microseconds(loop):<26}{microseconds(alone):<26}{loop.median / alone.median:.3f}", flush=True
         )

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,19 +33,20 @@ def print_loops(batches: list[int]) -> None:
 
 
 def _print_loop(label: str, batch: int, caches: int) -> None:
-    ours, xla = (loop_time(batch, caches, backend) for backend in ("triton", "xla"))
+    ours, xla = in_turn([loop(batch, caches, backend) for backend in ("triton", "xla")])
     print(f"{label:<34}{microseconds(ours):<26}{microseconds(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
 
 
-def _arguments(batch: int, calls: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Return the state, the other arguments of a step, and the slots of each call."""
+def _arguments(batch: int, calls: int) -> dict[str, jax.Array]:
+    """Return the arrays of a step, and the slots of each call."""
     keys = iter(jax.random.split(jax.random.key(0), 10))
 
     def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
         return jax.random.normal(next(keys), shape, dtype)
 
     slots = jax.random.permutation(next(keys), batch * calls).astype("int32").reshape(calls, batch)
-    arrays = {
+    return {
+        "state": normal(batch * calls, _H, _P, _N),
         "x": normal(batch, _H, _P),
         "dt": normal(batch, _H),
         "A": -jnp.exp(normal(_H, dtype=jnp.float32)),
@@ -53,8 +54,8 @@ def _arguments(batch: int, calls: int) -> tuple[jax.Array, dict[str, jax.Array],
         "C": normal(batch, _G, _N),
         "D": normal(_H),
         "dt_bias": normal(_H),
+        "state_batch_indices": slots,
     }
-    return normal(batch * calls, _H, _P, _N), arrays, slots
 
 
 def cold_caches(batch: int) -> int:
@@ -62,13 +63,19 @@ def cold_caches(batch: int) -> int:
     return min(_LAYERS, max(2, -(-_COLD_BYTES // (batch * _H * _P * _N * 2))))
 
 
-def loop_time(batch: int, caches: int, backend: str, rounds: int = 9) -> Timing:
-    """Return the time of a step in a jitted loop over steps, on so many caches in turn."""
-    state, arrays, slots = _arguments(batch, caches)
-    x = arrays.pop("x")
+def loop(
+    batch: int, caches: int, backend: str, place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+) -> Callable[[], float]:
+    """Return a function that runs a jitted loop over steps, on so many caches in turn, and returns the time of a step.
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def run(state: Any, x: Any, arrays: Any, slots: Any) -> Any:
+    ``place`` puts the arrays where they are to be.
+    """
+    arrays = place(_arguments(batch, caches))
+    carry = arrays.pop("state"), arrays.pop("x")
+    slots = arrays.pop("state_batch_indices")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(carry: Any, arrays: Any, slots: Any) -> Any:
         def body(_: Any, carry: Any) -> Any:
             state, x = carry
             for layer in range(_LAYERS):
@@ -76,23 +83,28 @@ def loop_time(batch: int, caches: int, backend: str, rounds: int = 9) -> Timing:
                 x, state = update(state, x, **arrays, state_batch_indices=rows, dt_softplus=True, backend=backend)
             return state, x
 
-        return jax.lax.fori_loop(0, _ITERATIONS, body, (state, x))
+        return jax.lax.fori_loop(0, _ITERATIONS, body, carry)
 
-    state, x = run(state, x, arrays, slots)
-    samples = []
-    for _ in range(rounds):
-        state.block_until_ready()
+    def run() -> float:
+        nonlocal carry
         started = time.perf_counter()
-        state, x = run(state, x, arrays, slots)
-        state.block_until_ready()
-        samples.append((time.perf_counter() - started) / _ITERATIONS / _LAYERS)
-    return summary(samples)
+        carry = jax.block_until_ready(steps(carry, arrays, slots))  # type: ignore[no-untyped-call]
+        return (time.perf_counter() - started) / _ITERATIONS / _LAYERS
+
+    run()
+    return run
+
+
+def in_turn(loops: Sequence[Callable[[], float]], rounds: int = 9) -> list[Timing]:
+    """Run each in turn, round after round."""
+    samples = [[run() for run in loops] for _ in range(rounds)]
+    return [summary(of_one) for of_one in map(list, zip(*samples, strict=True))]
 
 
 def print_host() -> None:
     """Print the host time of an eager call beside that of a trivial jitted function with as many arguments."""
-    state, a, slots = _arguments(1, 1)
-    calls, states = eager_calls({**a, "state": state, "state_batch_indices": slots[0]})
+    arrays = _arguments(1, 1)
+    calls, states = eager_calls({**arrays, "state_batch_indices": arrays["state_batch_indices"][0]})
     times = _host_times(calls, states)
     print("host time of an eager JAX call, batch 1, nine arrays, state donated")
     for name, timing in times.items():

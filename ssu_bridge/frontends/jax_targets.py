@@ -2,7 +2,7 @@
 
 import re
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.config import Backend, SSUConfig
@@ -15,7 +15,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 _lock = threading.Lock()
 # Held here, because XLA calls them as long as the process lives.
-_registered: dict[tuple[str, str], DeviceKernel] = {}
+_registered: dict[tuple[str, str], Any] = {}
 
 
 def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
@@ -24,9 +24,15 @@ def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
     Raises:
         RuntimeError: the process has as many kernels registered as jax-tvm-ffi has room for.
     """
+    name = spell(kernel, problem)
+    register_function(name, kernel.function, platform, in_graphs=True)
+    return name
+
+
+def register_function(name: str, function: Any, platform: str, in_graphs: bool) -> None:
+    """Register a TVM-FFI function under a name if it is not yet. XLA may put it into CUDA graphs, if ``in_graphs``."""
     import jax_tvm_ffi  # the xla backend works without it
 
-    name = spell(kernel, problem)
     key = (name, platform)
     with _lock:
         if key not in _registered:
@@ -35,11 +41,9 @@ def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
                     f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds. One "
                     "is registered for each distinct set of optional arguments and flags: are they varied without need?"
                 )
-            jax_tvm_ffi.register_ffi_target(
-                name, kernel.function, platform=_PLATFORMS[platform], allow_cuda_graph=platform == "cuda"
-            )
-            _registered[key] = kernel
-    return name
+            allow = in_graphs and platform == "cuda"
+            jax_tvm_ffi.register_ffi_target(name, function, platform=_PLATFORMS[platform], allow_cuda_graph=allow)
+            _registered[key] = function
 
 
 def registered() -> list[str]:

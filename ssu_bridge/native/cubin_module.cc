@@ -27,8 +27,7 @@ class RelaxedCapture {
 }  // namespace
 
 const LoadedKernel& CubinModule::on_device(int ordinal) {
-  if (ordinal < 0 || ordinal >= kMaxDevices)
-    TVM_FFI_THROW(ValueError) << "expected a CUDA device below " << kMaxDevices << ", got " << ordinal;
+  check_ordinal(ordinal);
   const LoadedKernel* found = loaded_[ordinal].load(std::memory_order_acquire);
   return found ? *found : *load(ordinal);
 }
@@ -37,10 +36,8 @@ const LoadedKernel* CubinModule::load(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (const LoadedKernel* found = loaded_[ordinal].load(std::memory_order_relaxed)) return found;
   const CudaDriver& driver = cuda_driver();
-  int device;
-  driver.check(driver.device_get(&device, ordinal), "cuDeviceGet");
   auto kernel = std::make_unique<LoadedKernel>();
-  driver.check(driver.primary_context_retain(&kernel->context, device), "cuDevicePrimaryCtxRetain");
+  kernel->context = driver.primary_context(ordinal);
   CurrentContext current(kernel->context);
   RelaxedCapture relaxed;
   CudaModule module;
@@ -53,20 +50,6 @@ const LoadedKernel* CubinModule::load(int ordinal) {
   const LoadedKernel* loaded = kernel.release();
   loaded_[ordinal].store(loaded, std::memory_order_release);
   return loaded;
-}
-
-CurrentContext::CurrentContext(CudaContext context) {
-  const CudaDriver& driver = cuda_driver();
-  CudaContext current = nullptr;
-  driver.check(driver.context_get_current(&current), "cuCtxGetCurrent");
-  if (current == context) return;
-  driver.check(driver.context_push(context), "cuCtxPushCurrent");
-  pushed_ = true;
-}
-
-CurrentContext::~CurrentContext() {
-  CudaContext popped;
-  if (pushed_) cuda_driver().context_pop(&popped);
 }
 
 }  // namespace ssu_bridge

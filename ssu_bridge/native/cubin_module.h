@@ -28,25 +28,11 @@ class CubinModule {
  private:
   const LoadedKernel* load(int ordinal);
 
-  static constexpr int kMaxDevices = 64;
-
   const std::string cubin_;
   const std::string name_;
   const unsigned shared_bytes_;
   std::mutex mutex_;
-  std::array<std::atomic<const LoadedKernel*>, kMaxDevices> loaded_{};
-};
-
-// Makes a context the thread's current one, if it is not, until the end of the scope.
-class CurrentContext {
- public:
-  explicit CurrentContext(CudaContext context);
-  ~CurrentContext();
-  CurrentContext(const CurrentContext&) = delete;
-  CurrentContext& operator=(const CurrentContext&) = delete;
-
- private:
-  bool pushed_ = false;
+  std::array<std::atomic<const LoadedKernel*>, kMaxCudaDevices> loaded_{};
 };
 
 }  // namespace ssu_bridge

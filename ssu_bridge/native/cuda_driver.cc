@@ -42,6 +42,9 @@ CudaDriver open_driver() {
   find(library, "cuFuncSetAttribute", driver.function_set_attribute);
   find(library, "cuLaunchKernel", driver.launch);
   driver.launch_with = find_overlapping_launch(library);
+  find(library, "cuEventCreate", driver.event_create);
+  find(library, "cuEventRecord", driver.event_record);
+  find(library, "cuStreamWaitEvent", driver.stream_wait_event);
   find(library, "cuGetErrorName", driver.error_name);
   find(library, "cuGetErrorString", driver.error_text);
   driver.check(driver.init(0), "cuInit");
@@ -61,6 +64,14 @@ void CudaDriver::launch_row(CudaFunction function, unsigned blocks, unsigned thr
   check(launch_with(&config, function, arguments, nullptr), "cuLaunchKernelEx");
 }
 
+CudaContext CudaDriver::primary_context(int ordinal) const {
+  int device;
+  check(device_get(&device, ordinal), "cuDeviceGet");
+  CudaContext context;
+  check(primary_context_retain(&context, device), "cuDevicePrimaryCtxRetain");
+  return context;
+}
+
 void CudaDriver::check(int result, const char* what) const {
   if (result == 0) return;
   const char *name = nullptr, *text = nullptr;
@@ -68,6 +79,25 @@ void CudaDriver::check(int result, const char* what) const {
   error_text(result, &text);
   TVM_FFI_THROW(RuntimeError) << what << " failed: " << (name ? name : "unknown error") << " (" << result << "), "
                               << (text ? text : "no text");
+}
+
+CurrentContext::CurrentContext(CudaContext context) {
+  const CudaDriver& driver = cuda_driver();
+  CudaContext current = nullptr;
+  driver.check(driver.context_get_current(&current), "cuCtxGetCurrent");
+  if (current == context) return;
+  driver.check(driver.context_push(context), "cuCtxPushCurrent");
+  pushed_ = true;
+}
+
+CurrentContext::~CurrentContext() {
+  CudaContext popped;
+  if (pushed_) cuda_driver().context_pop(&popped);
+}
+
+void check_ordinal(int64_t ordinal) {
+  if (ordinal < 0 || ordinal >= kMaxCudaDevices)
+    TVM_FFI_THROW(ValueError) << "expected a CUDA device below " << kMaxCudaDevices << ", got " << ordinal;
 }
 
 const CudaDriver& cuda_driver() {

@@ -12,6 +12,7 @@ using CudaContext = struct CudaContextHandle*;
 using CudaModule = struct CudaModuleHandle*;
 using CudaFunction = struct CudaFunctionHandle*;
 using CudaStream = void*;
+using CudaEvent = struct CudaEventHandle*;
 
 // How to launch, with one attribute: CUlaunchConfig and CUlaunchAttribute.
 struct CudaLaunchAttribute {
@@ -44,6 +45,9 @@ struct CudaDriver {
                 void** extra);
   // Null where the driver cannot do it, or not inside a graph.
   int (*launch_with)(const struct CudaLaunch* launch, CudaFunction function, void** arguments, void** extra);
+  int (*event_create)(CudaEvent* event, unsigned flags);
+  int (*event_record)(CudaEvent event, CudaStream stream);
+  int (*stream_wait_event)(CudaStream stream, CudaEvent event, unsigned flags);
   int (*error_name)(int error, const char** name);
   int (*error_text)(int error, const char** text);
 
@@ -52,9 +56,28 @@ struct CudaDriver {
   void launch_row(CudaFunction function, unsigned blocks, unsigned threads, unsigned shared_bytes, CudaStream stream,
                   void** arguments, bool overlapping) const;
 
+  // The context that the whole process uses on a device. Raises RuntimeError.
+  CudaContext primary_context(int ordinal) const;
+
   // Raises RuntimeError with the error's name and text unless `result` is success. `what` says what was tried.
   void check(int result, const char* what) const;
 };
+
+// Makes a context the thread's current one, if it is not, until the end of the scope.
+class CurrentContext {
+ public:
+  explicit CurrentContext(CudaContext context);
+  ~CurrentContext();
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+// What has a place for each device has this many. `check_ordinal` raises ValueError for a device beyond them.
+constexpr int kMaxCudaDevices = 64;
+void check_ordinal(int64_t ordinal);
 
 // The driver, opened and initialised at the first call. Raises RuntimeError where there is none.
 const CudaDriver& cuda_driver();

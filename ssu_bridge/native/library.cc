@@ -7,6 +7,7 @@
 #include "flashinfer_adapter.h"
 #include "foreign_tensor.h"
 #include "guarded.h"
+#include "recorded_work.h"
 #include "thread_pool.h"
 
 namespace {
@@ -32,3 +33,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(guarded, ssu_bridge::make_guarded)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_kernel, ssu_bridge::make_cubin_kernel)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_arguments, ssu_bridge::cubin_arguments)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(flashinfer_kernel, ssu_bridge::make_flashinfer_kernel)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(record_work, ssu_bridge::record_work)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(waiting_kernel, ssu_bridge::make_waiting_kernel)

@@ -99,6 +99,70 @@ def test_what_to_torch_refuses():
         jax.jit(ssu_bridge.to_torch)(jnp.zeros(3))
 
 
+def test_a_state_comes_back_from_torch_as_it_is_on_a_cpu():
+    state = jnp.zeros((2, 3))
+    view = ssu_bridge.to_torch(state)
+    view += 1
+    assert ssu_bridge.after_torch(state) is state
+    pair = ssu_bridge.QuantizedState(jnp.zeros((1, 2), "int8"), jnp.zeros(1))
+    assert ssu_bridge.after_torch(pair) is pair
+
+
+def test_what_does_not_come_back_from_torch():
+    with pytest.raises(TypeError, match=r"state: expected a jax\.Array, got Tensor"):
+        ssu_bridge.after_torch(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"state: expected a jax\.Array, got ndarray"):
+        ssu_bridge.after_torch(ssu_bridge.QuantizedState(jnp.zeros(3), np.zeros(3)))
+    with pytest.raises(ValueError, match="state: expected a concrete array, got a tracer"):
+        jax.jit(ssu_bridge.after_torch)(jnp.zeros(3))
+    first, second = jax.devices("cpu")[:2]
+    apart = ssu_bridge.QuantizedState(jax.device_put(np.zeros(3), first), jax.device_put(np.zeros(3), second))
+    with pytest.raises(ValueError, match="state: expected values and scale on one device, got .* and "):
+        ssu_bridge.after_torch(apart)
+    array = jnp.zeros(3)
+    array.delete()
+    with pytest.raises(ValueError, match="state: expected a live array, got one that was deleted"):
+        ssu_bridge.after_torch(array)
+
+
+@pytest.mark.gpu
+def test_jax_waits_for_torch_on_a_gpu_and_the_host_does_not():
+    state = jnp.zeros((64, 1024))
+    scale = jnp.zeros(64)
+    place = address(state)
+    busy = torch.ones(8192, 8192, device="cuda")
+    ssu_bridge.after_torch(jnp.zeros(3))  # compiled, and Torch ready
+    busy @ busy
+    torch.cuda.synchronize()
+    view, view_of_scale = ssu_bridge.to_torch(state), ssu_bridge.to_torch(scale)
+    for _ in range(20):  # more than 10 ms each
+        busy @ busy
+    view += 1
+    view_of_scale += 2
+    done = torch.cuda.Event()
+    done.record()
+    del view, view_of_scale
+    values, scale = ssu_bridge.after_torch(ssu_bridge.QuantizedState(state, scale))
+    after = (values + 1, scale + 1)
+    assert not done.query()
+    assert state.is_deleted()
+    assert address(values) == place
+    np.testing.assert_array_equal(after[0], np.full((64, 1024), 2.0))
+    np.testing.assert_array_equal(after[1], np.full(64, 3.0))
+    assert done.query()
+
+
+@pytest.mark.gpu
+def test_a_state_that_torch_still_views_does_not_come_back():
+    state = jnp.zeros((64, 1024))
+    view = ssu_bridge.to_torch(state)
+    with pytest.raises(ValueError, match="state: expected one that nobody views, got one with a live Torch view"):
+        ssu_bridge.after_torch(state)
+    assert not state.is_deleted()
+    del view
+    assert ssu_bridge.after_torch(state).shape == (64, 1024)
+
+
 @pytest.mark.gpu
 def test_both_ways_on_a_gpu():
     device = jax.devices("cuda")[0]

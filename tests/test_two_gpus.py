@@ -1,0 +1,54 @@
+"""Steps on arrays that are sharded over two GPUs, and arrays on the second one."""
+
+import functools
+
+import jax
+import pytest
+import torch
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from sharded import channels, check, heads, mesh_of, sequences
+
+from ssu_bridge.cases import Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="gpu: this machine has one GPU"),
+]
+case = functools.partial(Case, nheads=8, headdim=16, dstate=32)
+own = functools.partial(case, sequences=4, slots=4, indices=None)
+
+
+@pytest.mark.parametrize("groups", (8, 4, 2, 1))
+def test_heads_and_groups(groups):
+    mesh = mesh_of(h=2)
+    check(case("groups", ngroups=groups), mesh, heads(), eager=True)
+    if groups > 1:
+        sharded = {"B": P(None, "h"), "C": P(None, "h"), "A": P("h"), "D": P("h"), "dt_bias": P("h")}
+        check(case("sharded groups", ngroups=groups), mesh, {**heads(), **sharded})
+    check(case("three groups over two", nheads=6, ngroups=3), mesh, heads())
+
+
+def test_channels_and_sequences():
+    check(case("channels"), mesh_of(p=2), channels(), eager=True)
+    check(own("sequences"), mesh_of(s=2), sequences(), eager=True)
+
+
+def test_explicit_axes():
+    mesh = mesh_of(AxisType.Explicit, h=2)
+    with jax.set_mesh(mesh):
+        check(case("explicit"), mesh, heads(), eager=True)
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16", "int8"))
+def test_tokens_and_dtypes(dtype):
+    dtypes = {"state": dtype}
+    check(case("tokens", tokens=3, steps=4, dtypes=dtypes), mesh_of(h=2), heads(2))
+    check(case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9), dtypes=dtypes), mesh_of(h=2), heads())
+
+
+def test_the_step_of_a_large_model():
+    large = Case(
+        "large", sequences=64, slots=80, nheads=64, headdim=64, dstate=128, ngroups=8, indices=tuple(range(64))
+    )
+    check(large, mesh_of(h=2), heads(), eager=True)
