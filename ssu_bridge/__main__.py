@@ -37,10 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("--case", help="only cases with this in their name")
     checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
     checking.add_argument("-v", "--verbose", action="store_true", help="print every report")
-    bench = commands.add_parser("bench", help="measure")
-    bench.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    bench.add_argument("--tune", action="store_true", help="measure the triton backend's tiles and write their table")
-    arguments = parser.parse_args(argv)
+    bench = commands.add_parser(
+        "bench", help="measure", epilog="--tune, --tokens, --devices, --batches, --dtypes: of the GPU benchmark"
+    )
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="cpu, unless there are flags for the other benchmark")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.command != "bench" or arguments.device == "cpu"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "info" and arguments.table:
         print(table())
         return 0
@@ -48,18 +51,18 @@ def main(argv: list[str] | None = None) -> int:
         return _info()
     if arguments.command == "check":
         return _check(arguments.case, arguments.backend, arguments.verbose)
-    return _bench(arguments.device, arguments.tune)
+    return _bench(arguments.device or ("cuda" if rest else "cpu"), rest)
 
 
-def _bench(device: str, tune: bool) -> int:
-    if device == "cpu" and not tune:
+def _bench(device: str, flags: list[str]) -> int:
+    if device == "cpu":
         from ssu_bridge.bench import cpu
 
         cpu.main()
     else:
         from ssu_bridge.bench import cuda
 
-        cuda.main(["--tune"] if tune else [])
+        cuda.main(flags)
     return 0
 
 

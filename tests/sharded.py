@@ -41,7 +41,7 @@ def run(program, *arguments, devices=8, **environment):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         **environment,
     }
     command = [sys.executable, "-c", "from sharded import *\n" + program, *map(str, arguments)]

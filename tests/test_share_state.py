@@ -31,7 +31,7 @@ def rounds(count, device):
     alone, place = jnp.copy(state), state.unsafe_buffer_pointer()
     in_jax = {name: jnp.array(array) for name, array in arrays.items()}
     in_torch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    spoilt, busy = [], 64 if device == "cpu" else 1024
+    spoilt, busy = [], 64 if device == "cpu" else 2048
     for number in range(count):
         view = ssu_bridge.to_torch(state)
         work(torch, number, busy, device=device)
@@ -56,7 +56,7 @@ def work(xp, number, size, **place):
     """Keep one framework's queue busy, sometimes: the step behind it runs late."""
     if number % 4 == 0:
         busy = xp.ones((size, size), **place)
-        for _ in range(4):
+        for _ in range(8):
             busy = busy @ busy
 
 
