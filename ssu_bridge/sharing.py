@@ -104,7 +104,8 @@ def after_torch(state: Any) -> Any:
     device, *others = {device for array in arrays for device in array.devices()}
     if others:
         raise ValueError(f"state: expected values and scale on one device, got {device} and {others[0]}")
-    if device.platform == "cpu" or "torch" not in sys.modules:
+    torch = sys.modules.get("torch")
+    if device.platform == "cpu" or torch is None or not torch.cuda.is_initialized():  # Torch has done nothing there
         return state
     if reason := missing_jax_ffi("jax"):
         raise BackendNotAvailableError(f"after_torch: {reason}")
