@@ -37,9 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("--case", help="only cases with this in their name")
     checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
     checking.add_argument("-v", "--verbose", action="store_true", help="print every report")
-    bench = commands.add_parser(
-        "bench", help="measure", epilog="--tune, --tokens, --devices, --batches, --dtypes: of the GPU benchmark"
-    )
+    more = "The GPU benchmark has flags of its own: python -m ssu_bridge.bench.cuda --help"
+    bench = commands.add_parser("bench", help="measure", epilog=more)
     bench.add_argument("--device", choices=["cpu", "cuda"], help="cpu, unless there are flags for the other benchmark")
     arguments, rest = parser.parse_known_args(argv)
     if rest and (arguments.command != "bench" or arguments.device == "cpu"):

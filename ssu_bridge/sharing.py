@@ -68,9 +68,10 @@ def to_torch(array: Any) -> Any:
 
     Lifetime: the tensor keeps the array's memory alive until the tensor and every view of it are collected *on the
     host*. If the array is gone by then, XLA's allocator may hand the memory out again, even while a kernel that reads
-    it waits on a Torch stream: keep the array, and give it to :func:`after_torch` first. While the tensor lives, JAX
-    does not donate the array: ``update`` gives such a state new memory. Streams: Torch's current stream waits for the
-    array to be computed; a later JAX computation does not wait for Torch, but :func:`after_torch` makes it.
+    it waits on a Torch stream: drop the tensor, then give the array to :func:`after_torch`, then let the array go.
+    While the tensor lives, JAX does not donate the array: ``update`` gives such a state new memory. Streams: Torch's
+    current stream waits for the array to be computed; a later JAX computation does not wait for Torch, but
+    :func:`after_torch` makes it.
     """
     _require_concrete("array", array)
     try:
@@ -88,19 +89,24 @@ def after_torch(state: Any) -> Any:
 
     Args:
         state: a ``jax.Array`` on one CPU or CUDA device, or a QuantizedState of two. On a GPU it is given up (deleted),
-            as by a step that donates it.
+            as by a step that donates it, so use the result alone. Where it is one shard (``shard.data``) of an array on
+            several devices, that array is gone, too.
 
     Returns:
         The state in the same memory.
 
     Raises:
         TypeError: ``state`` is neither.
-        ValueError: it was deleted (donated), is being traced, lies on several devices, or a view of it lives still.
+        ValueError: it was deleted (donated), lies on several devices or on one of another kind, a view of it lives
+            still, JAX traces, or Torch's current stream is being captured in a CUDA graph.
         BackendNotAvailableError: on a GPU, jax-tvm-ffi is not installed.
+        RuntimeError: the CUDA driver failed, or XLA has no room for another target.
     """
-    arrays = tuple(state) if isinstance(state, QuantizedState) else (state,)
-    for array in arrays:
-        _require_concrete("state", array)
+    pair = isinstance(state, QuantizedState)
+    given = state._asdict() if pair else {"state": state}
+    for name, array in given.items():
+        _require_concrete(f"state.{name}" if pair else name, array)
+    arrays = tuple(given.values())
     device, *others = {device for array in arrays for device in array.devices()}
     if others:
         raise ValueError(f"state: expected values and scale on one device, got {device} and {others[0]}")
@@ -109,10 +115,12 @@ def after_torch(state: Any) -> Any:
         return state
     if reason := missing_jax_ffi("jax"):
         raise BackendNotAvailableError(f"after_torch: {reason}")
-    from ssu_bridge.frontends import jax_waiting
+    from ssu_bridge.frontends import jax_arrays, jax_waiting
 
+    if (platform := jax_arrays.platform_of(device)[0]) != "cuda":
+        raise ValueError(f"state: expected a CPU or CUDA device, got one of {platform}")
     after = jax_waiting.behind_torch(arrays, device)
-    return QuantizedState(*after) if isinstance(state, QuantizedState) else after[0]
+    return QuantizedState(*after) if pair else after[0]
 
 
 def _require_concrete(name: str, array: Any) -> None:

@@ -55,7 +55,8 @@ int cuLaunchKernelEx(const Launch* launch, long function, void** arguments, void
 }
 int cuEventCreate(long* event, unsigned flags) {
   std::printf("event with flags %u in %ld\n", flags, current);
-  return *event = 2000 + current, failing("cuEventCreate");
+  static long made = 0;
+  return *event = 1000 * ++made + current, failing("cuEventCreate");
 }
 int cuEventRecord(long event, long stream) {
   std::printf("record %ld on %ld in %ld\n", event, stream, current);

@@ -221,3 +221,25 @@ def test_the_command_check_fails_with_a_wrong_backend(capsys, monkeypatch):
     monkeypatch.setattr("ssu_bridge.__main__._frameworks", lambda: ["numpy"])
     assert main(["check", "--case", "one group", "--backend", "cpu"]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        (["--tune"], ["--tune"]),
+        (["--device", "cuda"], []),
+        (["--device", "cuda", "--devices", "2"], ["--devices", "2"]),
+    ],
+)
+def test_the_gpu_benchmark_has_flags_of_its_own(monkeypatch, given, flags):
+    calls = []
+    monkeypatch.setattr("ssu_bridge.bench.cuda.main", calls.append)
+    assert main(["bench", *given]) == 0
+    assert calls == [flags]
+
+
+@pytest.mark.parametrize("arguments", (["bench", "--device", "cpu", "--tokens"], ["info", "--tokens"]))
+def test_no_other_command_has_them(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "unrecognized arguments: --tokens" in capsys.readouterr().err

@@ -278,18 +278,18 @@ def test_many_threads_load_once(driver):
 def test_a_stream_waits_for_all_that_was_recorded_on_its_device(driver):
     code = """wait, record = library().waiting_kernel(), library().record_work
     wait(s(), s())
-    [record(*work) for work in ((0, 11), (0, 12), (1, 13))]
+    [record(*work) for work in ((0, 11), (0, 12), (1, 11), (0, 11))]
     wait(s(), t(), s(), t())"""
     lines = run_with_driver(code, driver).stdout.splitlines()
     assert lines[:-1] == [
         "event with flags 2 in 100",
-        "11 waits for 2100 in 100",
-        "record 2100 on 11 in 100",
-        "12 waits for 2100 in 100",
+        "record 1100 on 11 in 100",
+        "event with flags 2 in 100",
         "record 2100 on 12 in 100",
         "event with flags 2 in 101",
-        "13 waits for 2101 in 101",
-        "record 2101 on 13 in 101",
+        "record 3101 on 11 in 101",
+        "record 1100 on 11 in 100",
+        "0 waits for 1100 in 100",
         "0 waits for 2100 in 100",
     ]
 
@@ -297,10 +297,10 @@ def test_a_stream_waits_for_all_that_was_recorded_on_its_device(driver):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("s(), t()", "result 0: expected the memory of argument 0"),
+        ("s(), t()", "argument 1: expected the memory of argument 0"),
         ("s(), t(), s()", "expected as many results as tensors, got 3 in all"),
         ("", "expected as many results as tensors, got 0 in all"),
-        ("s(0), t(1), s(0), t(1)", "argument 1: expected memory of the CUDA device that the first is on"),
+        ("s(0), t(1), s(0), t(1)", "argument 1: expected memory of the CUDA device that the state is on"),
     ],
 )
 def test_what_no_stream_waits_for(driver, arguments, message):
@@ -311,8 +311,9 @@ def test_what_no_stream_waits_for(driver, arguments, message):
 
 
 @pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"])
-def test_an_error_while_recording_has_its_name(driver, call):
-    result = run_with_driver("library().record_work(0, 11)", driver, FAKE_CUDA_FAILS=call)
+def test_an_error_of_recording_and_waiting_has_its_name(driver, call):
+    code = "library().record_work(0, 11); library().waiting_kernel()(s(), s())"
+    result = run_with_driver(code, driver, FAKE_CUDA_FAILS=call)
     assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_a_state_comes_back_from_torch_as_it_is_on_a_cpu():
 def test_what_does_not_come_back_from_torch():
     with pytest.raises(TypeError, match=r"state: expected a jax\.Array, got Tensor"):
         ssu_bridge.after_torch(torch.zeros(3))
-    with pytest.raises(TypeError, match=r"state: expected a jax\.Array, got ndarray"):
+    with pytest.raises(TypeError, match=r"state\.scale: expected a jax\.Array, got ndarray"):
         ssu_bridge.after_torch(ssu_bridge.QuantizedState(jnp.zeros(3), np.zeros(3)))
     with pytest.raises(ValueError, match="state: expected a concrete array, got a tracer"):
         jax.jit(ssu_bridge.after_torch)(jnp.zeros(3))
@@ -159,6 +160,75 @@ def test_a_state_that_torch_still_views_does_not_come_back():
     assert not state.is_deleted()
     del view
     assert ssu_bridge.after_torch(state).shape == (64, 1024)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda gpu: jax.default_device(jax.devices("cpu")[0]),
+        lambda gpu: jax.set_mesh(jax.make_mesh((1,), ("x",), devices=[gpu])),
+        lambda gpu: jax.disable_jit(),
+    ],
+    ids=("another default device", "a mesh", "no jit"),
+)
+@pytest.mark.parametrize("committed", (True, False))
+def test_a_state_comes_back_where_it_is_whatever_the_context(context, committed):
+    gpu = jax.devices("gpu")[0]
+    state = jax.device_put(jnp.zeros((64, 1024)), gpu if committed else None)
+    view = ssu_bridge.to_torch(state)
+    view += 1
+    place = address(state)
+    del view
+    with context(gpu):
+        after = ssu_bridge.after_torch(state)
+    assert after.devices() == {gpu}
+    assert after.committed == committed
+    assert address(after) == place
+    assert state.is_deleted()
+    np.testing.assert_array_equal(after, np.ones((64, 1024)))
+
+
+@pytest.mark.gpu
+def test_a_quantised_state_of_which_a_part_is_viewed_is_kept():
+    state = ssu_bridge.QuantizedState(jnp.zeros((4, 1024), "int8"), jnp.zeros(4))
+    view = ssu_bridge.to_torch(state.scale)
+    with pytest.raises(ValueError, match="got one with a live Torch view"):
+        ssu_bridge.after_torch(state)
+    del view
+    np.testing.assert_array_equal(state.values, np.zeros((4, 1024)))
+    np.testing.assert_array_equal(state.scale, np.zeros(4))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_while_jax_traces_or_torch_captures():
+    state = jnp.zeros((64, 1024))
+    torch.ones(1, device="cuda")
+    with pytest.raises(ValueError, match="state: expected a call outside of jit"):
+        jax.jit(lambda x: x + ssu_bridge.after_torch(state))(1.0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.ones(1, device="cuda")
+        with pytest.raises(ValueError, match="captured in a CUDA graph"):
+            ssu_bridge.after_torch(state)
+    assert ssu_bridge.after_torch(jnp.zeros((0, 4))).shape == (0, 4)
+    np.testing.assert_array_equal(ssu_bridge.after_torch(state), np.zeros((64, 1024)))
+
+
+@pytest.mark.gpu
+def test_states_come_back_from_several_threads():
+    def there_and_back(number):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            state = jnp.full((256, 256), float(number))
+            for _ in range(100):
+                view = ssu_bridge.to_torch(state)
+                view += 1
+                del view
+                state = ssu_bridge.after_torch(state)
+        return np.array(state)
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, state in enumerate(pool.map(there_and_back, range(8))):
+            np.testing.assert_array_equal(state, np.full((256, 256), number + 100.0))
 
 
 @pytest.mark.gpu

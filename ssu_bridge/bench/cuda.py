@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge bench --device cuda")
     parser.add_argument("--tune", action="store_true", help="measure the tiles, print and write their table")
     parser.add_argument("--tokens", action="store_true", help="measure calls of several tokens, and quantised states")
-    parser.add_argument("--devices", type=int, default=1, help="measure steps that are sharded over so many GPUs")
+    parser.add_argument("--devices", type=int, help="measure steps that are sharded over so many GPUs, bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.tokens:
         cuda_tokens.main()
         return
-    if arguments.devices > 1:
-        cuda_devices.main(arguments.devices)
+    if arguments.devices is not None:
+        cuda_devices.main(arguments.devices, arguments.batches)
         return
     _print_steps(arguments.batches, arguments.dtypes)
     cuda_jax.print_loops([batch for batch in arguments.batches if batch <= 256])

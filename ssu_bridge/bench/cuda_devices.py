@@ -1,6 +1,7 @@
 """One step on several GPUs of a host, their heads sharded, against one GPU."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,20 +11,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ssu_bridge.bench import cuda_jax
 from ssu_bridge.bench.timing import microseconds
 
-_BATCHES = (16, 256, 1024)
 _BY_HEAD = dict.fromkeys(("A", "D", "dt_bias"), ("h",))
 _BY_ROW = dict.fromkeys(("state", "x", "dt", "B", "C"), (None, "h"))
 
 
-def main(devices: int) -> None:
+def main(devices: int, batches: Sequence[int]) -> None:
     """Print the time of a step in a jitted loop on one GPU and on several."""
-    there = jax.devices()
+    there = jax.devices("gpu")
     if len(there) < devices:
         raise SystemExit(f"expected {devices} GPUs, found {len(there)}")
     mesh = Mesh(np.array(there[:devices]), ("h",))
     print("one bfloat16 step inside jax.jit and lax.fori_loop, heads and groups sharded, us: median (quartiles)")
     print(f"{'batch':<8}{'one GPU':<26}{f'{devices} GPUs':<26}{'times the calls per second':>26}")
-    for batch in _BATCHES:
+    for batch in batches:
         caches = cuda_jax.cold_caches(batch)
         loops = [cuda_jax.loop(batch, caches, "triton", place) for place in (dict, functools.partial(_sharded, mesh))]
         one, several = cuda_jax.in_turn(loops)

@@ -56,6 +56,11 @@ def platform_of(device: Any) -> tuple[str, tuple[int, int] | None]:
     return ("cuda", (int(major), int(minor))) if dot else ("rocm", None)
 
 
+def is_viewed(error: Exception) -> bool:
+    """Return whether XLA, on a GPU, refused to donate an array because somebody else still views its memory."""
+    return "external reference" in str(error)
+
+
 def words(seed: Any) -> Any:
     """Return the two words of a key."""
     return jax.random.key_data(seed) if _is_key(seed) else seed

@@ -12,7 +12,7 @@ import numpy as np
 from ssu_bridge.arrays import QuantizedState
 from ssu_bridge.errors import NotInPlaceError
 from ssu_bridge.frontends import Arrays, Launch, require_one_framework
-from ssu_bridge.frontends.jax_arrays import WRITTEN, address, explain_failure, narrowed, refuse_out
+from ssu_bridge.frontends.jax_arrays import WRITTEN, address, explain_failure, is_viewed, narrowed, refuse_out
 from ssu_bridge.frontends.jax_sharding import refusals
 from ssu_bridge.frontends.jax_trace import trace, trace_call, with_given
 from ssu_bridge.problem import ARGUMENTS, STATE, Options
@@ -118,7 +118,7 @@ def _retry(compiled: Any, arrays: Arrays, donated: tuple[int, ...], error: Excep
     CPU and refuses the call on a GPU.
     """
     state = arrays[0]
-    if "external reference" in str(error):
+    if is_viewed(error):
         return compiled(*(a if i not in donated or a is None else jnp.copy(a) for i, a in enumerate(arrays)))
     if state.is_fully_addressable and len(state.addressable_shards) == 1:
         raise error

@@ -15,7 +15,9 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 _lock = threading.Lock()
 # Held here, because XLA calls them as long as the process lives.
-_registered: dict[tuple[str, str], Any] = {}
+_functions: dict[tuple[str, str], Any] = {}
+# The names of those that are kernels.
+_kernels: dict[str, None] = {}
 
 
 def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
@@ -26,6 +28,8 @@ def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
     """
     name = spell(kernel, problem)
     register_function(name, kernel.function, platform, in_graphs=True)
+    with _lock:
+        _kernels[name] = None
     return name
 
 
@@ -35,7 +39,7 @@ def register_function(name: str, function: Any, platform: str, in_graphs: bool) 
 
     key = (name, platform)
     with _lock:
-        if key not in _registered:
+        if key not in _functions:
             if jax_tvm_ffi.registered_count() >= CAPACITY:
                 raise RuntimeError(
                     f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds. One "
@@ -43,13 +47,13 @@ def register_function(name: str, function: Any, platform: str, in_graphs: bool) 
                 )
             allow = in_graphs and platform == "cuda"
             jax_tvm_ffi.register_ffi_target(name, function, platform=_PLATFORMS[platform], allow_cuda_graph=allow)
-            _registered[key] = function
+            _functions[key] = function
 
 
 def registered() -> list[str]:
-    """Return the names of all targets."""
+    """Return the names of all targets that are kernels."""
     with _lock:
-        return [name for name, _ in _registered]
+        return [*_kernels]
 
 
 # A target's name is that of the kernel, and in brackets what of the call is compiled into it: enough, with the types of

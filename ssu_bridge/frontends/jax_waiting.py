@@ -1,11 +1,15 @@
-"""JAX's computations made to wait for Torch's, on the GPU: an XLA FFI call that waits for an event and does no more."""
+"""JAX's computations made to wait for Torch's, on the GPU: an XLA FFI call that waits for events and does no more."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
+from ssu_bridge.frontends.jax_arrays import is_viewed
 from ssu_bridge.frontends.jax_targets import register_function
 from ssu_bridge.library import library
 
@@ -17,12 +21,18 @@ def behind_torch(arrays: tuple[jax.Array, ...], device: jax.Device) -> tuple[jax
 
     They are arguments and results of the call that waits, so that no computation with them can come before it.
     """
+    if isinstance(jax.numpy.zeros(()), jax.core.Tracer):  # what is made while JAX traces is traced
+        raise ValueError("state: expected a call outside of jit, got one while JAX traces, when nothing can wait")
     ordinal = device.local_hardware_id
+    with torch.cuda.device(ordinal):
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("state: expected Torch's stream to run, got one that is captured in a CUDA graph")
     library().record_work(ordinal, torch.cuda.current_stream(ordinal).cuda_stream)
     try:
-        after: tuple[jax.Array, ...] = _waiting()(arrays)
+        with _only_on(device):
+            after: tuple[jax.Array, ...] = _waiting()(arrays)
     except Exception as error:
-        if "external reference" not in str(error):
+        if not is_viewed(error):
             raise
         raise ValueError("state: expected one that nobody views, got one with a live Torch view; drop it") from error
     return after
@@ -39,3 +49,11 @@ def _waiting() -> Any:
         return tuple(jax.ffi.ffi_call(_TARGET, types, input_output_aliases=aliases)(*arrays))
 
     return wait
+
+
+@contextlib.contextmanager
+def _only_on(device: jax.Device) -> Iterator[None]:
+    """Keep JAX from moving or copying an array before it is waited for, whatever the caller has set."""
+    no_mesh = jax.sharding.Mesh(np.empty((), object), ())
+    with jax.set_mesh(no_mesh), jax.default_device(device), jax.disable_jit(False):
+        yield

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cubin_module.h"
+#include "cuda_tensors.h"
 #include "kernel_arguments.h"
 
 namespace ssu_bridge {
@@ -70,19 +71,9 @@ class CubinKernel {
     if (given.size() != tensors_)
       TVM_FFI_THROW(ValueError) << "expected " << tensors_ << " tensors, got " << given.size();
     for (int i = 0; i < tensors_; ++i) tensors[i] = given[i].cast<DLTensor*>();
-    for (int i = 0; i < tensors_; ++i) {
-      DLDevice device = tensors[i]->device;
-      if (device.device_type != kDLCUDA || device.device_id != tensors[kState]->device.device_id)
-        TVM_FFI_THROW(ValueError) << "argument " << i << ": expected memory of the CUDA device that the state is on";
-    }
+    check_on_one_device(tensors, tensors_);
     int result = tensors_ - static_cast<int>(in_place_.size());
-    for (int input : in_place_) {
-      const DLTensor &before = *tensors[input], &after = *tensors[result];
-      if (before.data != after.data || before.byte_offset != after.byte_offset)
-        TVM_FFI_THROW(ValueError) << "argument " << result << ": expected the memory of argument " << input
-                                  << ", which is updated in place";
-      ++result;
-    }
+    for (int input : in_place_) check_in_place(tensors, input, result++);
   }
 
   void launch(const LoadedKernel& kernel, unsigned blocks, uint64_t* values, DLDevice device) const {

@@ -4,9 +4,12 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <map>
 #include <mutex>
+#include <vector>
 
 #include "cuda_driver.h"
+#include "cuda_tensors.h"
 
 namespace ssu_bridge {
 namespace {
@@ -16,59 +19,61 @@ namespace ffi = tvm::ffi;
 // The driver's number for CU_EVENT_DISABLE_TIMING.
 constexpr unsigned kNoTiming = 2;
 
-// The one event of a device. As it is recorded again and again, each record also waits for the one before: whoever waits
-// late, when the event stands for another stream's work, waits for its own as well.
-class Event {
+// What was recorded on one device: an event for each stream. A stream that records again does so behind what it recorded
+// before, so whoever waits late waits for that, too.
+class RecordedWork {
  public:
   void record(int ordinal, CudaStream stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     const CudaDriver& driver = cuda_driver();
     if (!context_) context_ = driver.primary_context(ordinal);
     CurrentContext current(context_);
-    if (!event_) driver.check(driver.event_create(&event_, kNoTiming), "cuEventCreate");
-    driver.check(driver.stream_wait_event(stream, event_, 0), "cuStreamWaitEvent");
-    driver.check(driver.event_record(event_, stream), "cuEventRecord");
+    auto found = events_.find(stream);
+    if (found == events_.end()) {
+      CudaEvent event;
+      driver.check(driver.event_create(&event, kNoTiming), "cuEventCreate");
+      found = events_.emplace(stream, event).first;
+    }
+    driver.check(driver.event_record(found->second, stream), "cuEventRecord");
   }
 
   void wait(CudaStream stream) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!event_) return;
+    if (events_.empty()) return;
     CurrentContext current(context_);
-    cuda_driver().check(cuda_driver().stream_wait_event(stream, event_, 0), "cuStreamWaitEvent");
+    for (const auto& recorded : events_)
+      cuda_driver().check(cuda_driver().stream_wait_event(stream, recorded.second, 0), "cuStreamWaitEvent");
   }
 
  private:
   std::mutex mutex_;
   CudaContext context_ = nullptr;
-  CudaEvent event_ = nullptr;
+  std::map<CudaStream, CudaEvent> events_;
 };
 
-Event& event_of(int64_t ordinal) {
-  static Event events[kMaxCudaDevices];
+RecordedWork& work_on(int64_t ordinal) {
+  static RecordedWork devices[kMaxCudaDevices];
   check_ordinal(ordinal);
-  return events[ordinal];
+  return devices[ordinal];
 }
 
 void wait(ffi::PackedArgs tensors, ffi::Any*) {
   int count = tensors.size() / 2;
   if (count < 1 || tensors.size() != 2 * count)
     TVM_FFI_THROW(ValueError) << "expected as many results as tensors, got " << tensors.size() << " in all";
-  const DLDevice device = tensors[0].cast<DLTensor*>()->device;
-  for (int i = 0; i < count; ++i) {
-    const DLTensor &before = *tensors[i].cast<DLTensor*>(), &after = *tensors[count + i].cast<DLTensor*>();
-    // A copy would have been made before the wait.
-    if (before.data != after.data)
-      TVM_FFI_THROW(ValueError) << "result " << i << ": expected the memory of argument " << i;
-    if (before.device.device_type != kDLCUDA || before.device.device_id != device.device_id)
-      TVM_FFI_THROW(ValueError) << "argument " << i << ": expected memory of the CUDA device that the first is on";
-  }
-  event_of(device.device_id).wait(TVMFFIEnvGetStream(device.device_type, device.device_id));
+  std::vector<const DLTensor*> given;
+  for (int i = 0; i < tensors.size(); ++i) given.push_back(tensors[i].cast<DLTensor*>());
+  check_on_one_device(given.data(), tensors.size());
+  // A copy would have been made before the wait.
+  for (int i = 0; i < count; ++i) check_in_place(given.data(), i, count + i);
+  const DLDevice device = given[0]->device;
+  work_on(device.device_id).wait(TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
 }  // namespace
 
 void record_work(int64_t ordinal, int64_t stream) {
-  event_of(ordinal).record(static_cast<int>(ordinal), reinterpret_cast<CudaStream>(stream));
+  work_on(ordinal).record(static_cast<int>(ordinal), reinterpret_cast<CudaStream>(stream));
 }
 
 ffi::Function make_waiting_kernel() { return ffi::Function::FromPacked(wait); }
