@@ -67,8 +67,7 @@ def step(mode, given, **flags):
     if framework(mode) != "jax":
         given = {**given, "out": poisoned(given["x"])}
     if mode == "jax.jit":
-        jitted = jax.jit(functools.partial(ssu_bridge.update, **flags), donate_argnames=WRITTEN)
-        return jitted(**given)
+        return _jitted(given, flags)
     if mode == "jax.lax.scan":
         return _scanned(given, flags)
     return ssu_bridge.update(**given, **flags)
@@ -85,6 +84,18 @@ def poisoned(x):
     return full_like(x, float("nan"))
 
 
+def _jitted(given, flags):
+    """One step whose states are donated, and come first: JAX gives their memory to the first results like them."""
+
+    @functools.partial(jax.jit, donate_argnames=WRITTEN)
+    def run(**given):
+        out, *results = ssu_bridge.update(**given, **flags)
+        return *results, out
+
+    *results, out = run(**given)
+    return out, *results
+
+
 def _scanned(given, flags):
     """One step inside a scan whose carry is what it writes."""
 
@@ -95,10 +106,11 @@ def _scanned(given, flags):
             return dict(zip(WRITTEN, results, strict=False)), out
 
         written, outs = jax.lax.scan(body, written, None, length=1)
-        return outs[0], *(written[name] for name in WRITTEN if name in written)
+        return written, outs[0]
 
     rest = dict(given)
-    return run({name: rest.pop(name) for name in WRITTEN if name in rest}, rest)
+    written, out = run({name: rest.pop(name) for name in WRITTEN if name in rest}, rest)
+    return out, *(written[name] for name in WRITTEN if name in written)
 
 
 def address(array):
