@@ -61,7 +61,7 @@ def main() -> None:
         first = 8 * number
         state = in_torch(state, range(first, first + 4))
         state = in_jax(state, range(first + 4, first + 8))
-        assert state.unsafe_buffer_pointer() == place
+        assert state.unsafe_buffer_pointer() == place, "JAX moved the state: this backend does not work in place"
         print(f"round {number}: four tokens in Torch, four in JAX, in the memory at {place:#x}")
     alone = in_jax(alone, range(8 * arguments.rounds))
     assert np.array_equal(alone, state), "the bits must not depend on who took which step"

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("-v", "--verbose", action="store_true", help="print every report")
     more = "The GPU benchmark has flags of its own: python -m ssu_bridge.bench.cuda --help"
     bench = commands.add_parser("bench", help="measure", epilog=more)
-    bench.add_argument("--device", choices=["cpu", "cuda"], help="cpu, unless there are flags for the other benchmark")
+    bench.add_argument("--device", choices=["cpu", "cuda"], help="cpu, unless flags of the GPU benchmark are given")
     arguments, rest = parser.parse_known_args(argv)
     if rest and (arguments.command != "bench" or arguments.device == "cpu"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

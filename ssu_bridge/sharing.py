@@ -55,7 +55,8 @@ def to_torch(array: Any) -> Any:
     """Return a ``torch.Tensor`` over the memory of a ``jax.Array``, without a copy.
 
     Args:
-        array: a ``jax.Array`` on one CPU or CUDA device, not a tracer and not deleted.
+        array: a ``jax.Array`` on one CPU or CUDA device, not a tracer and not deleted; of a QuantizedState, its two
+            arrays one by one.
 
     Returns:
         A tensor of the same shape, dtype, device and address. Write to it only while JAX computes nothing
@@ -97,8 +98,8 @@ def after_torch(state: Any) -> Any:
 
     Raises:
         TypeError: ``state`` is neither.
-        ValueError: it was deleted (donated), lies on several devices or on one of another kind, a view of it lives
-            still, JAX traces, or Torch's current stream is being captured in a CUDA graph.
+        ValueError: it was deleted (donated), lies on several devices or on one of another kind, or is being traced. On a
+            GPU also: a Torch view of it lives still, JAX traces, or Torch's current stream is captured in a CUDA graph.
         BackendNotAvailableError: on a GPU, jax-tvm-ffi is not installed.
         RuntimeError: the CUDA driver failed, or XLA has no room for another target.
     """

@@ -1,7 +1,7 @@
 """Random problems of every shape on every backend: right, in place, and nothing else changed."""
 
 import jax
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from modes import PAIRS, int64_as_it_is
 from test_contract import assert_step

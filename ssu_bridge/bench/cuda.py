@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("expected an NVIDIA GPU and a build of Torch for it, found none")
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}; {_versions('triton', 'jax', 'flashinfer-python')}"
     )
