@@ -98,8 +98,8 @@ def after_torch(state: Any) -> Any:
 
     Raises:
         TypeError: ``state`` is neither.
-        ValueError: it was deleted (donated), lies on several devices or on one of another kind, or is being traced. On a
-            GPU also: a Torch view of it lives still, JAX traces, or Torch's current stream is captured in a CUDA graph.
+        ValueError: it was deleted (donated), lies on several devices or on one of another kind, or is being traced. On
+            a GPU also: a Torch view of it lives still, JAX traces, or Torch's current stream is captured in a graph.
         BackendNotAvailableError: on a GPU, jax-tvm-ffi is not installed.
         RuntimeError: the CUDA driver failed, or XLA has no room for another target.
     """
