@@ -32,26 +32,28 @@ def launcher(options: Options) -> Launch:
     read, write, host_array, usual = _READ, _WRITE, np.ndarray, _WRITE + 1
     donated = _donated(options)
     donates_state = 0 in donated
-    compiled = _compiled(options, donated)
+    compiled, output_last = _compiled(options, donated), _compiled_output_last(options, donated)
 
     def launch(arrays: Arrays, out: Any) -> tuple[Any, ...]:
         if out is not None:
             require_one_framework(arrays)
             refuse_out(out)
+        run = compiled
         if len(arrays) > usual or type(arrays[read]) is host_array or type(arrays[write]) is host_array:
             arrays = narrowed(arrays, options.pad_slot_id)
             if jax.Ref in map(type, arrays):
                 return _launch_on_references(options, donated, arrays)
+            run = output_last
         state = arrays[0]
         try:
             before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
-            results = compiled(*arrays)
+            results = run(*arrays)
         except Exception as error:
             if any(isinstance(array, jax.core.Tracer) for array in arrays):
                 # Under vmap a concrete state stays the caller's: the calls that are mapped all read it.
                 return trace_call(options, arrays, out)
             explain_failure(arrays)
-            before, results = address(state), _retry(compiled, arrays, donated, error)
+            before, results = address(state), _retry(run, arrays, donated, error)
         if not donates_state:
             return with_given(arrays, results)
         new_state = results[1]
@@ -68,10 +70,19 @@ def launcher(options: Options) -> Launch:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(options: Options, donated: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    return jax.jit(functools.partial(trace, options, bool(donated)), donate_argnums=donated)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_output_last(options: Options, donated: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Return the step of a call that has more arrays than usual, maybe scales.
+
+    JAX gives donated memory to the first result of its shape and dtype, and an output of the shape of the scales would
+    take theirs if it came first.
+    """
+
     @functools.partial(jax.jit, donate_argnums=donated)
     def step(*arrays: Any) -> tuple[Any, ...]:
-        # The output last: JAX gives donated memory to the first result of its shape and dtype, and an output of the
-        # shape of the scales would take theirs.
         out, *written = trace(options, bool(donated), *arrays)
         return (*written, out)
 
@@ -99,7 +110,7 @@ def _launch_on_references(options: Options, donated: tuple[int, ...], arrays: Ar
     others = tuple(i for i in donated if i < len(arrays) and not isinstance(arrays[i], jax.Ref))
     try:
         with refusals():
-            return with_given(arrays, _compiled(options, others)(*arrays))
+            return with_given(arrays, _compiled_output_last(options, others)(*arrays))
     except Exception:
         explain_failure(arrays)
         raise
