@@ -142,11 +142,11 @@ def test_the_table_of_targets_has_an_end(monkeypatch):
 
 
 def test_one_target_serves_all_sizes_and_dtypes():
-    before = len(jax_targets._registered)
+    before = len(jax_targets.registered())
     for sequences, dtype in ((1, "float32"), (2, "bfloat16"), (3, "float16")):
         case = Case("sizes", sequences=sequences, indices=tuple(range(sequences)), dtypes={"state": dtype, "*": dtype})
         ssu_bridge.update(**to_mode(case.arrays(seed=6), "jax"), pad_slot_id=-4321)
-    assert len(jax_targets._registered) == before + 1
+    assert len(jax_targets.registered()) == before + 1
 
 
 def gradient_case():
