@@ -53,6 +53,11 @@ int cuLaunchKernelEx(const Launch* launch, long function, void** arguments, void
   return cuLaunchKernel(function, launch->grid[0], launch->grid[1], launch->grid[2], launch->block[0], 1, 1,
                         launch->shared, launch->stream, arguments, nullptr);
 }
+int cuMemcpyDtoDAsync_v2(unsigned long to, unsigned long from, unsigned long bytes, long stream) {
+  std::printf("copy %lu bytes in %ld on %ld\n", bytes, current, stream);
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+  return failing("cuMemcpyDtoDAsync");
+}
 int cuEventCreate(long* event, unsigned flags) {
   std::printf("event with flags %u in %ld\n", flags, current);
   static long made = 0;

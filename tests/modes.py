@@ -29,6 +29,8 @@ GPU_MODES = {
 }
 PAIRS = [(mode, backend) for mode, (_, backends) in MODES.items() for backend in backends]
 GPU_PAIRS = [(mode, backend) for mode, (_, backends) in GPU_MODES.items() for backend in backends]
+# Those that run JAX arrays on a GPU, for tests that name a backend.
+GPU_BACKENDS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("triton", "flashinfer")]
 
 
 def int64_as_it_is(arrays):

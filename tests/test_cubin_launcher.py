@@ -255,12 +255,31 @@ def test_an_error_of_the_driver_has_its_name(driver, call):
     assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700), an illegal memory access" in result.stdout
 
 
-def test_nothing_is_launched_that_is_not_in_place_or_on_two_devices(driver):
-    result = run_with_driver("step(s(), t(), t())", driver)
-    assert "ValueError: argument 2: expected the memory of argument 0, which is updated in place" in result.stdout
-    result = run_with_driver("kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), t())", driver)
-    assert "ValueError: argument 4: expected the memory of argument 0" in result.stdout
+def test_a_result_with_other_memory_gets_the_elements_and_is_updated_there(driver):
+    code = """state[:] = np.arange(24).reshape(6, 4)
+    other, before = np.empty_like(state), state.copy()
+    kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), OnDevice(other)())
+    assert (other == before).all() and (state == before).all()
+    state = other  # whose address the last line says"""
+    lines = run_with_driver(code, driver).stdout.splitlines()
+    address = lines[-1].split()[1]
+    launch = f"launch 1100 in 100: 6 1 1, 128 threads, 100 bytes: {address} 6 8 0 0"
+    assert lines[:-1] == ["copy 96 bytes in 100 on 0", "load 'cubin' in 100", "function step", launch]
+
+
+def test_an_error_of_that_copy_has_its_name(driver):
+    code = "step(s(), t(), OnDevice(state.copy())())"
+    result = run_with_driver(code, driver, FAKE_CUDA_FAILS="cuMemcpyDtoDAsync")
+    assert "RuntimeError: cuMemcpyDtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
     assert "launch" not in result.stdout
+
+
+def test_nothing_is_launched_for_results_unlike_their_inputs_or_on_two_devices(driver):
+    for other in ("none()", "OnDevice(state[1:])()"):
+        result = run_with_driver(f"step(s(), t(), {other})", driver)
+        assert "ValueError: a result is neither the memory of the input that is updated in place" in result.stdout
+        assert "launch" not in result.stdout
+        assert "copy" not in result.stdout
     result = run_with_driver("step(s(0), t(1), s(0))", driver)
     assert "ValueError: argument 1: expected memory of the CUDA device that the state is on" in result.stdout
     assert "launch" not in result.stdout

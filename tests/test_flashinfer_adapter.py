@@ -243,7 +243,7 @@ def test_the_adapter_checks_what_it_is_given(calls):
     given = [*(tensors[name] for name in problem.names), torch.empty_like(tensors["x"])]
     with pytest.raises(ValueError, match="expected 12 tensors, got 11"):
         function(*given)
-    with pytest.raises(ValueError, match="state must be written where it is read"):
+    with pytest.raises(ValueError, match="neither the memory of the input that is updated in place nor like it"):
         function(*given, tensors["state"].clone())
     assert calls == []
 

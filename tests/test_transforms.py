@@ -1,5 +1,6 @@
 """What JAX does to a function that calls ``update``: references, control flow, compiling ahead, threads, gradients."""
 
+import dataclasses
 import functools
 import threading
 
@@ -7,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from modes import bits, to_mode
+from modes import GPU_BACKENDS, bits, skip_if_refused, to_mode
 
 import ssu_bridge
 from ssu_bridge.cases import Case
 from ssu_bridge.update import explain
 
-CASE = Case("transforms", headdim=8, dstate=16)
-BACKENDS = ("cpu", "xla")
+CASE = Case("transforms", headdim=64, dstate=64)  # which FlashInfer takes
+# Those that call a kernel: the same bits under every transform.
+KERNELS = ("cpu", *GPU_BACKENDS)
+BACKENDS = ("xla", *KERNELS)
 
 
 @pytest.fixture
@@ -37,10 +40,10 @@ def steps(arrays, count, backend):
 
 def assert_same(got, expected, backend):
     for mine, theirs in zip(map(np.array, got), expected, strict=True):
-        if backend == "cpu":
-            np.testing.assert_array_equal(bits(mine), bits(theirs))
-        else:
+        if backend in ("xla", "reference"):
             np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(bits(mine), bits(theirs))
 
 
 # --- References ---
@@ -107,34 +110,39 @@ def test_a_reference_in_control_flow(arrays, loop, backend):
     assert_same((ref[...],), steps(arrays, 3, backend)[1:], backend)
 
 
-def test_a_quantised_state_in_references():
-    case = Case("quantised", headdim=8, dstate=16, dtypes={"state": "int8"})
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_quantised_state_in_references(backend):
+    case = Case("quantised", headdim=64, dstate=64, dtypes={"state": "int16"})
     given = to_mode(case.arrays(3), "jax")
-    expected = ssu_bridge.update(**given, **case.flags, donate=False)
+    expected = ssu_bridge.update(**given, **case.flags, backend=backend, donate=False)
     refs = ssu_bridge.QuantizedState(*map(jax.new_ref, given.pop("state")))
-    out, after = ssu_bridge.update(refs, **given, **case.flags)
+    out, after = ssu_bridge.update(refs, **given, **case.flags, backend=backend)
     assert all(mine is theirs for mine, theirs in zip(after, refs, strict=True))
-    assert_same((out, *(ref[...] for ref in refs)), (expected[0], *expected[1]), "cpu")
+    assert_same((out, *(ref[...] for ref in refs)), (expected[0], *expected[1]), backend)
 
 
-def test_a_reference_is_not_copied():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_reference_is_not_copied(backend):
     case = Case("large", slots=64, nheads=8, headdim=64, dstate=64)
     state, rest = as_jax(case.arrays(0))
-    run = jax.jit(lambda ref: ssu_bridge.update(ref, **rest, **case.flags)[0])
+    run = jax.jit(lambda ref: ssu_bridge.update(ref, **rest, **case.flags, backend=backend)[0])
     compiled = run.lower(jax.new_ref(state)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < state.nbytes / 8
 
 
-def test_intermediate_states_in_a_reference():
-    case = Case("intermediates", tokens=2, steps=2)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_intermediate_states_in_a_reference(backend):
+    case = Case("intermediates", headdim=64, dstate=64, tokens=2, steps=2)
     given = to_mode(case.arrays(3), "jax")
-    expected = ssu_bridge.update(**given, **case.flags, donate=False)
+    flags = {**case.flags, "backend": backend}
+    skip_if_refused(explain(**given, **flags))
+    expected = ssu_bridge.update(**given, **flags, donate=False)
     ref = jax.new_ref(given.pop("intermediate_states"))
-    out, state, same = ssu_bridge.update(**given, **case.flags, intermediate_states=ref)
+    out, state, same = ssu_bridge.update(**given, **flags, intermediate_states=ref)
     assert same is ref
     assert given["state"].is_deleted()
-    assert_same((out, state, ref[...]), expected, "xla")
-    *_, both = ssu_bridge.update(**{**given, "state": jax.new_ref(state)}, **case.flags, intermediate_states=ref)
+    assert_same((out, state, ref[...]), expected, backend)
+    *_, both = ssu_bridge.update(**{**given, "state": jax.new_ref(state)}, **flags, intermediate_states=ref)
     assert both is ref
 
 
@@ -146,12 +154,14 @@ def test_a_reference_with_a_wrong_argument(arrays):
         ssu_bridge.to_torch(jax.new_ref(state))
 
 
-def test_mapped_references(arrays):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_mapped_references(arrays, backend):
     state, rest = as_jax(arrays)
+    flags = {**CASE.flags, "backend": backend}
     ref = jax.new_ref(jnp.stack([state, 2 * state]))
-    outs = jax.vmap(lambda ref: ssu_bridge.update(ref, **rest, **CASE.flags)[0])(ref)
+    outs = jax.vmap(lambda ref: ssu_bridge.update(ref, **rest, **flags)[0])(ref)
     for j, one in enumerate((state, 2 * state)):
-        assert_same((outs[j], ref[j]), ssu_bridge.update(one, **rest, **CASE.flags, donate=False), "cpu")
+        assert_same((outs[j], ref[j]), ssu_bridge.update(one, **rest, **flags, donate=False), backend)
 
 
 # --- Control flow and compilation ---
@@ -195,6 +205,41 @@ def test_control_flow(arrays, loop, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ("float32", "int16"))
+def test_states_that_are_kept_one_after_the_other(dtype, backend):
+    """XLA may write a result straight into the stacked array; what the call read must stay as it is."""
+    case = dataclasses.replace(CASE, dtypes={"state": dtype})
+    given = to_mode(case.arrays(seed=12), "jax")
+    flags = {**case.flags, "backend": backend, "donate": False}
+    skip_if_refused(explain(**given, **flags))
+    xs = jnp.stack([given["x"], 2 * given["x"], -given["x"]])
+    before = jax.tree.map(np.array, given["state"])
+    results = jax.jit(lambda xs: jax.lax.map(lambda x: ssu_bridge.update(**{**given, "x": x}, **flags), xs))(xs)
+    for i, x in enumerate(xs):
+        one = ssu_bridge.update(**{**given, "x": x}, **flags)
+        assert_same(jax.tree.leaves(jax.tree.map(lambda a, i=i: a[i], results)), jax.tree.leaves(one), backend)
+    assert_same(jax.tree.leaves(given["state"]), jax.tree.leaves(before), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_after_each_token_of_a_scan(arrays, backend):
+    state, rest = as_jax(arrays)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, rest):
+        def token(state, _):
+            out, state = ssu_bridge.update(state, **rest, **CASE.flags, backend=backend)
+            return state, (out, state)
+
+        return jax.lax.scan(token, state, None, length=3)
+
+    last, (outs, states) = run(state, rest)
+    for i in range(3):
+        assert_same((outs[i], states[i]), steps(arrays, i + 1, backend), backend)
+    assert_same((last,), (np.array(states[-1]),), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_ahead(arrays, backend):
     state, rest = as_jax(arrays)
     run = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend=backend), donate_argnums=0)
@@ -204,8 +249,9 @@ def test_compiled_ahead(arrays, backend):
     assert_same((out, state), steps(arrays, 2, backend), backend)
 
 
-def test_jitted_once_and_called_from_several_threads(arrays):
-    run = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend="cpu"), donate_argnums=0)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_jitted_once_and_called_from_several_threads(backend):
+    run = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend=backend), donate_argnums=0)
     started, results = threading.Barrier(4), {}
 
     def decode(number):
@@ -221,7 +267,7 @@ def test_jitted_once_and_called_from_several_threads(arrays):
     for thread in threads:
         thread.join()
     for number in range(4):
-        assert_same(results[number], steps(CASE.arrays(seed=number), 50, "cpu"), "cpu")
+        assert_same(results[number], steps(CASE.arrays(seed=number), 50, backend), backend)
 
 
 # --- Gradients ---
@@ -251,25 +297,31 @@ def test_the_gradient_of_a_scan_is_the_sum_over_its_steps(arrays):
     np.testing.assert_allclose(jax.grad(run)(x), 6 * jax.grad(loss)(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.checkpoint))
-def test_a_gradient_beside_a_step_needs_none_of_the_step(arrays, transform):
-    loss, x = summed(arrays, backend="cpu")
+def test_a_gradient_beside_a_step_needs_none_of_the_step(arrays, transform, backend):
+    loss, x = summed(arrays, backend)
     slope = jax.grad(transform(lambda x: (x * loss(jax.lax.stop_gradient(x))).sum()))(x)
     np.testing.assert_array_equal(slope, jnp.full_like(x, loss(x)))
+
+
+def forward(loss):
+    return lambda value: jax.jvp(loss, (value,), (value,))
 
 
 def of_many(loss):
     return lambda value: jax.vmap(jax.grad(loss))(jnp.stack([value] * 2))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("transform", (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f)), of_many))
-def test_other_backends_have_no_gradient(arrays, name, transform):
+@pytest.mark.parametrize("transform", (jax.grad, forward, lambda f: jax.jit(jax.grad(f)), of_many))
+def test_other_backends_have_no_gradient(arrays, name, transform, backend):
     state, rest = as_jax(arrays)
     given = {"state": state, **rest}
 
     def loss(value):
-        return ssu_bridge.update(**{**given, name: value}, **CASE.flags, backend="cpu")[0].sum()
+        return ssu_bridge.update(**{**given, name: value}, **CASE.flags, backend=backend)[0].sum()
 
     with pytest.raises(ssu_bridge.UnsupportedError, match='backend="xla" can be differentiated'):
         transform(loss)(given[name])

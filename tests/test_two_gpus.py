@@ -7,8 +7,9 @@ import pytest
 import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from sharded import channels, check, heads, mesh_of, sequences
+from sharded import channels, check, decode_in_place, drawn, heads, mesh_of, put, sequences
 
+import ssu_bridge
 from ssu_bridge.cases import Case
 
 pytestmark = [
@@ -52,3 +53,31 @@ def test_the_step_of_a_large_model():
         "large", sequences=64, slots=80, nheads=64, headdim=64, dstate=128, ngroups=8, indices=tuple(range(64))
     )
     check(large, mesh_of(h=2), heads(), eager=True)
+
+
+# Of the sizes that FlashInfer takes.
+sized = functools.partial(Case, nheads=8, headdim=64, dstate=64)
+
+
+@pytest.mark.parametrize("groups", (8, 2, 1))
+def test_flashinfer_over_heads(groups):
+    with ssu_bridge.using(backend="flashinfer"):
+        check(sized("heads", ngroups=groups), mesh_of(h=2), heads(), eager=True)
+        check(sized("tokens", ngroups=groups, tokens=3), mesh_of(h=2), heads(2))
+
+
+def test_flashinfer_over_sequences_and_explicit_axes():
+    mesh = mesh_of(AxisType.Explicit, h=2)
+    with ssu_bridge.using(backend="flashinfer"):
+        check(sized("sequences", sequences=4, slots=4, indices=None), mesh_of(s=2), sequences(), eager=True)
+        with jax.set_mesh(mesh):
+            check(sized("explicit"), mesh, heads(), eager=True)
+
+
+def test_flashinfer_refuses_shards_that_it_cannot_take():
+    case, mesh = sized("channels"), mesh_of(p=2)
+    with (
+        ssu_bridge.using(backend="flashinfer"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="headdim 64 or 128, and this is 32"),
+    ):
+        decode_in_place(case, put(drawn(case), mesh, channels()))

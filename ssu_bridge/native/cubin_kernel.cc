@@ -73,7 +73,7 @@ class CubinKernel {
     for (int i = 0; i < tensors_; ++i) tensors[i] = given[i].cast<DLTensor*>();
     check_on_one_device(tensors, tensors_);
     int result = tensors_ - static_cast<int>(in_place_.size());
-    for (int input : in_place_) check_in_place(tensors, input, result++);
+    for (int input : in_place_) move_to_result(tensors[input], tensors[result++]);
   }
 
   void launch(const LoadedKernel& kernel, unsigned blocks, uint64_t* values, DLDevice device) const {

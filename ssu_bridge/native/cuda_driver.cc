@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <tvm/ffi/error.h>
 
+#include <atomic>
+
 namespace ssu_bridge {
 namespace {
 
@@ -42,6 +44,7 @@ CudaDriver open_driver() {
   find(library, "cuFuncSetAttribute", driver.function_set_attribute);
   find(library, "cuLaunchKernel", driver.launch);
   driver.launch_with = find_overlapping_launch(library);
+  find(library, "cuMemcpyDtoDAsync_v2", driver.copy);
   find(library, "cuEventCreate", driver.event_create);
   find(library, "cuEventRecord", driver.event_record);
   find(library, "cuStreamWaitEvent", driver.stream_wait_event);
@@ -65,10 +68,14 @@ void CudaDriver::launch_row(CudaFunction function, unsigned blocks, unsigned thr
 }
 
 CudaContext CudaDriver::primary_context(int ordinal) const {
+  static std::atomic<CudaContext> kept[kMaxCudaDevices];
+  check_ordinal(ordinal);
+  CudaContext context = kept[ordinal].load(std::memory_order_acquire);
+  if (context) return context;
   int device;
   check(device_get(&device, ordinal), "cuDeviceGet");
-  CudaContext context;
   check(primary_context_retain(&context, device), "cuDevicePrimaryCtxRetain");
+  kept[ordinal].store(context, std::memory_order_release);
   return context;
 }
 

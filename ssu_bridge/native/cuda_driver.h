@@ -45,6 +45,7 @@ struct CudaDriver {
                 void** extra);
   // Null where the driver cannot do it, or not inside a graph.
   int (*launch_with)(const struct CudaLaunch* launch, CudaFunction function, void** arguments, void** extra);
+  int (*copy)(uint64_t to, uint64_t from, size_t bytes, CudaStream stream);
   int (*event_create)(CudaEvent* event, unsigned flags);
   int (*event_record)(CudaEvent event, CudaStream stream);
   int (*stream_wait_event)(CudaStream stream, CudaEvent event, unsigned flags);
@@ -56,7 +57,7 @@ struct CudaDriver {
   void launch_row(CudaFunction function, unsigned blocks, unsigned threads, unsigned shared_bytes, CudaStream stream,
                   void** arguments, bool overlapping) const;
 
-  // The context that the whole process uses on a device. Raises RuntimeError.
+  // The context that the whole process uses on a device, kept from the first call on. Raises RuntimeError.
   CudaContext primary_context(int ordinal) const;
 
   // Raises RuntimeError with the error's name and text unless `result` is success. `what` says what was tried.

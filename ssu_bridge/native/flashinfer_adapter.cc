@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_tensors.h"
 #include "strided_view.h"
 
 namespace ssu_bridge {
@@ -164,8 +165,7 @@ class FlashInferKernel {
     for (int i = 0; i < given.size(); ++i) {
       const DLTensor*& tensor = tensors.given[order_[i]];
       const DLTensor* another = given[i].cast<DLTensor*>();
-      if (tensor && (tensor->data != another->data || tensor->byte_offset != another->byte_offset))
-        TVM_FFI_THROW(ValueError) << kParameters[order_[i]].name << " must be written where it is read";
+      if (tensor) move_to_result(tensor, another);
       tensor = another;
     }
     for (int required : {kState, kX, kDt, kB})

@@ -26,8 +26,7 @@ class RecordedWork {
   void record(int ordinal, CudaStream stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     const CudaDriver& driver = cuda_driver();
-    if (!context_) context_ = driver.primary_context(ordinal);
-    CurrentContext current(context_);
+    CurrentContext current(driver.primary_context(ordinal));
     auto found = events_.find(stream);
     if (found == events_.end()) {
       CudaEvent event;
@@ -37,17 +36,17 @@ class RecordedWork {
     driver.check(driver.event_record(found->second, stream), "cuEventRecord");
   }
 
-  void wait(CudaStream stream) {
+  void wait(int ordinal, CudaStream stream) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (events_.empty()) return;
-    CurrentContext current(context_);
+    const CudaDriver& driver = cuda_driver();
+    CurrentContext current(driver.primary_context(ordinal));
     for (const auto& recorded : events_)
-      cuda_driver().check(cuda_driver().stream_wait_event(stream, recorded.second, 0), "cuStreamWaitEvent");
+      driver.check(driver.stream_wait_event(stream, recorded.second, 0), "cuStreamWaitEvent");
   }
 
  private:
   std::mutex mutex_;
-  CudaContext context_ = nullptr;
   std::map<CudaStream, CudaEvent> events_;
 };
 
@@ -67,7 +66,7 @@ void wait(ffi::PackedArgs tensors, ffi::Any*) {
   // A copy would have been made before the wait.
   for (int i = 0; i < count; ++i) check_in_place(given.data(), i, count + i);
   const DLDevice device = given[0]->device;
-  work_on(device.device_id).wait(TVMFFIEnvGetStream(device.device_type, device.device_id));
+  work_on(device.device_id).wait(device.device_id, TVMFFIEnvGetStream(device.device_type, device.device_id));
 }
 
 }  // namespace
