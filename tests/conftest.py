@@ -26,9 +26,10 @@ def _same_config_after():
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(request):
-    """Put JAX's arrays on the CPU, where there is a GPU too, unless the test is about that."""
+def _on_one_device(request):
+    """Put JAX's arrays on the CPU, where there is a GPU too, unless the test is about that; then on the first GPU."""
     if "gpu" in request.keywords:
+        torch.cuda.set_device(0)  # JAX leaves the device of its last program the thread's current one
         yield
     else:
         with jax.default_device(jax.devices("cpu")[0]):
