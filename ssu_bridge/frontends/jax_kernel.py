@@ -35,8 +35,8 @@ def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = Non
         function = functools.partial(_by_name, loaded.function, problem.names)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
     assert not isinstance(loaded, HostKernel)
-    # What is written in place is an operand and a result of one buffer. XLA copies one that must not be changed. Where a
-    # result goes straight into a slice of another array, XLA's GPU compiler gives it other memory; kernels see to that.
+    # What is written in place is an operand and a result of one buffer. XLA copies one that must not be changed. For a
+    # result that it writes straight into a slice of another array XLA:GPU takes other memory; kernels see to that.
     aliases = {problem.names.index(name): i for i, name in enumerate(problem.results) if name != "out"}
     lowering = jax.ffi.ffi_lowering(register(loaded, problem, platform), operand_output_aliases=aliases)
     return lowering(ctx, *operands)
