@@ -1,6 +1,7 @@
 """The drop-ins: each peer's own order of arguments, defaults and rules, against those rules written out in a loop."""
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def model(*rows, tied=True, slots=8, seed=0):
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=rng)
+        return torch.randn(*shape, generator=rng, device="cpu").to(torch.get_default_device())
 
     A = -torch.exp(normal(H))[:, None, None].expand(H, P, N) if tied else -torch.exp(normal(H, P, N))
     dt = normal(*rows, H)[..., None].expand(*rows, H, P) if tied else normal(*rows, H, P)
@@ -76,10 +77,10 @@ def close(got, expected):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(autouse=True)
-def _reference_where_the_cpu_backend_refuses():
-    """What is tested is the translation; each backend is held against the reference elsewhere."""
-    with ssu_bridge.using(backend="reference"):
+@pytest.fixture(autouse=True, params=["cpu", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+def _on_each_backend(request):
+    device = "cuda" if request.param == "triton" else "cpu"
+    with ssu_bridge.using(backend=request.param), torch.device(device):
         yield
 
 
@@ -87,14 +88,12 @@ def _reference_where_the_cpu_backend_refuses():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_mamba_ssm(tied, backend):
+def test_mamba_ssm(tied):
     a = model(3, tied=tied)
     exact, held = wide(a), a["state"].clone()
     indices = torch.tensor([5, -7, 0])
     order = [a[n] for n in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    with ssu_bridge.using(backend=backend):
-        out = mamba_ssm.selective_state_update(*order, True, indices)
+    out = mamba_ssm.selective_state_update(*order, True, indices)
     for row, slot in ((0, 5), (2, 0)):
         y, state = token(exact, row, exact["state"][slot])
         close(out[row], y)
@@ -105,9 +104,8 @@ def test_mamba_ssm(tied, backend):
 
 
 def test_mamba_ssm_for_mamba1_keeps_the_rank():
-    rng = torch.Generator().manual_seed(1)
-    state, x, dt = (torch.randn(*s, generator=rng) for s in ((2, P, N), (2, P), (2, P)))
-    A, B, C = -torch.rand(P, N, generator=rng), torch.randn(2, N, generator=rng), torch.randn(2, N, generator=rng)
+    state, x, dt = (torch.randn(*shape) for shape in ((2, P, N), (2, P), (2, P)))
+    A, B, C = -torch.rand(P, N), torch.randn(2, N), torch.randn(2, N)
     before = state.clone().double()
     out = mamba_ssm.selective_state_update(state, x, dt, A, B, C)
     assert out.shape == x.shape
@@ -117,13 +115,81 @@ def test_mamba_ssm_for_mamba1_keeps_the_rank():
     close(out, (after * C.double()[:, None]).sum(-1))
 
 
-def test_any_layout_of_the_inputs():
+# --- What all have in common ---
+
+
+def spread(tensor):
+    """The same numbers in every other place of a larger tensor."""
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
+
+
+def run(peer, a, **more):
+    """Call a peer's function; return its output."""
+    if peer is not vllm:
+        return peer.selective_state_update(**a, **more)
+    out = torch.full_like(a["x"], float("nan"), memory_format=torch.contiguous_format)
+    vllm.selective_state_update(**a, out=out, **more)
+    return out
+
+
+@pytest.mark.parametrize("peer", ORDERS)
+def test_any_layout_of_the_inputs(peer):
     a = model(2, tied=False)
-    spread = {n: torch.stack([t, t], -1)[..., 0] for n, t in a.items() if n != "state"}
-    assert not any(tensor.is_contiguous() for tensor in spread.values())
-    spread["D"] = torch.ones(()).expand(H, P)
-    expected = mamba_ssm.selective_state_update(**{**a, "D": torch.ones(H, P), "state": a["state"].clone()})
-    assert torch.equal(mamba_ssm.selective_state_update(**{**a, **spread}), expected)
+    apart = {name: spread(tensor) for name, tensor in a.items() if name != "state"}
+    assert not any(tensor.is_contiguous() for tensor in apart.values())
+    apart["D"] = torch.ones(()).expand(H, P)
+    expected = run(peer, {**a, "D": torch.ones(H, P), "state": a["state"].clone()})
+    assert torch.equal(run(peer, {**a, **apart}), expected)
+
+
+@pytest.mark.parametrize("peer", ORDERS)
+def test_a_state_in_any_layout_is_updated_in_place(peer):
+    a = model(2)
+    state = spread(a["state"])
+    apart = {**a, "state": state}
+    with pytest.warns(RuntimeWarning, match="state: copied there and back as a whole"):
+        out = run(peer, apart)
+    assert torch.equal(out, run(peer, a))
+    assert torch.equal(state, a["state"])  # which the second call changed
+    padded = torch.zeros(8, H * P * N + 8)
+    padded[:, 8:] = model(2)["state"].flatten(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(peer, {**a, "state": padded[:, 8:].unflatten(1, (H, P, N))})  # a gap behind each slot costs nothing
+    assert torch.equal(padded[:, 8:].unflatten(1, (H, P, N)), a["state"])
+
+
+@pytest.mark.parametrize("peer", [vllm, flashinfer])
+@pytest.mark.parametrize("layout", [spread, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)])
+def test_an_output_in_any_layout(peer, layout):
+    a = model(3)
+    expected = run(peer, {**a, "state": a["state"].clone()})
+    out = layout(torch.full((3, H, P), float("nan")))
+    assert not out.is_contiguous()
+    result = peer.selective_state_update(**a, out=out)
+    assert result is (out if peer is flashinfer else None)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+)
+def test_an_output_of_another_dtype_is_rounded_once(dtype, wanted):
+    a = model(3)
+    a["x"] = a["x"].to(dtype)
+    exact = run(vllm, {**a, "x": a["x"].float(), "state": a["state"].clone()})
+    out = torch.full((3, H, P), float("nan"), dtype=wanted)
+    vllm.selective_state_update(**a, out=out)
+    assert torch.equal(out, exact.to(wanted))
+
+
+def test_rows_of_no_sequence_stay_as_they_are_in_a_copied_output():
+    a = model(4)
+    out = spread(torch.full((4, H, P), 5.0))
+    vllm.selective_state_update(**a, out=out, cu_seqlens=torch.tensor([1, 2, 3], dtype=torch.int32))
+    assert (out[[0, 3]] == 5).all()
+    assert (out[1:3] != 5).all()
 
 
 # --- vLLM ---
@@ -148,13 +214,14 @@ def vllm_rule(a, out, lengths, read, write, accepted, null):
 
 
 @pytest.mark.parametrize("name", ["null_block_id", "pad_slot_id"])
-def test_vllm_one_token(name):
+@pytest.mark.parametrize("null", [0, 5])
+def test_vllm_one_token(name, null):
     a = model(4)
     exact, y = wide(a), torch.zeros(4, H, P, dtype=torch.float64)
-    indices, out = torch.tensor([3, 0, 1, 0], dtype=torch.int32), torch.full((4, H, P), float("nan"))
-    vllm_rule(exact, y, [1] * 4, indices[:, None], indices[:, None], None, 0)
+    indices, out = torch.tensor([3, null, 1, null], dtype=torch.int32), torch.full((4, H, P), float("nan"))
+    vllm_rule(exact, y, [1] * 4, indices[:, None], indices[:, None], None, null)
     order = [a.pop(n) for n in ("state", "x", "dt", "A", "B", "C", "D", "dt_bias", "z")]
-    assert vllm.selective_state_update(*order, True, indices, out=out, **{name: 0}) is None
+    assert vllm.selective_state_update(*order, True, indices, out=out, **{name: null}) is None
     close(out, y)
     close(order[0], exact["state"])
 
@@ -177,7 +244,7 @@ def test_vllm_packed(with_destinations, with_counts):
         state_batch_indices=torch.cat([read, spare]),
         dst_state_batch_indices=None if write is None else torch.cat([write, spare]),
         out=out,
-        num_accepted_tokens=accepted,
+        num_accepted_tokens=None if accepted is None else torch.cat([accepted, spare[0, :1]]),
         cu_seqlens=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
     )
     close(out, y)
@@ -196,6 +263,37 @@ def test_vllm_stochastic_rounding():
         results.append(new)
     assert not torch.equal(*results)  # a seed of its own for each call
     torch.testing.assert_close(*results, rtol=2e-3, atol=1e-6)
+
+
+def test_vllm_rounds_stochastically_but_with_counts():
+    a = model(2)
+    state, read = a.pop("state").half(), torch.tensor([[3], [1]])
+    results = []
+    for stochastic in (True, False):
+        results.append(state.clone())
+        vllm.selective_state_update(
+            results[-1],
+            **a,
+            state_batch_indices=read,
+            out=torch.empty(2, H, P),
+            num_accepted_tokens=torch.tensor([1, 1]),
+            enable_stochastic_rounding=stochastic,
+        )
+    assert torch.equal(*results)
+
+
+def test_vllm_rounds_of_the_generator():
+    a = model(2)
+    state, results = a.pop("state").half(), {}
+    for rounds in (0, 10, 3):
+        results[rounds] = state.clone()
+        torch.manual_seed(4)
+        out = torch.empty(2, H, P)
+        vllm.selective_state_update(
+            results[rounds], **a, out=out, enable_stochastic_rounding=True, cache_philox_rounds=rounds
+        )
+    assert torch.equal(results[0], results[10])
+    assert not torch.equal(results[0], results[3])
 
 
 def test_vllm_needs_out():
@@ -266,6 +364,37 @@ def test_flashinfer_intermediate_states(disabled, with_entries):
     close(a["state"], exact["state"] if disabled else states)
 
 
+@pytest.mark.parametrize("cache_steps", [0, 3])
+def test_flashinfer_several_tokens_are_an_axis_even_beside_cu_seqlens(cache_steps):
+    a = model(2, 3)
+    exact = wide(a)
+    edges = torch.tensor([0, 1, 6])  # which count for x of three axes alone
+    out = flashinfer.selective_state_update(**a, dt_softplus=True, cu_seqlens=edges, cache_steps=cache_steps)
+    for i in range(2):
+        for t in range(3):
+            y, exact["state"][i] = token(exact, (i, t), exact["state"][i])
+            close(out[i, t], y)
+    close(a["state"], exact["state"])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_flashinfer_counts_beside_one_slot_a_sequence(packed):
+    """Its table of one column is that column for every count."""
+    lengths = [3, 3] if not packed else [1, 3]
+    a = model(sum(lengths))
+    if not packed:
+        a |= {name: a[name].unflatten(0, (2, 3)) for name in ("x", "dt", "B", "C", "z")}
+    again = {**a, "state": a["state"].clone()}
+    more = {"cu_seqlens": torch.tensor([0, *np.cumsum(lengths)])} if packed else {}
+    slots, counts = torch.tensor([6, 2]), torch.tensor([3, 0, 99])  # with a row to spare
+    expected = flashinfer.selective_state_update(**again, **more, cache_steps=3, state_batch_indices=slots)
+    out = flashinfer.selective_state_update(
+        **a, **more, cache_steps=3, state_batch_indices=slots, num_accepted_tokens=counts
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(a["state"], again["state"])
+
+
 @pytest.mark.parametrize("with_destinations", [True, False])
 def test_flashinfer_packed(with_destinations):
     lengths, slots = [2, 0, 1, 3], 16
@@ -277,8 +406,8 @@ def test_flashinfer_packed(with_destinations):
     out = flashinfer.selective_state_update(
         **a,
         dt_softplus=True,
-        state_batch_indices=read,
-        dst_state_batch_indices=write,
+        state_batch_indices=torch.cat([read, read]),  # with rows to spare
+        dst_state_batch_indices=None if write is None else torch.cat([write, read[:1]]),
         disable_state_update=with_destinations,  # which destinations override
         cu_seqlens=torch.tensor([0, 2, 2, 3, 6]),
         num_accepted_tokens=accepted,
@@ -330,8 +459,9 @@ def test_flashinfer_seed():
     a = model(2)
     state, seed = a.pop("state").half(), torch.tensor([123])
     results = []
-    for rounds in (10, 10, 7):
+    for shape, rounds in (((1,), 10), ((1, 1), 10), ((), 7)):
         results.append(state.clone())
+        seed = seed.reshape(shape)
         flashinfer.selective_state_update(results[-1], **a, rand_seed=seed, philox_rounds=rounds)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])

@@ -4,7 +4,12 @@ Each translates its call into one of :func:`ssu_bridge.update`, whose backend is
 add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, or lie in memory in any way.
 """
 
+import warnings
 from typing import Any
+
+import torch
+
+from ssu_bridge.update import update
 
 # Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
 _TOKENWISE = ("x", "dt", "B", "C", "z", "out")
@@ -21,18 +26,44 @@ def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def dense(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copy those arguments, apart from what is written, that do not lie in memory as ``update`` asks."""
-    copied = {n: t.contiguous() for n, t in arguments.items() if n not in ("state", "out") and _has_gaps(n, t)}
-    return {**arguments, **copied}
+def step(arrays: dict[str, Any], **rest: Any) -> Any:
+    """Call ``update`` and return the output, whatever the arrays' place in memory and the output's dtype.
+
+    Arrays that ``update`` would not take are copied, and what it wrote to a copy is copied back.
+    """
+    given = {name: t.contiguous() if _has_gaps(name, t) else t for name, t in arrays.items()}
+    if given["state"] is not arrays["state"]:
+        warnings.warn(
+            f"state: copied there and back as a whole, because the axes behind the slots are not dense in memory "
+            f"(strides {tuple(arrays['state'].stride())})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    out = arrays.get("out")
+    if out is not None and torch.promote_types(out.dtype, given["x"].dtype) == torch.float32 != given["x"].dtype:
+        given["x"] = given["x"].float()
+    if out is not None and out.dtype != given["x"].dtype == torch.float32:
+        given["out"] = given["out"].float()
+    result = update(**given, **rest)[0]
+    for name in ("state", "out"):
+        if given.get(name) is not arrays.get(name):
+            arrays[name].copy_(given[name])
+    return result if out is None else out
+
+
+def rows(table: Any, sequences: int) -> Any:
+    """Return the rows of a table that belong to sequences, without those to spare."""
+    return None if table is None else table[:sequences]
 
 
 def _has_gaps(name: str, tensor: Any) -> bool:
-    if tensor is None or tensor.is_contiguous():
+    if not isinstance(tensor, torch.Tensor) or tensor.is_contiguous():
         return False
     axes = list(zip(tensor.shape, tensor.stride(), strict=True))
     if name in _TOKENWISE:
         axes = axes[tensor.dim() - _AXES[name] + 1 :]
+    if name == "state":
+        axes = axes[1:]
     repeated = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}.get(name, 0)
     if repeated and not any(stride for _, stride in axes[-repeated:]):  # one number a head
         axes = axes[:-repeated]

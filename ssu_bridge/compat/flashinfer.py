@@ -3,9 +3,8 @@
 from typing import Any
 
 from ssu_bridge.arrays import QuantizedState
-from ssu_bridge.compat import dense, with_heads
+from ssu_bridge.compat import rows, step, with_heads
 from ssu_bridge.config import using
-from ssu_bridge.update import update
 
 _TOKENWISE = ("x", "dt", "B", "C", "z")
 
@@ -65,7 +64,9 @@ def selective_state_update(
         cache_steps: how many tokens; 0 for one.
         algorithm: auto, simple, vertical or horizontal (or async_horizontal, which is simple).
         dst_state_batch_indices: (batch,) or (batch, tokens), as in ``update``. It may have rows to spare.
-        cu_seqlens, num_accepted_tokens: as in ``update``.
+        cu_seqlens: as in ``update``.
+        num_accepted_tokens: as in ``update``, also beside a ``state_batch_indices`` of one column. It may have rows to
+            spare.
         backend: auto, flashinfer or cake: ignored, this package's configuration decides.
 
     Returns:
@@ -82,15 +83,17 @@ def selective_state_update(
     arrays = with_heads(arrays)
     if several:
         arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.dim() == 3}
-    arrays = dense(arrays)
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
     slots: dict[str, Any] = {
-        "state_batch_indices": _rows(state_batch_indices, sequences),
-        "dst_state_batch_indices": _rows(dst_state_batch_indices, sequences),
+        "state_batch_indices": rows(state_batch_indices, sequences),
+        "dst_state_batch_indices": rows(dst_state_batch_indices, sequences),
     }
     if packed or several:
+        if num_accepted_tokens is not None and state_batch_indices is not None and state_batch_indices.dim() == 1:
+            columns = cache_steps if packed else arrays["x"].shape[1]  # the one slot, however many were accepted
+            slots["state_batch_indices"] = slots["state_batch_indices"][:, None].repeat(1, max(columns, 1))
         slots |= {
-            "num_accepted_tokens": num_accepted_tokens,
+            "num_accepted_tokens": rows(num_accepted_tokens, sequences),
             "intermediate_states": _quantized(intermediate_states_buffer, intermediate_state_scales),
             "intermediate_state_indices": intermediate_state_indices,
         }
@@ -100,17 +103,16 @@ def selective_state_update(
     if state_scale is not None and state_scale.dim() == 4:
         state_scale = state_scale.squeeze(-1)
     with using(**config):
-        return update(
-            **arrays | {"state": _quantized(arrays["state"], state_scale)},
+        return step(
+            arrays | {"state": _quantized(arrays["state"], state_scale), "out": out},
             **slots,
             dt_softplus=dt_softplus,
             pad_slot_id=pad_slot_id,
             cu_seqlens=cu_seqlens if packed else None,
             disable_state_update=disable_state_update and dst_state_batch_indices is None,
             rand_seed=rand_seed,
-            out=out,
             algorithm="simple" if algorithm == "async_horizontal" else algorithm,
-        )[0]
+        )
 
 
 def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
@@ -123,7 +125,3 @@ def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
 
 def _quantized(values: Any, scale: Any) -> Any:
     return values if scale is None else QuantizedState(values, scale)
-
-
-def _rows(table: Any, sequences: int) -> Any:
-    return None if table is None else table[:sequences]

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ssu_bridge.compat import dense, with_heads
-from ssu_bridge.update import update
+from ssu_bridge.compat import step, with_heads
 
 
 def selective_state_update(
@@ -38,8 +37,7 @@ def selective_state_update(
         As :func:`ssu_bridge.update`.
     """
     given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    arrays = dense(with_heads(given))
-    out = update(**arrays, dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)[0]
+    out = step(with_heads(given), dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)
     if state_batch_indices is not None:
         out.masked_fill_((state_batch_indices < 0)[:, None, None], 0)
     return out if state.dim() > 3 else out.squeeze(1)

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from ssu_bridge.compat import dense, with_heads
+from ssu_bridge.compat import rows, step, with_heads
 from ssu_bridge.config import using
-from ssu_bridge.update import update
 
 NULL_BLOCK_ID = 0
 
@@ -48,7 +47,7 @@ def selective_state_update(
         dst_state_batch_indices: as ``state_batch_indices``, which it is if it is None. Without ``num_accepted_tokens``
             the last state of a sequence goes to the first column; with them the state after each token to its column.
         null_block_id: the index that stands for no slot: the sequence starts from zeros, and nothing is stored.
-        num_accepted_tokens: (N,).
+        num_accepted_tokens: (N,). It may have rows to spare.
         cu_seqlens: (N + 1,), where the sequences begin and end among the rows.
         is_blackwell: ignored.
         enable_stochastic_rounding: round the state stochastically, with a seed drawn in each call; as in vLLM not with
@@ -64,8 +63,8 @@ def selective_state_update(
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "out": out}
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     slots = {
-        "state_batch_indices": _rows(state_batch_indices, sequences),
-        "dst_state_batch_indices": _rows(dst_state_batch_indices, sequences),
+        "state_batch_indices": _table(state_batch_indices, sequences),
+        "dst_state_batch_indices": _table(dst_state_batch_indices, sequences),
     }
     if num_accepted_tokens is None:
         slots = {name: None if table is None else table[:, 0] for name, table in slots.items()}
@@ -76,19 +75,17 @@ def selective_state_update(
         seed = torch.randint(2**63 - 1, (), device=state.device)
         config = {"philox_rounds": cache_philox_rounds}
     with using(**config):
-        update(
-            **dense(with_heads(arrays)),
+        step(
+            with_heads(arrays),
             **slots,
             dt_softplus=dt_softplus,
             pad_slot_id=null_block_id if pad_slot_id is None else pad_slot_id,
-            num_accepted_tokens=num_accepted_tokens,
+            num_accepted_tokens=rows(num_accepted_tokens, sequences),
             cu_seqlens=cu_seqlens,
             rand_seed=seed,
         )
 
 
-def _rows(table: Any, sequences: int) -> Any:
+def _table(table: Any, sequences: int) -> Any:
     """Return a table with a column for each token, of so many rows."""
-    if table is None:
-        return None
-    return (table if table.dim() == 2 else table[:, None])[:sequences]
+    return rows(table if table is None or table.dim() == 2 else table[:, None], sequences)

@@ -5,6 +5,7 @@ Each module has the functions of :class:`Frontend`; it is imported when the firs
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -104,17 +105,20 @@ def with_seed(arrays: Arrays, options: Options, make: Callable[[int | None], Any
     """Give a call the array that its seed travels in.
 
     Args:
-        arrays: of the call; its seed may be an int, or missing where stochastic rounding is configured.
+        arrays: of the call; its seed may be an int, an array of one number with any axes, or missing where stochastic
+            rounding is configured.
         options: the configuration is theirs.
         make: returns an array of one int64, with the bits of the int that it is given; drawn at random for None.
     """
-    seed = arrays[SEED] if len(arrays) > SEED else None
+    seed: Any = arrays[SEED] if len(arrays) > SEED else None
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"rand_seed: expected an int of 64 bits, got {seed}")
         seed = make((int(seed) + 2**63) % 2**64 - 2**63)
     elif seed is None and options.config.stochastic_rounding and _dtype_name(arrays[0]) in ROUNDABLE:
         seed = make(None)
+    elif len(shape := getattr(seed, "shape", ())) > 1 and math.prod(shape) == 1:
+        seed = seed.reshape(())
     else:
         return arrays
     return (*arrays, *[None] * (SEED - len(arrays)), seed) if len(arrays) <= SEED else (*arrays[:SEED], seed)
