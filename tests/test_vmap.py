@@ -187,6 +187,40 @@ def test_inside_scan_and_scan_inside(backend):
         assert_close(np.array(state[j]), np.array(one["state"]), exact=backend in EXACT)
 
 
+def in_scan(f):
+    return lambda x: [result[1] for result in jax.lax.scan(lambda x, _: (x, f(x)), x, None, length=2)[1]]
+
+
+def in_cond(f):
+    return lambda x: jax.lax.cond(True, f, lambda x: f(2 * x), x)
+
+
+@pytest.mark.parametrize("backend", ("xla", *KERNELS))
+@pytest.mark.parametrize("inside", (jax.jit, jax.checkpoint, in_scan, in_cond))
+def test_a_closed_over_state_stays_the_callers(inside, backend):
+    arrays = as_jax(CASE.arrays(0))
+    flags = {**CASE.flags, "backend": backend}
+    xs = jnp.stack([arrays["x"], -arrays["x"]])
+    for _ in range(2):
+        results = jax.vmap(inside(lambda x: call(flags, {**arrays, "x": x})))(xs)
+        assert not any(array.is_deleted() for array in arrays.values())
+    for j, x in enumerate(xs):
+        for got, expected in zip(results, call({**flags, "donate": False}, {**arrays, "x": x}), strict=True):
+            assert_close(np.array(got[j]), np.array(expected), exact=backend in EXACT)
+
+
+@pytest.mark.parametrize("backend", ("xla", *KERNELS))
+@pytest.mark.parametrize("inside", (jax.jit, in_scan, in_cond))
+def test_a_call_that_takes_nothing_of_what_is_mapped(inside, backend):
+    arrays = as_jax(CASE.arrays(0))
+    flags = {**CASE.flags, "backend": backend}
+    for _ in range(2):
+        results = jax.vmap(inside(lambda x: call(flags, arrays)))(jnp.arange(2))
+    for got, expected in zip(results, call({**flags, "donate": False}, arrays), strict=True):
+        for one in got:
+            assert_close(np.array(one), np.array(expected), exact=backend in EXACT)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", SHARED)
 def test_a_mapped_parameter_is_refused(name, backend):

@@ -31,16 +31,7 @@ def launcher(state_type: type, options: Options) -> Launch:
         return functools.partial(_run_on_host, options)
     if issubclass(state_type, jax.Ref):
         return jax_eager.launcher_on_references(options)
-    launch = jax_eager.launcher(options)
-    if options.config.backend is not Backend.XLA:
-        return launch
-
-    def launch_or_trace(arrays: Arrays, out: Any) -> tuple[Any, ...]:
-        # Under vmap or grad a concrete state stays the caller's: what it is batched or differentiated with is traced.
-        traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-        return trace_call(options, arrays, out) if traced else launch(arrays, out)
-
-    return launch_or_trace
+    return jax_eager.launcher(state_type, options)
 
 
 def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:

@@ -21,9 +21,7 @@ _EDGES = "cu_seqlens"
 _PARAMETERS = ("A", "D", "dt_bias", "rand_seed")
 
 
-def _batch(operands: Any, axes: Any, *, problem: Problem, donated: bool, **_: Any) -> tuple[list[Any], list[int]]:
-    if donated:
-        raise UnsupportedError("a call that gives its state up cannot be mapped")
+def _batch(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[list[Any], list[int]]:
     given, mapped = (dict(zip(problem.names, values, strict=True)) for values in (operands, axes))
     size = next(given[name].shape[axis] for name, axis in mapped.items() if axis is not None)
     shared = [name for name in _PARAMETERS if name in given]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ssu_bridge.arrays import QuantizedState
 from ssu_bridge.errors import NotInPlaceError
@@ -19,17 +18,18 @@ from ssu_bridge.problem import ARGUMENTS, STATE, Options
 
 # On a state that came out of a step.
 _MARK = "_ssu_bridge_step"
-_READ, _WRITE = (list(ARGUMENTS).index(name) for name in ("state_batch_indices", "dst_state_batch_indices"))
+# How many arrays a call has that neither quantises nor has several tokens.
+_USUAL = list(ARGUMENTS).index("dst_state_batch_indices") + 1
 
 
-def launcher(options: Options) -> Launch:
+def launcher(state_type: type, options: Options) -> Launch:
     """Return the jitted step: it checks its arguments once for each set of shapes and dtypes, when it is traced.
 
-    What runs in each call besides is kept to the least: whether the new state has the memory of the old one. For a
-    foreign state the addresses tell. A state that came out of a step is marked: XLA allocated its memory, and then an
-    old handle that is deleted says the same in a quarter of the time.
+    What runs in each call besides is kept to the least: whether all arrays are of the state's type, and whether the new
+    state has the memory of the old one. For a foreign state the addresses tell. A state that came out of a step is
+    marked: XLA allocated its memory, and then an old handle that is deleted says the same in a quarter of the time.
     """
-    read, write, host_array, usual = _READ, _WRITE, np.ndarray, _WRITE + 1
+    usual, are_concrete = _USUAL, frozenset((state_type, type(None))).issuperset
     donated = _donated(options)
     donates_state = 0 in donated
     compiled, output_last = _compiled(options, donated), _compiled_output_last(options, donated)
@@ -38,20 +38,18 @@ def launcher(options: Options) -> Launch:
         if out is not None:
             require_one_framework(arrays)
             refuse_out(out)
-        run = compiled
-        if len(arrays) > usual or type(arrays[read]) is host_array or type(arrays[write]) is host_array:
+        if not are_concrete(map(type, arrays)):
+            if _traced(arrays):
+                return trace_call(options, arrays, out)
             arrays = narrowed(arrays, options.pad_slot_id)
             if jax.Ref in map(type, arrays):
                 return _launch_on_references(options, donated, arrays)
-            run = output_last
+        run = compiled if len(arrays) <= usual else output_last
         state = arrays[0]
         try:
             before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
             results = run(*arrays)
         except Exception as error:
-            if any(isinstance(array, jax.core.Tracer) for array in arrays):
-                # Under vmap a concrete state stays the caller's: the calls that are mapped all read it.
-                return trace_call(options, arrays, out)
             explain_failure(arrays)
             before, results = address(state), _retry(run, arrays, donated, error)
         if not donates_state:
@@ -68,9 +66,14 @@ def launcher(options: Options) -> Launch:
     return launch
 
 
+def _traced(arrays: Arrays) -> bool:
+    """Say whether a transform maps, differentiates or traces some of the arrays: then the state stays the caller's."""
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled(options: Options, donated: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
-    return jax.jit(functools.partial(trace, options, bool(donated)), donate_argnums=donated)
+    return jax.jit(functools.partial(trace, options), donate_argnums=donated)
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,7 +86,7 @@ def _compiled_output_last(options: Options, donated: tuple[int, ...]) -> Callabl
 
     @functools.partial(jax.jit, donate_argnums=donated)
     def step(*arrays: Any) -> tuple[Any, ...]:
-        out, *written = trace(options, bool(donated), *arrays)
+        out, *written = trace(options, *arrays)
         return (*written, out)
 
     def run(*arrays: Any) -> tuple[Any, ...]:
@@ -100,6 +103,8 @@ def launcher_on_references(options: Options) -> Launch:
     def launch(arrays: Arrays, out: Any) -> tuple[Any, ...]:
         require_one_framework(arrays)
         refuse_out(out)
+        if _traced(arrays):
+            return trace_call(options, arrays, out)
         return _launch_on_references(options, donated, narrowed(arrays, options.pad_slot_id))
 
     return launch

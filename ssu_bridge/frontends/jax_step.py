@@ -17,17 +17,17 @@ from ssu_bridge.problem import Problem
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does. ``shards`` is the step that
 # XLA can partition, where the process has several devices: JAX looks for it in here, and then says which mesh they
-# form. ``donated`` says that the program around it gives up the caller's state.
+# form.
 step = Primitive("ssu_bridge_update")
 step.multiple_results = True
 
 
-def bind(arrays: dict[str, Any], problem: Problem, donated: bool = False) -> list[Any]:
+def bind(arrays: dict[str, Any], problem: Problem) -> list[Any]:
     """Put the step into the program that is being traced, or run it; return its results."""
     kinds = tuple((array.shape, array.dtype) for array in arrays.values())
     shards = partitioned_jaxpr(problem, kinds) if several_devices() else None
     operands = _vary_alike(arrays.values())
-    results: list[Any] = step.bind(*operands, problem=problem, shards=shards, donated=donated)  # type: ignore[no-untyped-call]
+    results: list[Any] = step.bind(*operands, problem=problem, shards=shards)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -54,7 +54,7 @@ def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]
 
 
 @step.def_impl  # type: ignore[untyped-decorator]
-def _run_at_once(*operands: Any, problem: Problem, shards: Any, donated: bool) -> Any:
+def _run_at_once(*operands: Any, problem: Problem, shards: Any) -> Any:
     """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
     with jax.disable_jit(False):
         return _jitted(problem, shards)(*operands)
@@ -62,7 +62,7 @@ def _run_at_once(*operands: Any, problem: Problem, shards: Any, donated: bool) -
 
 @functools.lru_cache(maxsize=256)
 def _jitted(problem: Problem, shards: Any) -> Callable[..., Any]:
-    return jax.jit(functools.partial(step.bind, problem=problem, shards=shards, donated=False))
+    return jax.jit(functools.partial(step.bind, problem=problem, shards=shards))
 
 
 def _lower(ctx: Any, *operands: Any, problem: Problem, shards: Any, platform: str | None = None, **_: Any) -> Any:

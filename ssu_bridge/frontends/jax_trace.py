@@ -20,17 +20,16 @@ def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     """Return what ``update`` does, for arrays of which some are traced."""
     require_one_framework(arrays)
     refuse_out(out)
-    return with_given(arrays, trace(options, False, *narrowed(arrays, options.pad_slot_id)))
+    return with_given(arrays, trace(options, *narrowed(arrays, options.pad_slot_id)))
 
 
-def trace(options: Options, donated: bool, *positional: Any) -> tuple[Any, ...]:
+def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
     """Return what ``update`` does, but None for what the program does not return: :func:`with_given` puts it there.
 
     That is a state that is only read, which the program would have to copy, and a ``jax.Ref``, which is written here.
 
     Args:
         options: of the call.
-        donated: the state is given up to the program that is being traced.
         *positional: the arrays.
     """
     given = named(positional)
@@ -41,7 +40,7 @@ def trace(options: Options, donated: bool, *positional: Any) -> tuple[Any, ...]:
     choices = [consider_problem(problem.on(*platform)) for platform in platforms().items()]
     if all(choice.backend is None for choice in choices):
         raise choices[0].error()
-    run = functools.partial(_run, options, donated)
+    run = functools.partial(_run, options)
     mesh = explicit_mesh(arrays.values())
     results = run(arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, run)
     after = dict(zip(problem.results, results, strict=True))
@@ -53,7 +52,7 @@ def trace(options: Options, donated: bool, *positional: Any) -> tuple[Any, ...]:
     return returned({**{name: kept.get(name, array) for name, array in arrays.items()}, **after})
 
 
-def _run(options: Options, donated: bool, arrays: dict[str, Any]) -> tuple[Any, ...]:
+def _run(options: Options, arrays: dict[str, Any]) -> tuple[Any, ...]:
     problem = described(options, arrays)
     if options.config.backend is Backend.XLA:
         # Traced in place rather than behind the primitive, it can be differentiated.
@@ -63,7 +62,7 @@ def _run(options: Options, donated: bool, arrays: dict[str, Any]) -> tuple[Any, 
     if "rand_seed" in arrays:
         own = varying(jax.typeof(arrays["state"])) - varying(jax.typeof(arrays["rand_seed"]))
         arrays = {**arrays, "rand_seed": shard_seed(arrays["rand_seed"], own)}
-    return tuple(bind(arrays, problem, donated))
+    return tuple(bind(arrays, problem))
 
 
 def with_given(arrays: Arrays, results: tuple[Any, ...]) -> tuple[Any, ...]:
