@@ -127,6 +127,14 @@ def test_one_mapped(name, transform, backend):
     assert_loop(CASE, [as_jax(arrays) for arrays in drawn(CASE)], {name: 0}, transform, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ANY_TABLE)
+@pytest.mark.parametrize("name", ("state", "state_scale"))
+@pytest.mark.parametrize("kept", (False, True))
+def test_one_array_of_a_quantised_state_mapped(kept, name, backend):
+    case = Case("quantised", headdim=64, dstate=64, dtypes={"state": "int8"}, disable_state_update=kept)
+    assert_loop(case, [as_jax(arrays) for arrays in drawn(case)], {name: 0}, backend=backend)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_there_is_no_loop(backend):
     calls = [as_jax(arrays) for arrays in drawn(CASE)]

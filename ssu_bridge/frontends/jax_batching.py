@@ -25,8 +25,8 @@ def _batch(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[lis
     given, mapped = (dict(zip(problem.names, values, strict=True)) for values in (operands, axes))
     size = next(given[name].shape[axis] for name, axis in mapped.items() if axis is not None)
     shared = [name for name in _PARAMETERS if name in given]
-    if problem.options.disable_state_update:
-        shared += [name for name in STATE if mapped.get(name) is None and name in given]
+    if problem.options.disable_state_update and all(mapped.get(name) is None for name in STATE):
+        shared += [name for name in STATE if name in given]
     for name in shared:
         if mapped[name] is not None:
             raise UnsupportedError(
