@@ -164,6 +164,24 @@ def test_mapped_references(arrays, backend):
         assert_same((outs[j], ref[j]), ssu_bridge.update(one, **rest, **flags, donate=False), backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("axis", (1, -1))
+def test_references_that_are_mapped_at_another_axis(arrays, axis, backend):
+    state, rest = as_jax(arrays)
+    flags = {**CASE.flags, "backend": backend}
+    both = jnp.stack([state, 2 * state], axis)
+    ref = jax.new_ref(both)
+    before = ref.unsafe_buffer_pointer()
+    mapped = jax.vmap(lambda ref: ssu_bridge.update(ref, **rest, **flags)[0], in_axes=axis)
+    outs = jax.jit(lambda ref: jax.lax.scan(lambda _, __: (None, mapped(ref)), None, None, length=3)[1])(ref)
+    assert ref.unsafe_buffer_pointer() == before
+    for j in range(2):
+        one = jnp.take(both, j, axis)
+        for _ in range(3):
+            out, one = ssu_bridge.update(one, **rest, **flags)
+        assert_same((outs[-1][j], jnp.take(ref[...], j, axis)), (out, one), backend)
+
+
 # --- Control flow and compilation ---
 
 

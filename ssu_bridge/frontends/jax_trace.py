@@ -46,7 +46,8 @@ def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
     after = dict(zip(problem.results, results, strict=True))
     for name, result in after.items():
         if isinstance(given.get(name), jax.Ref):
-            given[name][...] = result
+            # Not [...]: under vmap JAX puts the mapped axis of a value where the reference has it for an index only.
+            given[name][:] = result
             after[name] = None
     kept = dict.fromkeys(STATE) if options.disable_state_update else {}
     return returned({**{name: kept.get(name, array) for name, array in arrays.items()}, **after})
