@@ -288,6 +288,23 @@ def test_jitted_once_and_called_from_several_threads(backend):
         assert_same(results[number], steps(CASE.arrays(seed=number), 50, backend), backend)
 
 
+def summed_gradient(f):
+    return jax.grad(lambda value: f(value)[0].sum())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("deleted", "traced"), (("state", "x"), ("x", "state")))
+@pytest.mark.parametrize(
+    "transform", (jax.jit, jax.checkpoint, lambda f: lambda v: jax.vmap(f)(v[None]), summed_gradient)
+)
+def test_a_deleted_array_beside_traced_ones(transform, deleted, traced, backend):
+    given = to_mode(CASE.arrays(seed=11), "jax")
+    given[deleted].delete()
+    run = transform(lambda value: ssu_bridge.update(**{**given, traced: value}, **CASE.flags, backend=backend))
+    with pytest.raises(ValueError, match=f"{deleted}: expected a live array, got one that was deleted"):
+        run(given[traced])
+
+
 # --- Gradients ---
 
 SMOOTH = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")

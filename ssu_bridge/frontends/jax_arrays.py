@@ -105,9 +105,20 @@ def refuse_out(out: Any) -> None:
         raise TypeError("out: expected None with JAX arrays, whose results are always new arrays; got an array")
 
 
+def require_live(arrays: Arrays) -> None:
+    """Raise the error for an array that was deleted."""
+    for name, array in named(arrays).items():
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+            raise ValueError(
+                f"{name}: expected a live array, got one that was deleted (donated to an earlier call); go on with the "
+                "state that update returned"
+            )
+
+
 def explain_failure(arrays: Arrays) -> None:
     """Raise the error that names the argument, if an argument is why a call failed."""
     require_one_framework(arrays)
+    require_live(arrays)
     given = named(arrays)
     committed = {}
     for name, array in given.items():
@@ -115,11 +126,6 @@ def explain_failure(arrays: Arrays) -> None:
             raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             continue
-        if array.is_deleted():
-            raise ValueError(
-                f"{name}: expected a live array, got one that was deleted (donated to an earlier call); go on with the "
-                "state that update returned"
-            )
         for written in given:
             if written != name and written in WRITTEN and array is given[written]:
                 what = "the state" if written == "state" else written

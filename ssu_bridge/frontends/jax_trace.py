@@ -10,7 +10,7 @@ from ssu_bridge.backends.base import TracedKernel
 from ssu_bridge.choose import consider_problem, load
 from ssu_bridge.config import Backend
 from ssu_bridge.frontends import Arrays, named, require_one_framework, returned
-from ssu_bridge.frontends.jax_arrays import described, narrowed, platforms, refuse_out, words
+from ssu_bridge.frontends.jax_arrays import described, narrowed, platforms, refuse_out, require_live, words
 from ssu_bridge.frontends.jax_sharding import explicit_mesh, on_explicit_shards, shard_seed
 from ssu_bridge.frontends.jax_step import bind, varying
 from ssu_bridge.problem import STATE, Options
@@ -19,6 +19,7 @@ from ssu_bridge.problem import STATE, Options
 def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     """Return what ``update`` does, for arrays of which some are traced."""
     require_one_framework(arrays)
+    require_live(arrays)
     refuse_out(out)
     return with_given(arrays, trace(options, *narrowed(arrays, options.pad_slot_id)))
 
