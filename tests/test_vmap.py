@@ -246,6 +246,31 @@ def test_a_mapped_parameter_is_refused(name, backend):
         np.testing.assert_array_equal(bits(state), bits(expected))
 
 
+@pytest.mark.parametrize("backend", ("xla", *KERNELS))
+def test_a_choice_by_a_mapped_predicate(backend):
+    """JAX computes both branches for each call, and maps the parameters that they close over."""
+    arrays = as_jax(CASE.arrays(0))
+    flags = {**CASE.flags, "backend": backend, "donate": False}
+
+    def chosen(x):
+        return jax.lax.cond(
+            x[0, 0, 0] > 0, lambda x: call(flags, {**arrays, "x": x}), lambda x: (x, arrays["state"]), x
+        )
+
+    xs = jnp.stack([arrays["x"], -arrays["x"]])
+    if backend == "xla":
+        results = jax.vmap(chosen)(xs)
+    else:
+        with pytest.raises(
+            ssu_bridge.UnsupportedError, match=r"A: jax\.vmap cannot map it, .*cond on a mapped predicate"
+        ):
+            jax.vmap(chosen)(xs)
+        results = jax.lax.map(chosen, xs)
+    for j, x in enumerate(xs):
+        for got, expected in zip(results, chosen(x), strict=True):
+            assert_close(np.array(got[j]), np.array(expected), exact=backend in EXACT)
+
+
 @pytest.mark.parametrize("name", ("A", "D", "dt_bias"))
 def test_the_xla_backend_maps_parameters_too(name):
     calls = [as_jax(arrays) for arrays in drawn(CASE)]

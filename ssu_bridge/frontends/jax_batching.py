@@ -30,7 +30,8 @@ def _batch(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[lis
     for name in shared:
         if mapped[name] is not None:
             raise UnsupportedError(
-                f"{name}: jax.vmap cannot map it, because a step has one {name} for all its sequences; use jax.lax.map"
+                f"{name}: jax.vmap cannot map it, because a step has one {name} for all its sequences; use jax.lax.map "
+                "(a jax.lax.cond on a mapped predicate has all that it uses mapped)"
             )
     arrays = {n: a if n in shared else _lead(a, mapped[n], size) for n, a in given.items()}
     folded = _fold(problem, size, arrays, shared)
