@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from modes import GPU_BACKENDS, bits, skip_if_refused, to_mode
+from sharded import run
 
 import ssu_bridge
 from ssu_bridge.cases import Case
@@ -305,6 +306,61 @@ def test_a_deleted_array_beside_traced_ones(transform, deleted, traced, backend)
         run(given[traced])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("doubled", (False, True))
+def test_a_choice_of_two_steps(arrays, doubled, backend):
+    state, rest = as_jax(arrays)
+    before = state.unsafe_buffer_pointer()
+
+    def step(times):
+        def run(state, rest):
+            return ssu_bridge.update(state, **{**rest, "x": times * rest["x"]}, **CASE.flags, backend=backend)
+
+        return run
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, rest, doubled):
+        return jax.lax.cond(doubled, step(2), step(1), state, rest)
+
+    got = run(state, rest, doubled)
+    assert got[1].unsafe_buffer_pointer() == before
+    assert_same(got, steps({**arrays, "x": (1 + doubled) * arrays["x"]}, 1, backend), backend)
+
+
+COLD = """
+import threading
+from ssu_bridge.cases import Case
+
+case, results = Case("cold"), {}
+started = threading.Barrier(8)
+
+def step(number, transform):
+    arrays = {name: jnp.array(array) for name, array in case.arrays(number).items()}
+    started.wait()
+    for _ in range(3):
+        out, arrays["state"] = transform(lambda arrays: ssu_bridge.update(**arrays, **case.flags))(arrays)
+    results[number] = np.array(out), np.array(arrays["state"])
+
+transforms = {"eager": [lambda f: f], "jitted": [jax.jit], "both": [lambda f: f, jax.jit]}[sys.argv[1]]
+threads = [threading.Thread(target=step, args=(number, transforms[number % len(transforms)])) for number in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for number in range(8):
+    arrays = case.arrays(number)
+    for _ in range(3):
+        out, arrays["state"] = ssu_bridge.update(**arrays, **case.flags)
+    np.testing.assert_array_equal(results[number][0], out)
+    np.testing.assert_array_equal(results[number][1], arrays["state"])
+"""
+
+
+@pytest.mark.parametrize("how", ("eager", "jitted", "both"))
+def test_the_first_calls_of_a_process_in_many_threads_at_once(how):
+    run(COLD, how, devices=1)
+
+
 # --- Gradients ---
 
 SMOOTH = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")
@@ -338,6 +394,54 @@ def test_a_gradient_beside_a_step_needs_none_of_the_step(arrays, transform, back
     loss, x = summed(arrays, backend)
     slope = jax.grad(transform(lambda x: (x * loss(jax.lax.stop_gradient(x))).sum()))(x)
     np.testing.assert_array_equal(slope, jnp.full_like(x, loss(x)))
+
+
+@pytest.mark.parametrize("policy", ("nothing_saveable", "everything_saveable", "dots_saveable"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpoint_with_a_policy(arrays, policy, backend):
+    """The step is under the checkpoint, and what it gives is part of what is differentiated."""
+    loss, x = summed(arrays, backend)
+    policy = getattr(jax.checkpoint_policies, policy)
+
+    def product(x):
+        return (x * (loss(x) if backend == "xla" else loss(jax.lax.stop_gradient(x)))).sum()
+
+    got = jax.jit(jax.grad(jax.checkpoint(product, policy=policy)))(x)
+    np.testing.assert_allclose(got, jax.grad(product)(x), rtol=1e-5, atol=1e-5)
+
+
+def with_vjp(function, derivative):
+    """Give a function the gradient of another."""
+    custom = jax.custom_vjp(function)
+    custom.defvjp(lambda x: (custom(x), x), lambda x, slope: jax.vjp(derivative, x)[1](slope))
+    return custom
+
+
+def with_jvp(function, derivative):
+    custom = jax.custom_jvp(function)
+    custom.defjvp(lambda values, slopes: (custom(*values), jax.jvp(derivative, values, slopes)[1]))
+    return custom
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("custom", (with_vjp, with_jvp))
+@pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.checkpoint))
+def test_a_gradient_of_ones_own(arrays, transform, custom, backend):
+    state, rest = as_jax(arrays)
+    given = {"state": state, **rest}
+
+    def step(x, backend):
+        return ssu_bridge.update(**{**given, "x": x}, **CASE.flags, backend=backend, donate=False)[0]
+
+    derivative = functools.partial(step, backend="xla")
+    function = transform(custom(functools.partial(step, backend=backend), derivative))
+    x = rest["x"]
+    expected = jax.grad(lambda x: derivative(x).sum())(x)
+    for _ in range(2):
+        np.testing.assert_allclose(jax.grad(lambda x: function(x).sum())(x), expected, rtol=1e-5, atol=1e-5)
+    both = jax.vmap(jax.grad(lambda x: function(x).sum()))(jnp.stack([x, -x]))
+    np.testing.assert_allclose(both[0], expected, rtol=1e-5, atol=1e-5)
+    assert not any(array.is_deleted() for array in given.values())
 
 
 def forward(loss):

@@ -52,14 +52,14 @@ def stacked(calls, mapped):
     return {n: jnp.stack([c[n] for c in calls], mapped[n]) if n in mapped else a for n, a in calls[0].items()}
 
 
-def assert_loop(case, calls, mapped, transform=lambda f: f, **flags):
+def assert_loop(case, calls, mapped, transform=lambda f: f, vmap=jax.vmap, **flags):
     """Assert that a mapped step gives what a loop over the calls does: the same bits, where a kernel promises them."""
     flags = {**case.flags, **flags}
     together = stacked(calls, mapped)
     axes = {name: mapped.get(name) for name in together}
     alone = [{n: c[n] if n in mapped else calls[0][n] for n in c} for c in calls]
     backend = explain(**paired(alone[0]), **flags).backend
-    run = transform(jax.vmap(functools.partial(call, flags), in_axes=(axes,)))
+    run = transform(vmap(functools.partial(call, flags), in_axes=(axes,)))
     if backend is None:
         with pytest.raises(ssu_bridge.UnsupportedError):
             run(together)
@@ -145,6 +145,16 @@ def test_there_is_no_loop(backend):
     text = jax.jit(run).lower(together).as_text()
     assert text.count("stablehlo.custom_call @") == text.count(f'"ssu_bridge.{backend}(') == 1
     assert "stablehlo.while" not in text
+
+
+@pytest.mark.parametrize("backend", ("xla", *KERNELS))
+@pytest.mark.parametrize("name", ("state", "x"))
+def test_with_a_name_for_the_mapped_axis(name, backend):
+    """It is for sharding constraints inside of the function, of which a step has none."""
+    transform = functools.partial(jax.vmap, spmd_axis_name="calls")
+    with jax.set_mesh(jax.make_mesh((1,), ("calls",), devices=jax.devices()[:1])):
+        calls = [as_jax(arrays) for arrays in drawn(CASE)]
+        assert_loop(CASE, calls, {name: 0}, jax.jit, transform, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ("xla", *KERNELS))
