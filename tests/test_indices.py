@@ -11,8 +11,9 @@ from modes import GPU_PAIRS, PAIRS, bits, convert, int64_as_it_is, skip_if_refus
 import ssu_bridge
 from ssu_bridge import tables
 from ssu_bridge.arrays import SCALES, paired
+from ssu_bridge.backends import reference
 from ssu_bridge.cases import Case, arguments
-from ssu_bridge.check import results_by_name
+from ssu_bridge.check import compare, results_by_name
 from ssu_bridge.update import explain
 
 SLOTS, ENTRIES, STEPS, ROWS = 6, 6, 2, 7
@@ -135,6 +136,43 @@ def run_guarded(case, arrays, mode, backend):
         edges = np.concatenate([whole[:GUARD], whole[-GUARD:]])
         assert (edges == edges[0]).all()
     return to_host(results, mode)
+
+
+# --- Packed sequences that share rows ---
+
+SHARING = {
+    "two": {"cu_seqlens": (0, 5, 2, 7)},
+    "to the ends of int32": {"cu_seqlens": (4, 3, 7, -(2**31), 2**31 - 1)},
+    "each all rows": {"cu_seqlens": (0, 7, 0, 7, 0, 7)},
+    "three of five, and a row of none": {"cu_seqlens": (5, 6, 2, 4, 1, 5)},
+    "a step ahead": {"cu_seqlens": (3, 6, 0, 4), "indices": (-1, 3, 5)},
+    "no indices": {"cu_seqlens": (0, 5, 2, 7), "indices": None},
+    "destinations": {"cu_seqlens": (0, 5, 2, 7), "destinations": (4, -1, 1)},
+    "a table": {"cu_seqlens": (0, 5, 1, 4), "destinations": ((0, 1, 0), (2, 2, 2), (3, -1, 5))},
+    "intermediates": {"cu_seqlens": (0, 5, 2, 7), "steps": 4, "entries": (5, 1, 0)},
+    "intermediates alone": {"cu_seqlens": (2, 5, 2, 7), "steps": 7, "disable_state_update": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
+)
+@pytest.mark.parametrize("what", SHARING)
+def test_each_of_the_sequences_that_share_rows(what, mode, backend):
+    """It has its own states; of the output, the rows that it has to itself."""
+    sequences = len(SHARING[what]["cu_seqlens"]) - 1
+    fields = {"indices": (4, 0, 2, 5, 1)[:sequences], **SHARING[what]}
+    case = Case("sharing", sequences=sequences, slots=SLOTS, tokens=ROWS, headdim=4, dstate=8, **fields)
+    arrays = case.arrays(seed=3)
+    problem = explain(**to_mode(arrays, mode), **case.flags, backend=backend).choices[0].problem
+    plan, owners = tables.routes(problem, arrays), np.zeros(ROWS, int)
+    for begin, length in zip(plan.starts, plan.lengths, strict=True):
+        owners[begin : begin + length] += 1
+    assert owners.max() > 1
+    after = run_plainly(case, arrays, mode, backend)
+    exact = reference.compute(problem, arrays)._replace(rows=owners == 1)
+    report = compare(exact, arrays, after)
+    assert all(row.passed for row in report), report
 
 
 # --- check_indices ---
