@@ -207,6 +207,9 @@ WRONG = {
     "longer than the table": (packed(dst_state_batch_indices=WIDE), "dst_state_batch_indices: expected a place for each token of a sequence, 3 of sequence 0, got 2"),
     "longer than the steps": (packed(intermediate_states=np.zeros((6, 2, 4, 4, 8), "float32")), "intermediate_states: expected a place for each token"),
     "an entry beyond": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 3, 1)), r"intermediate_state_indices: expected 0\.\.2 at \[1\], got 3"),
+    "no entry for a slot": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32")), "intermediate_states: expected an entry for each slot that a sequence reads, got 3 entries and slot 4 read by sequence 0"),
+    "no entry for a sequence": ({n: a for n, a in call(intermediate_states=np.zeros((2, 2, 4, 4, 8), "float32")).items() if n != "state_batch_indices"}, "got 2 entries and slot 2 read by sequence 2"),
+    "a slot that another reads, which is not empty": (packed(cu_seqlens=array(0, 3, 5, ROWS), state_batch_indices=array(4, 4, 2), dst_state_batch_indices=array(4, 1, 2)), "got 4 read by sequence 1 and written by sequence 0"),
     "an entry twice": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 1, 1)), "intermediate_states: expected an entry to be written by one sequence"),
 }  # fmt: skip
 RIGHT = {
@@ -216,6 +219,12 @@ RIGHT = {
     "one slot for several tokens": call(dst_state_batch_indices=array([4, 4], [1, 1], [2, 3])),
     "tables": call(state_batch_indices=WIDE, dst_state_batch_indices=WIDE, num_accepted_tokens=array(0, 2, 1)),
     "packed": packed(),
+    "a slot of another named by an empty sequence": packed(state_batch_indices=array(4, 4, 2)),
+    "no entries for pads and empty sequences": packed(
+        cu_seqlens=array(0, 0, 2, ROWS),
+        state_batch_indices=array(4, -1, 2),
+        intermediate_states=np.zeros((3, 5, 4, 4, 8), "float32"),
+    ),
     "no indices": {n: a for n, a in call().items() if n != "state_batch_indices"},
 }
 
