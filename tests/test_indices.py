@@ -229,22 +229,29 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+# It is told from the tables alone, so that one backend will do; on a GPU they lie there.
+CHECKED = [
+    *((mode, "reference") for mode in ("numpy", "torch", "jax")),
+    *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS if pair[0] in ("torch.cuda", "jax")),
+]
+
+
+@pytest.mark.parametrize(("mode", "backend"), CHECKED)
 @pytest.mark.parametrize("what", WRONG)
-def test_what_check_indices_finds(what, mode):
+def test_what_check_indices_finds(what, mode, backend):
     arrays, message = WRONG[what]
     given = convert(arrays, mode)
     with pytest.raises(ValueError, match=message):
-        ssu_bridge.update(**given, check_indices=True, backend="reference")
+        ssu_bridge.update(**given, check_indices=True, backend=backend)
     for name, after in to_host(paired(given), mode).items():
         np.testing.assert_array_equal(bits(after), bits(arrays[name]))
 
 
-@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize(("mode", "backend"), CHECKED)
 @pytest.mark.parametrize("what", RIGHT)
-def test_what_check_indices_lets_through(what, mode):
-    expected = to_host(results_by_name(ssu_bridge.update(**convert(RIGHT[what], mode), backend="reference")), mode)
-    results = ssu_bridge.update(**convert(RIGHT[what], mode), check_indices=True, backend="reference")
+def test_what_check_indices_lets_through(what, mode, backend):
+    expected = to_host(results_by_name(ssu_bridge.update(**convert(RIGHT[what], mode), backend=backend)), mode)
+    results = ssu_bridge.update(**convert(RIGHT[what], mode), check_indices=True, backend=backend)
     for name, after in to_host(results_by_name(results), mode).items():
         np.testing.assert_array_equal(bits(after), bits(expected[name]))
 
