@@ -107,10 +107,15 @@ refused("axis_names", lambda: jax.jit(part)(put(case.arrays(seed=4), mesh, {})))
     "axes of one device, and axes of both kinds": """
 case = Case("indices", sequences=4, slots=8, nheads=4, headdim=8, dstate=16, indices=(4, 0, 2, 7))
 both = {"state": P("d", "h"), "x": P("d", "h")}
+drafts = Case("drafts", nheads=8, headdim=8, dstate=16, tokens=2, steps=2)
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, d=1, h=4)
     with jax.set_mesh(mesh):
         check(case, mesh, both, eager=True)
+        # Such an axis shards nothing, wherever it is named.
+        check(case, mesh, {"state": P(None, "h", None, "d"), "x": P(None, "h", "d")}, eager=True)
+        check(drafts, mesh, {"state": P(None, "h"), "intermediate_states": P("d", None, "h")}, eager=True)
+        check(drafts, mesh, {"state": P("d", "h"), "intermediate_states": P(None, None, "h")}, eager=True)
 mesh = jax.make_mesh((2, 4), ("d", "h"), axis_types=(AxisType.Auto, AxisType.Explicit))
 with jax.set_mesh(mesh):
     check(case, mesh, {"state": P(None, "h"), "x": P(None, "h")}, eager=True)

@@ -146,18 +146,24 @@ def explicit_mesh(arrays: Iterable[Any]) -> Any:
 def on_explicit_shards(problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any]) -> tuple[Any, ...]:
     """Run a step shard by shard; ``run`` takes a shard's arrays by name and returns its results."""
     names = tuple(arrays)
-    given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
-    layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape)
+    types = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
+    layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, types, mesh.shape)
     specs = {name: spec_of(place) for name, place in layout.places.items()}
 
     def on_shard(*shards: Any) -> Any:
         return tuple(run(_localised(problem, layout, dict(zip(names, shards, strict=True)))))
 
-    moved = [
-        jax.sharding.reshard(a, NamedSharding(mesh, specs[n])) if given[n] != layout.places[n] else a  # type: ignore[no-untyped-call]
-        for n, a in arrays.items()
-    ]
-    shard = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=tuple(specs[n] for n in names), out_specs=tuple(specs[n] for n in problem.results)
-    )
-    return tuple(shard(*moved))
+    in_specs, out_specs = (tuple(specs[name] for name in of) for of in (names, problem.results))
+    shard = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    results = shard(*(_put(array, mesh, specs[name]) for name, array in arrays.items()))
+    # A result is of its argument's type, which may name mesh axes of one device.
+    like = ["x" if name == "out" else name for name in problem.results]
+    kept = (spec_of(types[n] if layout.given[n] == layout.places[n] else layout.places[n]) for n in like)
+    return tuple(_put(result, mesh, spec) for result, spec in zip(results, kept, strict=True))
+
+
+def _put(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """Reshard an array, if its type has it elsewhere."""
+    if jax.typeof(array).sharding.spec == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]
