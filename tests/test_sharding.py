@@ -162,7 +162,33 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     with jax.set_mesh(mesh):
         mapped(indexed, mesh, P(None, None, "h"))
         mapped(own, mesh, P("h"))
-        refused("slots are sharded over 'h'", lambda: mapped(indexed, mesh, P("h")), jax.errors.JaxRuntimeError)
+    mesh = mesh_of(kind, v=2, h=4)
+    with jax.set_mesh(mesh):
+        mapped(own, mesh, P("v", None, "h"))
+        if kind is AxisType.Auto:
+            refused("slots are sharded over 'v'", lambda: mapped(indexed, mesh, P("v")), jax.errors.JaxRuntimeError)
+            continue
+        # Where the types say what is sharded, each device has calls of its own.
+        for spec in (P("v", "h"), P(None, "v", "h")):
+            mapped(own, mesh, spec)
+        for spec in (P("v"), P("v", None, "h")):
+            mapped(indexed, mesh, spec)
+""",
+    "mapped twice around a scan": """
+case, mesh = Case("indices", nheads=8, headdim=8, dstate=16), mesh_of(AxisType.Explicit, v=2, h=4)
+calls, shared = [drawn(case, seed) for seed in range(4)], drawn(case)
+stacked = {n: np.stack([call[n] for call in calls]) for n in ("state", "x")}
+with jax.set_mesh(mesh):
+    rest = put({**shared, **stacked}, mesh, {"state": P(None, None, "h"), "x": P("v", None, "h")})
+    states, xs = rest.pop("state"), rest.pop("x")
+    scan = lambda state, x: decode(case, 2, {"state": state}, {**rest, "x": x})
+    run = jax.jit(jax.vmap(jax.vmap(scan, in_axes=(None, 0)), in_axes=(0, None)))
+    assert not re.search(COLLECTIVE, run.lower(states, xs).compile().as_text())
+    changed, outs = jax.tree.map(np.array, run(states, xs))
+for i, j in np.ndindex(4, 4):
+    alone = {n: jnp.array(a) for n, a in {**shared, "state": calls[i]["state"], "x": calls[j]["x"]}.items()}
+    after, out = decode(case, 2, *parted(alone))
+    same({"out": outs[i, j], "state": changed["state"][i, j]}, {"out": out, **after})
 """,
 }
 
