@@ -142,7 +142,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 own = Case("own slots", sequences=4, slots=4, nheads=8, headdim=8, dstate=16, indices=None)
 indexed = Case("indices", nheads=8, headdim=8, dstate=16)
 
-def mapped(case, mesh, spec):
+def mapped(case, mesh, spec, stays=True):
     calls = [drawn(case, seed) for seed in range(4)]
     stacked = {n: np.stack([c[n] for c in calls]) if n in ("state", "x") else a for n, a in calls[0].items()}
     rest = put(stacked, mesh, {"state": spec, "x": spec})
@@ -150,9 +150,9 @@ def mapped(case, mesh, spec):
     update = lambda state, rest: ssu_bridge.update(state, **rest, **case.flags, backend="cpu")
     jitted = jax.jit(jax.vmap(update, in_axes=(0, axes)), donate_argnums=0)
     before, text = addresses(state), jitted.lower(state, rest).compile().as_text()
-    assert not re.search(COLLECTIVE, text), text
+    assert not stays or not re.search(COLLECTIVE, text), text
     out, state = jitted(state, rest)
-    assert addresses(state) == before
+    assert not stays or addresses(state) == before
     for j, call in enumerate(calls):
         expected = step(case, {**calls[0], "state": call["state"], "x": call["x"]})
         same({"out": np.array(out)[j], "state": np.array(state)[j]}, expected)
@@ -166,6 +166,9 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     with jax.set_mesh(mesh):
         mapped(own, mesh, P("v", None, "h"))
         if kind is AxisType.Auto:
+            # XLA gathers slots beside a mapped axis: right, but not where they were.
+            for spec in (P("v", "h"), P(None, "v", "h")):
+                mapped(own, mesh, spec, stays=False)
             refused("slots are sharded over 'v'", lambda: mapped(indexed, mesh, P("v")), jax.errors.JaxRuntimeError)
             continue
         # Where the types say what is sharded, each device has calls of its own.
