@@ -33,8 +33,25 @@ np.savez(path + "/results.npz", out=out, state=state)
 
 def exported_step(case, **flags):
     given = to_mode(case.arrays(seed=3), "jax")
-    step = jax.jit(functools.partial(ssu_bridge.update, **case.flags, **flags))
-    return export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
+    return exported_function(functools.partial(ssu_bridge.update, **case.flags, **flags), given)
+
+
+def exported_function(function, types):
+    return export.export(jax.jit(function), disabled_checks=ssu_bridge.export_checks())(**types)
+
+
+def called_elsewhere(path, exported, arrays, platform="cpu"):
+    """Call a program in another process, which finds no compiled kernel; return the output and the state."""
+    (path / "program").write_bytes(exported.serialize())
+    np.savez(path / "arrays.npz", **arrays)
+    run(ELSEWHERE, path, devices=1, JAX_PLATFORMS=platform, SSU_BRIDGE_CACHE_DIR=str(path / "kernels"))
+    results = np.load(path / "results.npz")
+    return results["out"], results["state"]
+
+
+def same(got, expected):
+    for array, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(bits(array), bits(np.array(other)))
 
 
 @pytest.mark.parametrize(
@@ -48,13 +65,27 @@ def exported_step(case, **flags):
 def test_a_fresh_process_runs_an_exported_program(tmp_path, platform, backend):
     case = LARGE if backend == "flashinfer" else CASE
     arrays = case.arrays(seed=3)
-    (tmp_path / "program").write_bytes(exported_step(case, backend=backend).serialize())
-    np.savez(tmp_path / "arrays.npz", **arrays)
     expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
-    run(ELSEWHERE, tmp_path, devices=1, JAX_PLATFORMS=platform)
-    results = np.load(tmp_path / "results.npz")
-    np.testing.assert_array_equal(bits(results["out"]), bits(np.array(expected[0])))
-    np.testing.assert_array_equal(bits(results["state"]), bits(np.array(expected[1])))
+    same(called_elsewhere(tmp_path, exported_step(case, backend=backend), arrays, platform), expected)
+    assert (tmp_path / "kernels").exists() == (backend == "triton")
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend"), [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
+)
+def test_a_fresh_process_runs_an_exported_vmap(tmp_path, platform, backend):
+    calls = [CASE.arrays(seed) for seed in (3, 4)]
+    stacked = {**calls[0], **{name: np.stack([call[name] for call in calls]) for name in ("state", "x")}}
+    step = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
+
+    def both(state, x, **rest):
+        return jax.vmap(lambda state, x: step(state, x, **rest))(state, x)
+
+    exported = exported_function(both, to_mode(stacked, "jax"))
+    outs, states = called_elsewhere(tmp_path, exported, stacked, platform)
+    for j, call in enumerate(calls):
+        alone = {**calls[0], "state": call["state"], "x": call["x"]}
+        same((outs[j], states[j]), step(**to_mode(alone, "jax")))
 
 
 @pytest.mark.gpu
