@@ -12,8 +12,10 @@ from modes import bits, int64_as_it_is, skip_if_refused, to_mode
 from sharded import run
 
 import ssu_bridge
+from ssu_bridge.arrays import ArrayInfo, paired, unpaired
 from ssu_bridge.cases import CASES, Case
 from ssu_bridge.frontends.jax_targets import parse, registered
+from ssu_bridge.problem import axes
 from ssu_bridge.update import explain
 
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
@@ -106,6 +108,74 @@ def test_every_kernel_is_found_by_its_name(case):
     assert targets[0] in registered()
 
 
+def open_types(arrays, opened):
+    """Return the arrays' types, with symbols for the sizes of these axes."""
+    arrays = unpaired(to_mode(arrays, "jax"))
+    symbols = axes({name: ArrayInfo(array.shape, str(array.dtype)) for name, array in arrays.items()})
+    # JAX takes none that is in no shape.
+    opened = [symbol for symbol in opened if symbol in "".join(symbols.values())]
+    room = [f"{pair[0]} >= {pair[1]}".lower() for pair in ("Sb", "WT", "VT", "KT") if {*pair} <= {*opened}]
+    sizes = dict(zip(opened, export.symbolic_shape(", ".join(opened).lower(), constraints=room), strict=True))
+    sizes |= {"Q": sizes["b"] + 1} if "b" in sizes else {}
+    return {
+        name: jax.ShapeDtypeStruct(
+            tuple(sizes.get(symbol, n) for symbol, n in zip(symbols[name], array.shape, strict=True)), array.dtype
+        )
+        for name, array in arrays.items()
+    }
+
+
+def exported_open(case, opened, **flags):
+    def step(**arrays):
+        return ssu_bridge.update(**paired(arrays), **case.flags, **flags)
+
+    return exported_function(step, open_types(case.arrays(seed=3), opened))
+
+
+OPEN = (
+    CASE,
+    Case("own slots", sequences=4, slots=4, indices=None),
+    Case("accepted", tokens=2, slots=9, indices=((4, 1), (0, 8), (2, 3)), accepted=(2, 1, 0), destinations=(1, 7, 5)),
+    Case("a destination each", tokens=2, slots=9, indices=(4, 0, 2), destinations=((1, 3), (0, -1), (5, 6))),
+    Case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+    Case("entries", tokens=2, steps=4, entries=(5, 1, 6), spare_entries=2, dtypes={"state": "int8"}),
+    Case("mamba1", nheads=0, ngroups=1, headdim=16, group_axis=False, dtypes={"state": "int8"}),
+)
+
+
+@pytest.mark.parametrize("case", OPEN, ids=lambda case: case.name)
+def test_sizes_that_are_read_in_each_call_may_be_open(case):
+    exported = exported_open(case, "bTLSEWVK", backend="cpu")
+    assert "tensor<?x" in exported.mlir_module()
+    (target,) = ssu_bridge.prepare(exported)
+    assert f'@"{target}"' in exported.mlir_module()
+    arrays = case.arrays(seed=3)
+    got = exported.call(**unpaired(to_mode(arrays, "jax")))
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend="cpu")
+    same(jax.tree.leaves(got), jax.tree.leaves(expected))
+
+
+def test_a_fresh_process_runs_a_program_with_open_sizes(tmp_path):
+    arrays = CASE.arrays(seed=3)
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags, backend="cpu")
+    same(called_elsewhere(tmp_path, exported_open(CASE, "bS", backend="cpu"), arrays), expected)
+
+
+@pytest.mark.gpu
+def test_a_tile_that_is_given_lets_sizes_be_open_on_a_gpu(tmp_path):
+    arrays = CASE.arrays(seed=3)
+    with ssu_bridge.using(backend="triton", triton_tile=(8, 1)):
+        exported = exported_open(CASE, "bS")
+        expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
+    same(called_elsewhere(tmp_path, exported, arrays, "cuda"), expected)
+
+
+def test_a_size_that_a_kernel_is_made_for_must_not_be_open():
+    exported = exported_open(CASE, "b", backend="cpu")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="^state: the program leaves headdim open.*for a number"):
+        ssu_bridge.prepare(renamed(exported, "x4x8x16xf32>", "x4x?x16xf32>"))
+
+
 def test_the_checks_are_needed_and_enough():
     given = to_mode(CASE.arrays(seed=3), "jax")
     step = jax.jit(functools.partial(ssu_bridge.update, **CASE.flags, backend="cpu"))
@@ -147,6 +217,7 @@ def test_what_is_missing_is_said():
 
 
 CACHED = """
+from ssu_bridge.arrays import ArrayInfo, paired, unpaired
 from ssu_bridge.cases import Case
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
