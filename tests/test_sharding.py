@@ -57,6 +57,17 @@ for one in (case, spare):
         assert not there["state"].is_deleted()
         refused(message, lambda: jax.jit(step, donate_argnames="state")(**there), jax.errors.JaxRuntimeError)
         assert not there["state"].is_deleted()
+# Heads that the devices do not share out evenly, which no array of its own can have.
+uneven, h = Case("uneven", nheads=6, ngroups=3, headdim=8, dstate=16), NamedSharding(mesh_of(h=4), P(None, "h"))
+uneven_step = functools.partial(ssu_bridge.update, **uneven.flags, backend="cpu")
+constrained = lambda state, rest: uneven_step(jax.lax.with_sharding_constraint(state, h), **rest)
+rest = drawn(uneven)
+message = "axis of 6 is sharded over 4 devices .'h'.; expected a number that divides it"
+refused(message, lambda: jax.jit(constrained)(rest.pop("state"), rest), jax.errors.JaxRuntimeError)
+# Where XLA does not know by which axes of a mesh.
+from ssu_bridge.frontends.jax_sharding import _known
+message = "expected arrays sharded by NamedSharding over one mesh, got SingleDeviceSharding.*jax.set_mesh"
+refused(message, lambda: _known(jax.sharding.SingleDeviceSharding(jax.devices()[1])))
 # XLA's older partitioner, if it is asked for.
 there = put(case.arrays(seed=4), mesh, {"x": P("s")})
 jax.config.update("jax_use_shardy_partitioner", False)
@@ -103,6 +114,26 @@ assert np.array_equal(out, expected[0]) and np.array_equal(state, expected[1])
 some = dict(mesh=mesh, in_specs=({n: P() for n in arrays},), out_specs=P(), axis_names={"s"})
 part = jax.shard_map(lambda arrays: step(**arrays), **some)
 refused("axis_names", lambda: jax.jit(part)(put(case.arrays(seed=4), mesh, {})))
+""",
+    "compiled ahead": """
+case = Case("ahead", nheads=8, headdim=8, dstate=16)
+expected = step(case, {n: jnp.array(a) for n, a in drawn(case).items()})
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = mesh_of(kind, h=4)
+    with jax.set_mesh(mesh):
+        there = put(drawn(case), mesh, heads())
+        types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in there.items()}
+        changed, rest = parted(types)
+        program = jax.jit(lambda changed, rest: step(case, {**changed, **rest}), donate_argnums=0)
+        compiled = program.lower(changed, rest).compile()
+        assert not re.search(COLLECTIVE, compiled.as_text())
+        changed, rest = parted(there)
+        places = {name: addresses(array) for name, array in changed.items()}
+        after = compiled(changed, rest)
+        same(after, expected)
+        assert {name: addresses(after[name]) for name in places} == places
+        elsewhere = put(drawn(case), mesh, {"state": P(None, None, "h")})
+        refused("sharding", lambda: compiled(*parted(elsewhere)), ValueError)
 """,
     "axes of one device, and axes of both kinds": """
 case = Case("indices", sequences=4, slots=8, nheads=4, headdim=8, dstate=16, indices=(4, 0, 2, 7))
