@@ -156,57 +156,34 @@ with jax.set_mesh(mesh):
 """,
     "references": """
 case = Case("references", nheads=8, headdim=8, dstate=16)
-changed, out = decode(case, 2, *parted({n: jnp.array(a) for n, a in drawn(case).items()}))
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, h=4)
     with jax.set_mesh(mesh):
-        rest = put(drawn(case), mesh, heads())
-        ref = jax.new_ref(rest.pop("state"))
-        update = functools.partial(ssu_bridge.update, **case.flags, backend="cpu")
-        assert update(ref, **rest)[1] is ref
-        jitted = jax.jit(lambda ref, rest: update(ref, **rest)[0])
-        assert not re.search(COLLECTIVE, jitted.lower(ref, rest).compile().as_text())
-        same({"out": jitted(ref, rest), "state": ref[...]}, {"out": out, **changed})
-        assert ref.sharding.spec[1] == "h"
+        check_reference(case, mesh, heads())
 """,
     "mapped": """
 own = Case("own slots", sequences=4, slots=4, nheads=8, headdim=8, dstate=16, indices=None)
 indexed = Case("indices", nheads=8, headdim=8, dstate=16)
 
-def mapped(case, mesh, spec, stays=True):
-    calls = [drawn(case, seed) for seed in range(4)]
-    stacked = {n: np.stack([c[n] for c in calls]) if n in ("state", "x") else a for n, a in calls[0].items()}
-    rest = put(stacked, mesh, {"state": spec, "x": spec})
-    state, axes = rest.pop("state"), {n: 0 if n == "x" else None for n in calls[0] if n != "state"}
-    update = lambda state, rest: ssu_bridge.update(state, **rest, **case.flags, backend="cpu")
-    jitted = jax.jit(jax.vmap(update, in_axes=(0, axes)), donate_argnums=0)
-    before, text = addresses(state), jitted.lower(state, rest).compile().as_text()
-    assert not stays or not re.search(COLLECTIVE, text), text
-    out, state = jitted(state, rest)
-    assert not stays or addresses(state) == before
-    for j, call in enumerate(calls):
-        expected = step(case, {**calls[0], "state": call["state"], "x": call["x"]})
-        same({"out": np.array(out)[j], "state": np.array(state)[j]}, expected)
-
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, h=4)
     with jax.set_mesh(mesh):
-        mapped(indexed, mesh, P(None, None, "h"))
-        mapped(own, mesh, P("h"))
+        check_mapped(indexed, mesh, P(None, None, "h"))
+        check_mapped(own, mesh, P("h"))
     mesh = mesh_of(kind, v=2, h=4)
     with jax.set_mesh(mesh):
-        mapped(own, mesh, P("v", None, "h"))
+        check_mapped(own, mesh, P("v", None, "h"))
         if kind is AxisType.Auto:
             # XLA gathers slots beside a mapped axis: right, but not where they were.
             for spec in (P("v", "h"), P(None, "v", "h")):
-                mapped(own, mesh, spec, stays=False)
-            refused("slots are sharded over 'v'", lambda: mapped(indexed, mesh, P("v")), jax.errors.JaxRuntimeError)
+                check_mapped(own, mesh, spec, stays=False)
+            refused("slots are sharded over 'v'", lambda: check_mapped(indexed, mesh, P("v")), jax.errors.JaxRuntimeError)
             continue
         # Where the types say what is sharded, each device has calls of its own.
         for spec in (P("v", "h"), P(None, "v", "h")):
-            mapped(own, mesh, spec)
+            check_mapped(own, mesh, spec)
         for spec in (P("v"), P("v", None, "h")):
-            mapped(indexed, mesh, spec)
+            check_mapped(indexed, mesh, spec)
 """,
     "mapped twice around a scan": """
 case, mesh = Case("indices", nheads=8, headdim=8, dstate=16), mesh_of(AxisType.Explicit, v=2, h=4)
