@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench lint clean
+.PHONY: demo test check bench lint memcheck clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -15,6 +15,11 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m ssu_bridge bench --device cpu
+
+# On a machine with a GPU: calls whose index tables hold anything touch no memory but their arrays'.
+memcheck: .venv/installed
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+	  $(BIN)/python -m pytest -m gpu tests/test_indices.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

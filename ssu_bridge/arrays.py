@@ -56,7 +56,8 @@ class QuantizedState(NamedTuple):
 
         Returns:
             A new state in the same framework and on the same device: values of the shape of ``state``, and a scale for
-            each row, such that its largest magnitude becomes the largest number of the dtype.
+            each row, such that its largest magnitude becomes the largest number of the dtype. JAX on a CPU takes
+            subnormal numbers for zero: a row that needs a scale below 2**-126 becomes zeros there, with the scale 1.
 
         Raises:
             TypeError: ``state`` is no array.
@@ -70,7 +71,7 @@ class QuantizedState(NamedTuple):
         return cls(cast(nearest(xp, scaled, name), name), scales)
 
     def dequantize(self) -> Any:
-        """Return ``values * scale`` in float32."""
+        """Return ``values * scale`` in float32; with JAX on a CPU zeros where the scale is below 2**-126."""
         _, cast = _namespace(self.values)
         with np.errstate(invalid="ignore"):  # an infinite scale times 0
             return cast(self.values, "float32") * self.scale[..., None]

@@ -122,9 +122,9 @@ def _scale_row(
         least = rounding.scale_rows(np, magnitudes, dtype)[1]
         most = rounding.scale_rows(np, single(np.abs(exact) + slack), dtype)[1]
         right = (least <= got) & (got <= most) | np.isnan(got) & np.isnan(wanted)
-        # Where the least scale would be subnormal it is 1, and any up to the largest, unless that is 1 too, is right.
-        subnormal = (least == 1) & (magnitudes.max(-1) < 1)
-        used[right | subnormal & ((got == 1) | (got <= most) & (most < 1))] = share
+        # Where the least scale would have no inverse it is 1; then others that have one are right up to the largest.
+        tiny = (least == 1) & (magnitudes.max(-1) < 1)
+        used[right | tiny & ((got == 1) | (got > rounding.NO_INVERSE) & (got <= most) & (most < 1))] = share
     return _row(name, places, got, wanted.astype(np.float64), used, _TOLERANCE)
 
 

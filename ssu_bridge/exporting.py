@@ -30,7 +30,7 @@ def prepare(exported: Any) -> tuple[str, ...]:
     Raises:
         TypeError: ``exported`` is something else.
         UnsupportedError: the program was exported for another platform, another GPU architecture, or by a version of
-            this package that had other kernels; the message says which.
+            this package that had other kernels, or for symbolic sizes of a head; the message says which.
         BackendNotAvailableError: what loads a kernel is not installed.
     """
     from ssu_bridge.frontends.jax_export import prepare as prepare_kernels

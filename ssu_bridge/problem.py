@@ -62,7 +62,8 @@ REQUIRED = ("state", "x", "dt", "A", "B", "C")
 STATE = ("state", "state_scale")
 # These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.
 _TIED_AXES = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
-_NAMES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
+# The names of the sizes that the symbols stand for.
+SIZES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class Problem:
 
     def axes(self, name: str, count: int) -> str:
         """Return the symbols of an array's axes, as ``ARGUMENTS`` has them, for an array of so many."""
-        return next(p for p in _patterns(name, self.form, self.heads_axis) if len(p) == count)
+        return _pattern(name, self.form, self.heads_axis, count)
 
     def on(self, platform: str, capability: tuple[int, int] | None = None) -> "Problem":
         """Return the same problem on a platform."""
@@ -238,6 +239,12 @@ def describe(
         strided=tuple(name for name, info in arrays.items() if name not in tied and not _is_dense(info)),
         options=options,
     )
+
+
+def axes(arrays: Mapping[str, ArrayInfo]) -> dict[str, str]:
+    """Return the symbols of each array's axes, whatever their sizes are."""
+    shapes = _Shapes(arrays)
+    return {name: shapes.pattern(name, len(info.shape)) for name, info in arrays.items()}
 
 
 def _unaligned(shapes: "_Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[str, ...]) -> tuple[str, ...]:
@@ -339,6 +346,11 @@ def _patterns(name: str, form: str, heads_axis: bool) -> tuple[str, ...]:
     return tuple(shapes)
 
 
+def _pattern(name: str, form: str, heads_axis: bool, count: int) -> str:
+    """Return the one of them that has so many axes."""
+    return next(pattern for pattern in _patterns(name, form, heads_axis) if len(pattern) == count)
+
+
 class _Shapes:
     """Matches the arrays' shapes against ``ARGUMENTS``, learning the sizes on the way."""
 
@@ -389,7 +401,7 @@ class _Shapes:
         size = self.sizes
         for symbol in "HPNG":
             if size[symbol] < 1:
-                raise ValueError(f"{'B' if symbol == 'G' else 'state'}: expected {_NAMES[symbol]} of at least 1, got 0")
+                raise ValueError(f"{'B' if symbol == 'G' else 'state'}: expected {SIZES[symbol]} of at least 1, got 0")
         if size["H"] % size["G"]:
             raise ValueError(f"B: expected ngroups to divide nheads = {size['H']}, got ngroups = {size['G']}")
         if not self.indexed and size["S"] < size["b"]:
@@ -450,8 +462,12 @@ class _Shapes:
 
     def _inner(self, name: str, info: ArrayInfo) -> tuple[str, int]:
         """Return the pattern of an array and how many of its last axes must be dense."""
-        pattern = next(p for p in self._patterns(name) if len(p) == len(info.shape))
+        pattern = self.pattern(name, len(info.shape))
         return pattern, len(pattern.lstrip(ARGUMENTS[name].free.replace("*", self.token_axes)))
+
+    def pattern(self, name: str, count: int) -> str:
+        """Return the symbols of an array's axes, for an array of so many."""
+        return _pattern(name, self.form, self.heads_axis, count)
 
     def _patterns(self, name: str) -> tuple[str, ...]:
         return _patterns(name, self.form, self.heads_axis)
@@ -463,5 +479,5 @@ class _Shapes:
 
     def _spell(self, pattern: str) -> str:
         """Write a shape out as sizes where they are known: (4, 64, dstate=128) says too little, (4, 64, 128) enough."""
-        sizes = [s if s.isdigit() else str(self.sizes.get(s, _NAMES.get(s, ">=1"))) for s in pattern]
+        sizes = [s if s.isdigit() else str(self.sizes.get(s, SIZES.get(s, ">=1"))) for s in pattern]
         return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"

@@ -10,18 +10,19 @@ import numpy as np
 
 # The largest number that a quantised state holds.
 LARGEST = {"int16": 32767, "int8": 127, "float8_e4m3fn": 448}
-_SMALLEST_NORMAL = 2.0**-126
+# The largest float32 number whose inverse is infinite.
+NO_INVERSE = 2.0**-128
 
 
 def scale_rows(xp: Any, states: Any, dtype: str) -> tuple[Any, Any]:
     """Return float32 states over the scale of their row, and the scales: largest magnitude over largest number.
 
-    Where that is 0 or subnormal, and its inverse might be infinite, the scale is 1 and the row becomes 0. A row with an
-    infinity or a NaN in it has a scale that is one.
+    Where the inverse of that would be infinite, as of 0, the scale is 1 and the row becomes 0. A row with an infinity
+    or a NaN in it has a scale that is one.
     """
     with np.errstate(invalid="ignore"):
         scales = xp.amax(xp.abs(states), -1) * float(np.float32(1 / LARGEST[dtype]))
-        scales = xp.where(scales < _SMALLEST_NORMAL, 1.0, scales)
+        scales = xp.where(scales <= NO_INVERSE, 1.0, scales)
         return states * (1.0 / scales)[..., None], scales
 
 

@@ -16,15 +16,15 @@ COLUMNS = tuple(backend for backend in BACKENDS if backend is not Backend.FLASHI
 _PLATFORMS = {Backend.TRITON: ("cuda", (9, 0))}
 
 
-def problem_of(case: Case, backend: Backend) -> Problem:
-    """Return the description of a case's call in JAX, on the device that a backend is for."""
+def problem_of(case: Case, backend: Backend, framework: str = "jax") -> Problem:
+    """Return the description of a case's call in a framework, on the device that a backend is for."""
     flags = {"disable_state_update": False, **case.flags, "donate": True, "check_indices": False}
     options = options_of(**flags, backend=None, algorithm=None, config=SSUConfig())
     infos = {name: ArrayInfo(array.shape, array.dtype.name) for name, array in case.arrays(seed=0).items()}
-    if "rand_seed" in infos:
+    if framework == "jax" and "rand_seed" in infos:
         infos["rand_seed"] = ArrayInfo((2,), "uint32")
     platform, capability = _PLATFORMS.get(backend, ("cpu", None))
-    return describe(infos, options, framework="jax", platform=platform, capability=capability)
+    return describe(infos, options, framework=framework, platform=platform, capability=capability)
 
 
 def supports(backend: Backend) -> Iterator[tuple[Feature, bool]]:

@@ -121,14 +121,17 @@ def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
     _require("cu_seqlens", arrays, lambda c: (c >= 0) & (c <= problem.tokens), f"0..{problem.tokens}")
     _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) >= 0, "no less than the one before")
     plan = routes(problem, arrays)
+    reads = np.where(plan.lengths > 0, plan.reads, -1)  # an empty sequence reads nothing
     if "dst_state_batch_indices" in problem.tables:
         _require_room("dst_state_batch_indices", arrays["dst_state_batch_indices"].shape[1], plan)
     if "intermediate_states" in arrays:
         entries, steps = arrays["intermediate_states"].shape[:2]
         _require("intermediate_state_indices", arrays, lambda i: (i >= 0) & (i < entries), f"0..{entries - 1}")
+        if "intermediate_state_indices" not in arrays:
+            _require_entries(entries, reads)
         _require_room("intermediate_states", steps, plan)
-    _require_apart("intermediate_states", "an entry", plan.entries, np.full(len(plan.reads), -1))
-    _require_apart("state", "a slot", plan.slots, plan.reads)
+    _require_apart("intermediate_states", "an entry", plan.entries, np.full_like(reads, -1))
+    _require_apart("state", "a slot", plan.slots, reads)
 
 
 def _require(name: str, arrays: Mapping[str, Any], right: Any, expected: str) -> None:
@@ -136,6 +139,14 @@ def _require(name: str, arrays: Mapping[str, Any], right: Any, expected: str) ->
         values = arrays[name].astype(np.int64)
         for place in np.argwhere(~right(values)):
             raise ValueError(f"{name}: expected {expected} at {place.tolist()}, got {values[tuple(place)]}")
+
+
+def _require_entries(count: int, reads: np.ndarray) -> None:
+    for sequence in np.flatnonzero(reads >= count):
+        raise ValueError(
+            f"intermediate_states: expected an entry for each slot that a sequence reads, got {count} entries and slot "
+            f"{reads[sequence]} read by sequence {sequence}"
+        )
 
 
 def _require_room(name: str, width: int, plan: Routes) -> None:

@@ -147,6 +147,38 @@ def check(case, mesh, specs, eager=False):
         same(decode_eagerly(case, put(drawn(case), mesh, specs)), expected)
 
 
+def check_mapped(case, mesh, spec, stays=True):
+    """Assert that mapped steps, their states and x sharded so, have the bits of a loop over them, and stay in place."""
+    calls = [drawn(case, seed) for seed in range(4)]
+    stacked = {n: np.stack([c[n] for c in calls]) if n in ("state", "x") else a for n, a in calls[0].items()}
+    rest = put(stacked, mesh, {"state": spec, "x": spec})
+    state, axes = rest.pop("state"), {n: 0 if n == "x" else None for n in calls[0] if n != "state"}
+
+    def mapped(state, rest):
+        return step(case, {**rest, "state": state})
+
+    jitted = jax.jit(jax.vmap(mapped, in_axes=(0, axes)), donate_argnums=0)
+    before, text = addresses(state), jitted.lower(state, rest).compile().as_text()
+    assert not stays or not re.search(COLLECTIVE, text), text
+    after = jitted(state, rest)
+    assert not stays or addresses(after["state"]) == before
+    for j, call in enumerate(calls):
+        alone = {n: jnp.array(a) for n, a in {**calls[0], "state": call["state"], "x": call["x"]}.items()}
+        same({n: np.array(a)[j] for n, a in after.items()}, step(case, alone))
+
+
+def check_reference(case, mesh, specs):
+    """Assert that two sharded steps through a reference, eager and jitted, have the bits of steps on one device."""
+    changed, out = decode(case, 2, *parted({n: jnp.array(a) for n, a in drawn(case).items()}))
+    rest = put(drawn(case), mesh, specs)
+    sharding, ref = rest["state"].sharding, jax.new_ref(rest.pop("state"))
+    assert step(case, {**rest, "state": ref})["state"] is ref
+    jitted = jax.jit(lambda ref, rest: step(case, {**rest, "state": ref})["out"])
+    assert not re.search(COLLECTIVE, jitted.lower(ref, rest).compile().as_text())
+    same({"out": jitted(ref, rest), "state": ref[...]}, {"out": out, **changed})
+    assert ref.sharding.is_equivalent_to(sharding, ref[...].ndim)
+
+
 def decode_eagerly(case, arrays, count=3):
     places = {name: addresses(array) for name, array in arrays.items() if name in WRITTEN}
     with warnings.catch_warnings():

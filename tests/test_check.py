@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from modes import bits, to_mode
 
 import ssu_bridge
@@ -186,6 +187,22 @@ def test_odd_rows_of_quantised_states_pass(dtype, seed):
     arrays["x"][0, 0, 0], arrays["x"][1, 1, 2] = np.nan, np.inf
     report = ssu_bridge.check(**paired(arrays), **case.flags, backend="reference")
     assert report.passed, report
+
+
+@pytest.mark.parametrize("dtype", rounding.LARGEST)
+def test_the_scale_of_a_tiny_row(dtype):
+    states = tiny.rows(dtype).astype(np.float64)
+    places, exact = (np.arange(len(states)),), tiny.stored_scales(dtype)
+
+    def passes(scales):
+        row = compare._scale_row("state_scale", places, scales, states, np.zeros_like(states), dtype)
+        return row.passed
+
+    assert passes(exact)
+    for number, scale in enumerate(exact):
+        # What has no inverse is no scale, and 1 is none where the row is not at the edge of having another.
+        for wrong in (0, -1, 2.0**-128, *([1] if 1.2 * 2.0**-128 < scale < 1 else [])):
+            assert not passes(np.where(np.arange(len(exact)) == number, np.float32(wrong), exact)), (scale, wrong)
 
 
 def test_check_is_not_for_tracers():

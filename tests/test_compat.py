@@ -472,6 +472,25 @@ def test_flashinfer_seed():
         flashinfer.selective_state_update(state, **a, rand_seed=seed, state_scale=torch.ones(8, H, P))
 
 
+@pytest.mark.parametrize(
+    ("changed", "like"),
+    [(n, "x") for n in ("B", "C", "z", "out")]
+    + [("D", "dt"), ("dt_bias", "dt"), ("intermediate_states_buffer", "state")]
+    + [(n, "state_batch_indices") for n in ("dst_state_batch_indices", "intermediate_state_indices")],
+)
+def test_flashinfer_asks_for_one_dtype(changed, like):
+    T = 2
+    a = {**model(2, T), "state_batch_indices": torch.tensor([3, 1])}
+    a |= {"out": torch.empty(2, T, H, P), "intermediate_states_buffer": torch.zeros(8, T, H, P, N)}
+    a |= {"intermediate_state_indices": torch.tensor([5, 0]), "dst_state_batch_indices": torch.tensor([2, 4])}
+    kept = a["state"].clone()
+    other = torch.int32 if changed.endswith("indices") else torch.bfloat16
+    name = changed.removesuffix("_buffer")
+    with pytest.raises(ValueError, match=f"{name}: expected {like}'s dtype"):
+        flashinfer.selective_state_update(**{**a, changed: a[changed].to(other)})
+    assert torch.equal(a["state"], kept)
+
+
 def test_flashinfer_names_of_kernels():
     a = model(2)
     for algorithm in ("auto", "simple", "vertical", "horizontal", "async_horizontal"):

@@ -12,8 +12,10 @@ from modes import bits, int64_as_it_is, skip_if_refused, to_mode
 from sharded import run
 
 import ssu_bridge
+from ssu_bridge.arrays import ArrayInfo, paired, unpaired
 from ssu_bridge.cases import CASES, Case
 from ssu_bridge.frontends.jax_targets import parse, registered
+from ssu_bridge.problem import axes
 from ssu_bridge.update import explain
 
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
@@ -33,8 +35,25 @@ np.savez(path + "/results.npz", out=out, state=state)
 
 def exported_step(case, **flags):
     given = to_mode(case.arrays(seed=3), "jax")
-    step = jax.jit(functools.partial(ssu_bridge.update, **case.flags, **flags))
-    return export.export(step, disabled_checks=ssu_bridge.export_checks())(**given)
+    return exported_function(functools.partial(ssu_bridge.update, **case.flags, **flags), given)
+
+
+def exported_function(function, types):
+    return export.export(jax.jit(function), disabled_checks=ssu_bridge.export_checks())(**types)
+
+
+def called_elsewhere(path, exported, arrays, platform="cpu"):
+    """Call a program in another process, which finds no compiled kernel; return the output and the state."""
+    (path / "program").write_bytes(exported.serialize())
+    np.savez(path / "arrays.npz", **arrays)
+    run(ELSEWHERE, path, devices=1, JAX_PLATFORMS=platform, SSU_BRIDGE_CACHE_DIR=str(path / "kernels"))
+    results = np.load(path / "results.npz")
+    return results["out"], results["state"]
+
+
+def same(got, expected):
+    for array, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(bits(array), bits(np.array(other)))
 
 
 @pytest.mark.parametrize(
@@ -48,13 +67,27 @@ def exported_step(case, **flags):
 def test_a_fresh_process_runs_an_exported_program(tmp_path, platform, backend):
     case = LARGE if backend == "flashinfer" else CASE
     arrays = case.arrays(seed=3)
-    (tmp_path / "program").write_bytes(exported_step(case, backend=backend).serialize())
-    np.savez(tmp_path / "arrays.npz", **arrays)
     expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
-    run(ELSEWHERE, tmp_path, devices=1, JAX_PLATFORMS=platform)
-    results = np.load(tmp_path / "results.npz")
-    np.testing.assert_array_equal(bits(results["out"]), bits(np.array(expected[0])))
-    np.testing.assert_array_equal(bits(results["state"]), bits(np.array(expected[1])))
+    same(called_elsewhere(tmp_path, exported_step(case, backend=backend), arrays, platform), expected)
+    assert (tmp_path / "kernels").exists() == (backend == "triton")
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend"), [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
+)
+def test_a_fresh_process_runs_an_exported_vmap(tmp_path, platform, backend):
+    calls = [CASE.arrays(seed) for seed in (3, 4)]
+    stacked = {**calls[0], **{name: np.stack([call[name] for call in calls]) for name in ("state", "x")}}
+    step = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
+
+    def both(state, x, **rest):
+        return jax.vmap(lambda state, x: step(state, x, **rest))(state, x)
+
+    exported = exported_function(both, to_mode(stacked, "jax"))
+    outs, states = called_elsewhere(tmp_path, exported, stacked, platform)
+    for j, call in enumerate(calls):
+        alone = {**calls[0], "state": call["state"], "x": call["x"]}
+        same((outs[j], states[j]), step(**to_mode(alone, "jax")))
 
 
 @pytest.mark.gpu
@@ -73,6 +106,74 @@ def test_every_kernel_is_found_by_its_name(case):
         targets = ssu_bridge.prepare(exported_step(case, backend="cpu"))
     assert len(targets) == 1
     assert targets[0] in registered()
+
+
+def open_types(arrays, opened):
+    """Return the arrays' types, with symbols for the sizes of these axes."""
+    arrays = unpaired(to_mode(arrays, "jax"))
+    symbols = axes({name: ArrayInfo(array.shape, str(array.dtype)) for name, array in arrays.items()})
+    # JAX takes none that is in no shape.
+    opened = [symbol for symbol in opened if symbol in "".join(symbols.values())]
+    room = [f"{pair[0]} >= {pair[1]}".lower() for pair in ("Sb", "WT", "VT", "KT") if {*pair} <= {*opened}]
+    sizes = dict(zip(opened, export.symbolic_shape(", ".join(opened).lower(), constraints=room), strict=True))
+    sizes |= {"Q": sizes["b"] + 1} if "b" in sizes else {}
+    return {
+        name: jax.ShapeDtypeStruct(
+            tuple(sizes.get(symbol, n) for symbol, n in zip(symbols[name], array.shape, strict=True)), array.dtype
+        )
+        for name, array in arrays.items()
+    }
+
+
+def exported_open(case, opened, **flags):
+    def step(**arrays):
+        return ssu_bridge.update(**paired(arrays), **case.flags, **flags)
+
+    return exported_function(step, open_types(case.arrays(seed=3), opened))
+
+
+OPEN = (
+    CASE,
+    Case("own slots", sequences=4, slots=4, indices=None),
+    Case("accepted", tokens=2, slots=9, indices=((4, 1), (0, 8), (2, 3)), accepted=(2, 1, 0), destinations=(1, 7, 5)),
+    Case("a destination each", tokens=2, slots=9, indices=(4, 0, 2), destinations=((1, 3), (0, -1), (5, 6))),
+    Case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+    Case("entries", tokens=2, steps=4, entries=(5, 1, 6), spare_entries=2, dtypes={"state": "int8"}),
+    Case("mamba1", nheads=0, ngroups=1, headdim=16, group_axis=False, dtypes={"state": "int8"}),
+)
+
+
+@pytest.mark.parametrize("case", OPEN, ids=lambda case: case.name)
+def test_sizes_that_are_read_in_each_call_may_be_open(case):
+    exported = exported_open(case, "bTLSEWVK", backend="cpu")
+    assert "tensor<?x" in exported.mlir_module()
+    (target,) = ssu_bridge.prepare(exported)
+    assert f'@"{target}"' in exported.mlir_module()
+    arrays = case.arrays(seed=3)
+    got = exported.call(**unpaired(to_mode(arrays, "jax")))
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend="cpu")
+    same(jax.tree.leaves(got), jax.tree.leaves(expected))
+
+
+def test_a_fresh_process_runs_a_program_with_open_sizes(tmp_path):
+    arrays = CASE.arrays(seed=3)
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags, backend="cpu")
+    same(called_elsewhere(tmp_path, exported_open(CASE, "bS", backend="cpu"), arrays), expected)
+
+
+@pytest.mark.gpu
+def test_a_tile_that_is_given_lets_sizes_be_open_on_a_gpu(tmp_path):
+    arrays = CASE.arrays(seed=3)
+    with ssu_bridge.using(backend="triton", triton_tile=(8, 1)):
+        exported = exported_open(CASE, "bS")
+        expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
+    same(called_elsewhere(tmp_path, exported, arrays, "cuda"), expected)
+
+
+def test_a_size_that_a_kernel_is_made_for_must_not_be_open():
+    exported = exported_open(CASE, "b", backend="cpu")
+    with pytest.raises(ssu_bridge.UnsupportedError, match="^state: the program leaves headdim open.*for a number"):
+        ssu_bridge.prepare(renamed(exported, "x4x8x16xf32>", "x4x?x16xf32>"))
 
 
 def test_the_checks_are_needed_and_enough():
@@ -121,37 +222,41 @@ jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
-hits = []
-jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 mesh = mesh_of(getattr(AxisType, sys.argv[2]), h=jax.device_count())
 for softplus in (True, False):
     case = Case("cached", headdim=8, dstate=16, dt_softplus=softplus)
     # Nothing but the flag differs.
     arrays = {n: abs(a) if n in ("dt", "dt_bias") else a for n, a in Case("cached", headdim=8, dstate=16).arrays(5).items()}
+    def program(arrays):
+        return step(case, arrays)
     with jax.set_mesh(mesh):
-        after = jax.jit(lambda arrays: step(case, arrays))(put(arrays, mesh, heads()))
+        after = jax.jit(program)(put(arrays, mesh, heads()))
     same(after, step(case, {n: jnp.array(a) for n, a in arrays.items()}))
-print("hits", sum(event == "/jax/compilation_cache/cache_hits" for event in hits))
 """
 
 
-def hits(tmp_path, kind, devices, platform="cpu"):
-    return int(run(CACHED, tmp_path, kind, devices=devices, JAX_PLATFORMS=platform).split()[-1])
+def kept_programs(tmp_path, kind, devices, platform="cpu"):
+    """Run those programs in a process; return the names of what JAX keeps then, all its programs."""
+    run(CACHED, tmp_path, kind, devices=devices, JAX_PLATFORMS=platform)
+    return sorted(file.name for file in tmp_path.iterdir())
+
+
+def require_found_again(first, second):
+    assert sum(name.startswith("jit_program-") for name in first) == 2
+    assert second == first
 
 
 @pytest.mark.parametrize(("kind", "devices"), [("Auto", 1), ("Explicit", 4)])
 def test_the_compilation_cache_of_jax(tmp_path, kind, devices):
-    first, second = (hits(tmp_path, kind, devices) for _ in range(2))
-    assert second >= first + 2
+    require_found_again(*(kept_programs(tmp_path, kind, devices) for _ in range(2)))
 
 
 @pytest.mark.gpu
 def test_the_compilation_cache_of_jax_on_a_gpu(tmp_path):
-    first, second = (hits(tmp_path, "Explicit", 1, "cuda") for _ in range(2))
-    assert second >= first + 2
+    require_found_again(*(kept_programs(tmp_path, "Explicit", 1, "cuda") for _ in range(2)))
 
 
 def test_the_compilation_cache_of_jax_takes_no_partitioned_step_for_another(tmp_path):
     """Two that differ in a flag have the same text, and are partitioned by the process that compiles them."""
     for _ in range(2):
-        hits(tmp_path, "Auto", devices=4)
+        kept_programs(tmp_path, "Auto", devices=4)

@@ -11,8 +11,9 @@ from modes import GPU_PAIRS, PAIRS, bits, convert, int64_as_it_is, skip_if_refus
 import ssu_bridge
 from ssu_bridge import tables
 from ssu_bridge.arrays import SCALES, paired
+from ssu_bridge.backends import reference
 from ssu_bridge.cases import Case, arguments
-from ssu_bridge.check import results_by_name
+from ssu_bridge.check import compare, results_by_name
 from ssu_bridge.update import explain
 
 SLOTS, ENTRIES, STEPS, ROWS = 6, 6, 2, 7
@@ -137,6 +138,43 @@ def run_guarded(case, arrays, mode, backend):
     return to_host(results, mode)
 
 
+# --- Packed sequences that share rows ---
+
+SHARING = {
+    "two": {"cu_seqlens": (0, 5, 2, 7)},
+    "to the ends of int32": {"cu_seqlens": (4, 3, 7, -(2**31), 2**31 - 1)},
+    "each all rows": {"cu_seqlens": (0, 7, 0, 7, 0, 7)},
+    "three of five, and a row of none": {"cu_seqlens": (5, 6, 2, 4, 1, 5)},
+    "a step ahead": {"cu_seqlens": (3, 6, 0, 4), "indices": (-1, 3, 5)},
+    "no indices": {"cu_seqlens": (0, 5, 2, 7), "indices": None},
+    "destinations": {"cu_seqlens": (0, 5, 2, 7), "destinations": (4, -1, 1)},
+    "a table": {"cu_seqlens": (0, 5, 1, 4), "destinations": ((0, 1, 0), (2, 2, 2), (3, -1, 5))},
+    "intermediates": {"cu_seqlens": (0, 5, 2, 7), "steps": 4, "entries": (5, 1, 0)},
+    "intermediates alone": {"cu_seqlens": (2, 5, 2, 7), "steps": 7, "disable_state_update": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
+)
+@pytest.mark.parametrize("what", SHARING)
+def test_each_of_the_sequences_that_share_rows(what, mode, backend):
+    """It has its own states; of the output, the rows that it has to itself."""
+    sequences = len(SHARING[what]["cu_seqlens"]) - 1
+    fields = {"indices": (4, 0, 2, 5, 1)[:sequences], **SHARING[what]}
+    case = Case("sharing", sequences=sequences, slots=SLOTS, tokens=ROWS, headdim=4, dstate=8, **fields)
+    arrays = case.arrays(seed=3)
+    problem = explain(**to_mode(arrays, mode), **case.flags, backend=backend).choices[0].problem
+    plan, owners = tables.routes(problem, arrays), np.zeros(ROWS, int)
+    for begin, length in zip(plan.starts, plan.lengths, strict=True):
+        owners[begin : begin + length] += 1
+    assert owners.max() > 1
+    after = run_plainly(case, arrays, mode, backend)
+    exact = reference.compute(problem, arrays)._replace(rows=owners == 1)
+    report = compare(exact, arrays, after)
+    assert all(row.passed for row in report), report
+
+
 # --- check_indices ---
 
 
@@ -169,6 +207,9 @@ WRONG = {
     "longer than the table": (packed(dst_state_batch_indices=WIDE), "dst_state_batch_indices: expected a place for each token of a sequence, 3 of sequence 0, got 2"),
     "longer than the steps": (packed(intermediate_states=np.zeros((6, 2, 4, 4, 8), "float32")), "intermediate_states: expected a place for each token"),
     "an entry beyond": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 3, 1)), r"intermediate_state_indices: expected 0\.\.2 at \[1\], got 3"),
+    "no entry for a slot": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32")), "intermediate_states: expected an entry for each slot that a sequence reads, got 3 entries and slot 4 read by sequence 0"),
+    "no entry for a sequence": ({n: a for n, a in call(intermediate_states=np.zeros((2, 2, 4, 4, 8), "float32")).items() if n != "state_batch_indices"}, "got 2 entries and slot 2 read by sequence 2"),
+    "a slot that another reads, which is not empty": (packed(cu_seqlens=array(0, 3, 5, ROWS), state_batch_indices=array(4, 4, 2), dst_state_batch_indices=array(4, 1, 2)), "got 4 read by sequence 1 and written by sequence 0"),
     "an entry twice": (call(intermediate_states=np.zeros((3, 2, 4, 4, 8), "float32"), intermediate_state_indices=array(0, 1, 1)), "intermediate_states: expected an entry to be written by one sequence"),
 }  # fmt: skip
 RIGHT = {
@@ -178,26 +219,39 @@ RIGHT = {
     "one slot for several tokens": call(dst_state_batch_indices=array([4, 4], [1, 1], [2, 3])),
     "tables": call(state_batch_indices=WIDE, dst_state_batch_indices=WIDE, num_accepted_tokens=array(0, 2, 1)),
     "packed": packed(),
+    "a slot of another named by an empty sequence": packed(state_batch_indices=array(4, 4, 2)),
+    "no entries for pads and empty sequences": packed(
+        cu_seqlens=array(0, 0, 2, ROWS),
+        state_batch_indices=array(4, -1, 2),
+        intermediate_states=np.zeros((3, 5, 4, 4, 8), "float32"),
+    ),
     "no indices": {n: a for n, a in call().items() if n != "state_batch_indices"},
 }
 
 
-@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+# It is told from the tables alone, so that one backend will do; on a GPU they lie there.
+CHECKED = [
+    *((mode, "reference") for mode in ("numpy", "torch", "jax")),
+    *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS if pair[0] in ("torch.cuda", "jax")),
+]
+
+
+@pytest.mark.parametrize(("mode", "backend"), CHECKED)
 @pytest.mark.parametrize("what", WRONG)
-def test_what_check_indices_finds(what, mode):
+def test_what_check_indices_finds(what, mode, backend):
     arrays, message = WRONG[what]
     given = convert(arrays, mode)
     with pytest.raises(ValueError, match=message):
-        ssu_bridge.update(**given, check_indices=True, backend="reference")
+        ssu_bridge.update(**given, check_indices=True, backend=backend)
     for name, after in to_host(paired(given), mode).items():
         np.testing.assert_array_equal(bits(after), bits(arrays[name]))
 
 
-@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize(("mode", "backend"), CHECKED)
 @pytest.mark.parametrize("what", RIGHT)
-def test_what_check_indices_lets_through(what, mode):
-    expected = to_host(results_by_name(ssu_bridge.update(**convert(RIGHT[what], mode), backend="reference")), mode)
-    results = ssu_bridge.update(**convert(RIGHT[what], mode), check_indices=True, backend="reference")
+def test_what_check_indices_lets_through(what, mode, backend):
+    expected = to_host(results_by_name(ssu_bridge.update(**convert(RIGHT[what], mode), backend=backend)), mode)
+    results = ssu_bridge.update(**convert(RIGHT[what], mode), check_indices=True, backend=backend)
     for name, after in to_host(results_by_name(results), mode).items():
         np.testing.assert_array_equal(bits(after), bits(expected[name]))
 

@@ -1,9 +1,10 @@
 """Random problems of every shape on every backend: right, in place, and nothing else changed."""
 
 import jax
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from modes import PAIRS, int64_as_it_is
+from modes import GPU_PAIRS, PAIRS, int64_as_it_is
 from test_contract import assert_step
 
 from ssu_bridge.cases import Case
@@ -118,3 +119,13 @@ def test_any_problem(case, seed, pair):
     with int64_as_it_is(arrays):
         assert_step(case, arrays, *pair)
     jax.clear_caches()
+
+
+@pytest.mark.gpu
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(case=problems(), seed=st.integers(0, 2**32 - 1), pair=st.sampled_from(GPU_PAIRS))
+@example(case=OUT_LIKE_SCALES, seed=0, pair=("jax.jit", "triton"))
+def test_any_problem_on_a_gpu(case, seed, pair):
+    arrays = case.arrays(seed)
+    with int64_as_it_is(arrays):
+        assert_step(case, arrays, *pair)

@@ -1,14 +1,17 @@
 """QuantizedState: the same numbers in every framework, and how far they are from what was quantised."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 from modes import bits, to_host, to_mode
 
 from ssu_bridge import QuantizedState
-from ssu_bridge.rounding import LARGEST
+from ssu_bridge.rounding import LARGEST, rounded
 
 FRAMEWORKS = ("numpy", "torch", "jax")
 
@@ -56,11 +59,38 @@ def test_the_error_is_half_a_step(dtype, half):
 def test_odd_rows(dtype):
     pair = QuantizedState.quantize(rows(), dtype)
     assert pair.scale[0, 0, :2].tolist() == [1, 1]
-    assert not pair.dequantize()[0, 0, :2].any()  # a row too small for a normal scale becomes zero
+    assert not pair.dequantize()[0, 0, :2].any()  # a row too small for a scale that has an inverse becomes zero
     assert np.isinf(pair.scale[0, 0, 2])
     assert np.isnan(pair.scale[0, 0, 3])
     with np.errstate(invalid="ignore"):
         assert not np.isfinite(pair.dequantize()[0, 0, 3]).any()
+
+
+@pytest.mark.parametrize("dtype", LARGEST)
+@pytest.mark.parametrize("mode", ["numpy", "torch", pytest.param("torch.cuda", marks=pytest.mark.gpu)])
+def test_tiny_rows(mode, dtype):
+    (given,) = to_mode({"x": tiny.rows(dtype)}, mode).values()
+    pair = QuantizedState.quantize(given, dtype)
+    values, scales = to_host(pair._asdict(), mode).values()
+    expected = tiny.stored_scales(dtype)
+    np.testing.assert_array_equal(scales, expected)
+    inverse = (1 / expected.astype(np.float64)).astype(np.float32)
+    scaled = (tiny.rows(dtype).astype(np.float64) * inverse[:, None]).astype(np.float32)
+    np.testing.assert_array_equal(bits(values), bits(rounded(scaled, dtype)))
+    np.testing.assert_array_equal(np.abs(values.astype(np.float32)).max(-1), np.where(expected == 1, 0, LARGEST[dtype]))
+    back = to_host({"x": pair.dequantize()}, mode)["x"]
+    np.testing.assert_array_equal(back, values.astype(np.float32) * scales[:, None])
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("dtype", LARGEST)
+def test_tiny_rows_where_jax_takes_subnormal_numbers_for_zero(dtype, traced):
+    quantize = functools.partial(QuantizedState.quantize, dtype=dtype)
+    pair = (jax.jit(quantize) if traced else quantize)(jnp.array(tiny.rows(dtype)))
+    expected, normal = QuantizedState.quantize(tiny.rows(dtype), dtype), tiny.stored_scales(dtype) >= 2.0**-126
+    np.testing.assert_array_equal(pair.scale, np.where(normal, expected.scale, 1))
+    values = np.array(pair.values).astype(np.float32)
+    np.testing.assert_array_equal(values, np.where(normal[:, None], expected.values.astype(np.float32), 0))
 
 
 def test_it_is_a_pytree():

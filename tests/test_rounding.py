@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 import torch
 from modes import GPU_PAIRS, PAIRS, bits, convert, skip_if_refused, step, to_host
 
@@ -142,37 +143,36 @@ def test_stochastic_rounding_is_unbiased(dtype, band):
 # --- The same bits on every backend ---
 
 # What is stored is known to the bit: from a state of zeros, with A = 0 and x = 1, it is the product of dt and B.
-SLOTS, HEADS, ROWS, COLUMNS = 5, 2, 16, 32
+SLOTS, HEADS, ROWS, COLUMNS = 5, 2, len(tiny.SCALES), 32
 
 
-def products(dtype, seed, tokens, heads=HEADS, rows=ROWS, columns=COLUMNS, slots=SLOTS):
+def products(dtype, seed, tokens):
     """Arguments of a call of two sequences, and the float32 states after each token, (2, tokens, H, P, N)."""
     rng = np.random.default_rng(seed)
     quantised = dtype in rounding.LARGEST
-    exponents = (
-        rng.uniform(-3, 3, (2, 1, heads, rows))
-        if quantised
-        else rng.choice([-22.0, -14, -6, 0, 10], (2, 1, heads, rows))
-    )
-    dt = np.zeros((2, tokens, heads, rows), np.float32)  # of the tokens after the first: they change nothing
-    dt[:, :1] = 2**exponents * rng.uniform(1, 2, exponents.shape)
-    B = np.zeros((2, tokens, 1, columns), np.float32)
-    B[:, 0] = rng.standard_normal((2, 1, columns))
-    zeros = np.zeros((slots, heads, rows, columns), "float32")
+    shape = (2, 1, HEADS, ROWS)
+    exponents = rng.uniform(-3, 3, shape) if quantised else rng.choice([-22.0, -14, -6, 0, 10], shape)
+    dt = np.zeros((2, tokens, HEADS, ROWS), np.float32)  # of the tokens after the first: they change nothing
+    dt[:, :1] = 2**exponents * rng.uniform(1, 2, shape)
+    B = np.zeros((2, tokens, 1, COLUMNS), np.float32)
+    B[:, 0] = rng.uniform(-1, 1, (2, 1, COLUMNS))
+    if quantised:
+        dt[:, 0, -1], B[:, 0, :, 0] = tiny.magnitudes(dtype), 1  # which is the largest of each row
+    zeros = np.zeros((SLOTS, HEADS, ROWS, COLUMNS), "float32")
     state = ssu_bridge.QuantizedState.quantize(zeros, dtype) if quantised else zeros.astype(dtype)
-    steps = np.zeros((slots, tokens, heads, rows, columns), "float32")
+    steps = np.zeros((SLOTS, tokens, HEADS, ROWS, COLUMNS), "float32")
     given = {
         "state": state,
-        "x": np.ones((2, tokens, heads, rows), "float32"),
+        "x": np.ones((2, tokens, HEADS, ROWS), "float32"),
         "dt": dt,
-        "A": np.zeros(heads, "float32"),
+        "A": np.zeros(HEADS, "float32"),
         "B": B,
         "C": np.zeros_like(B),
         "state_batch_indices": np.array([3, 1], "int32"),
         "intermediate_states": ssu_bridge.QuantizedState.quantize(steps, dtype) if quantised else steps.astype(dtype),
         "intermediate_state_indices": np.array([0, 4], "int32"),
     }
-    first = dt[:, 0, :, :, None] * B[:, 0, :, None]
+    first = dt[:, 0, :, :, None] * B[:, 0, :, None] + np.float32(0)  # 0 * decay + product makes 0 of -0
     return given, np.repeat(first[:, None], tokens, axis=1)
 
 

@@ -57,6 +57,17 @@ for one in (case, spare):
         assert not there["state"].is_deleted()
         refused(message, lambda: jax.jit(step, donate_argnames="state")(**there), jax.errors.JaxRuntimeError)
         assert not there["state"].is_deleted()
+# Heads that the devices do not share out evenly, which no array of its own can have.
+uneven, h = Case("uneven", nheads=6, ngroups=3, headdim=8, dstate=16), NamedSharding(mesh_of(h=4), P(None, "h"))
+uneven_step = functools.partial(ssu_bridge.update, **uneven.flags, backend="cpu")
+constrained = lambda state, rest: uneven_step(jax.lax.with_sharding_constraint(state, h), **rest)
+rest = drawn(uneven)
+message = "axis of 6 is sharded over 4 devices .'h'.; expected a number that divides it"
+refused(message, lambda: jax.jit(constrained)(rest.pop("state"), rest), jax.errors.JaxRuntimeError)
+# Where XLA does not know by which axes of a mesh.
+from ssu_bridge.frontends.jax_sharding import _known
+message = "expected arrays sharded by NamedSharding over one mesh, got SingleDeviceSharding.*jax.set_mesh"
+refused(message, lambda: _known(jax.sharding.SingleDeviceSharding(jax.devices()[1])))
 # XLA's older partitioner, if it is asked for.
 there = put(case.arrays(seed=4), mesh, {"x": P("s")})
 jax.config.update("jax_use_shardy_partitioner", False)
@@ -104,13 +115,38 @@ some = dict(mesh=mesh, in_specs=({n: P() for n in arrays},), out_specs=P(), axis
 part = jax.shard_map(lambda arrays: step(**arrays), **some)
 refused("axis_names", lambda: jax.jit(part)(put(case.arrays(seed=4), mesh, {})))
 """,
+    "compiled ahead": """
+case = Case("ahead", nheads=8, headdim=8, dstate=16)
+expected = step(case, {n: jnp.array(a) for n, a in drawn(case).items()})
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = mesh_of(kind, h=4)
+    with jax.set_mesh(mesh):
+        there = put(drawn(case), mesh, heads())
+        types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in there.items()}
+        changed, rest = parted(types)
+        program = jax.jit(lambda changed, rest: step(case, {**changed, **rest}), donate_argnums=0)
+        compiled = program.lower(changed, rest).compile()
+        assert not re.search(COLLECTIVE, compiled.as_text())
+        changed, rest = parted(there)
+        places = {name: addresses(array) for name, array in changed.items()}
+        after = compiled(changed, rest)
+        same(after, expected)
+        assert {name: addresses(after[name]) for name in places} == places
+        elsewhere = put(drawn(case), mesh, {"state": P(None, None, "h")})
+        refused("sharding", lambda: compiled(*parted(elsewhere)), ValueError)
+""",
     "axes of one device, and axes of both kinds": """
 case = Case("indices", sequences=4, slots=8, nheads=4, headdim=8, dstate=16, indices=(4, 0, 2, 7))
 both = {"state": P("d", "h"), "x": P("d", "h")}
+drafts = Case("drafts", nheads=8, headdim=8, dstate=16, tokens=2, steps=2)
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, d=1, h=4)
     with jax.set_mesh(mesh):
         check(case, mesh, both, eager=True)
+        # Such an axis shards nothing, wherever it is named.
+        check(case, mesh, {"state": P(None, "h", None, "d"), "x": P(None, "h", "d")}, eager=True)
+        check(drafts, mesh, {"state": P(None, "h"), "intermediate_states": P("d", None, "h")}, eager=True)
+        check(drafts, mesh, {"state": P("d", "h"), "intermediate_states": P(None, None, "h")}, eager=True)
 mesh = jax.make_mesh((2, 4), ("d", "h"), axis_types=(AxisType.Auto, AxisType.Explicit))
 with jax.set_mesh(mesh):
     check(case, mesh, {"state": P(None, "h"), "x": P(None, "h")}, eager=True)
@@ -120,44 +156,50 @@ with jax.set_mesh(mesh):
 """,
     "references": """
 case = Case("references", nheads=8, headdim=8, dstate=16)
-changed, out = decode(case, 2, *parted({n: jnp.array(a) for n, a in drawn(case).items()}))
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, h=4)
     with jax.set_mesh(mesh):
-        rest = put(drawn(case), mesh, heads())
-        ref = jax.new_ref(rest.pop("state"))
-        update = functools.partial(ssu_bridge.update, **case.flags, backend="cpu")
-        assert update(ref, **rest)[1] is ref
-        jitted = jax.jit(lambda ref, rest: update(ref, **rest)[0])
-        assert not re.search(COLLECTIVE, jitted.lower(ref, rest).compile().as_text())
-        same({"out": jitted(ref, rest), "state": ref[...]}, {"out": out, **changed})
-        assert ref.sharding.spec[1] == "h"
+        check_reference(case, mesh, heads())
 """,
     "mapped": """
 own = Case("own slots", sequences=4, slots=4, nheads=8, headdim=8, dstate=16, indices=None)
 indexed = Case("indices", nheads=8, headdim=8, dstate=16)
 
-def mapped(case, mesh, spec):
-    calls = [drawn(case, seed) for seed in range(4)]
-    stacked = {n: np.stack([c[n] for c in calls]) if n in ("state", "x") else a for n, a in calls[0].items()}
-    rest = put(stacked, mesh, {"state": spec, "x": spec})
-    state, axes = rest.pop("state"), {n: 0 if n == "x" else None for n in calls[0] if n != "state"}
-    update = lambda state, rest: ssu_bridge.update(state, **rest, **case.flags, backend="cpu")
-    jitted = jax.jit(jax.vmap(update, in_axes=(0, axes)), donate_argnums=0)
-    before, text = addresses(state), jitted.lower(state, rest).compile().as_text()
-    assert not re.search(COLLECTIVE, text), text
-    out, state = jitted(state, rest)
-    assert addresses(state) == before
-    for j, call in enumerate(calls):
-        expected = step(case, {**calls[0], "state": call["state"], "x": call["x"]})
-        same({"out": np.array(out)[j], "state": np.array(state)[j]}, expected)
-
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = mesh_of(kind, h=4)
     with jax.set_mesh(mesh):
-        mapped(indexed, mesh, P(None, None, "h"))
-        mapped(own, mesh, P("h"))
-        refused("slots are sharded over 'h'", lambda: mapped(indexed, mesh, P("h")), jax.errors.JaxRuntimeError)
+        check_mapped(indexed, mesh, P(None, None, "h"))
+        check_mapped(own, mesh, P("h"))
+    mesh = mesh_of(kind, v=2, h=4)
+    with jax.set_mesh(mesh):
+        check_mapped(own, mesh, P("v", None, "h"))
+        if kind is AxisType.Auto:
+            # XLA gathers slots beside a mapped axis: right, but not where they were.
+            for spec in (P("v", "h"), P(None, "v", "h")):
+                check_mapped(own, mesh, spec, stays=False)
+            refused("slots are sharded over 'v'", lambda: check_mapped(indexed, mesh, P("v")), jax.errors.JaxRuntimeError)
+            continue
+        # Where the types say what is sharded, each device has calls of its own.
+        for spec in (P("v", "h"), P(None, "v", "h")):
+            check_mapped(own, mesh, spec)
+        for spec in (P("v"), P("v", None, "h")):
+            check_mapped(indexed, mesh, spec)
+""",
+    "mapped twice around a scan": """
+case, mesh = Case("indices", nheads=8, headdim=8, dstate=16), mesh_of(AxisType.Explicit, v=2, h=4)
+calls, shared = [drawn(case, seed) for seed in range(4)], drawn(case)
+stacked = {n: np.stack([call[n] for call in calls]) for n in ("state", "x")}
+with jax.set_mesh(mesh):
+    rest = put({**shared, **stacked}, mesh, {"state": P(None, None, "h"), "x": P("v", None, "h")})
+    states, xs = rest.pop("state"), rest.pop("x")
+    scan = lambda state, x: decode(case, 2, {"state": state}, {**rest, "x": x})
+    run = jax.jit(jax.vmap(jax.vmap(scan, in_axes=(None, 0)), in_axes=(0, None)))
+    assert not re.search(COLLECTIVE, run.lower(states, xs).compile().as_text())
+    changed, outs = jax.tree.map(np.array, run(states, xs))
+for i, j in np.ndindex(4, 4):
+    alone = {n: jnp.array(a) for n, a in {**shared, "state": calls[i]["state"], "x": calls[j]["x"]}.items()}
+    after, out = decode(case, 2, *parted(alone))
+    same({"out": outs[i, j], "state": changed["state"][i, j]}, {"out": out, **after})
 """,
 }
 

@@ -143,6 +143,31 @@ got, expected = (np.array(r["intermediate_states"]).astype("float32") for r in (
 assert (got != expected).any()
 np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=2.0**-24)
 """,
+    "stochastic rounding where JAX does not say what varies": """
+case = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
+arrays = {n: jnp.array(a) for n, a in drawn(case).items()}
+states = jnp.stack([arrays.pop("state")] * 8)
+
+def stored(state, rest, fold):
+    if fold:
+        key = jax.random.wrap_key_data(rest["rand_seed"], impl="threefry2x32")
+        rest = {**rest, "rand_seed": jax.random.key_data(jax.random.fold_in(key, jax.lax.axis_index("s")))}
+    return step(case, {**rest, "state": state})["state"]
+
+def shards(fold, check_vma):
+    body = lambda states, rest: stored(states[0], rest, fold)[None]
+    specs = {"in_specs": (P("s"), P()), "out_specs": P("s"), "check_vma": check_vma}
+    return jax.shard_map(body, mesh=mesh_of(s=8), **specs)(states, arrays)
+
+def mapped(fold):
+    return jax.pmap(functools.partial(stored, fold=fold), axis_name="s", in_axes=(0, None))(states, arrays)
+
+several = lambda states: len({np.array(state).tobytes() for state in states})
+assert several(shards(False, True)) == 8
+for way in (functools.partial(shards, check_vma=False), mapped):
+    assert several(way(False)) == 1
+    assert several(way(True)) == 8
+""",
 }
 
 

@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
+from modes import GPU_PAIRS, PAIRS, framework
 
 from ssu_bridge.__main__ import main
 from ssu_bridge.backends.base import Feature, features
 from ssu_bridge.cases import CASES
 from ssu_bridge.choose import module
+from ssu_bridge.config import Backend
 from ssu_bridge.support import COLUMNS, problem_of, supports, table
+
+# The backends with the frameworks that they take arrays of.
+SERVED = sorted({(Backend.parse(backend), framework(mode)) for mode, backend in (*PAIRS, *GPU_PAIRS)})
 
 
 def test_the_readme_has_it(capsys):
@@ -24,11 +29,16 @@ def test_every_feature_but_trees_has_a_case():
         assert [feature for feature, _ in supports(backend)] == [f for f in Feature if f is not Feature.TREES]
 
 
-@pytest.mark.parametrize("backend", COLUMNS)
-def test_a_backend_refuses_what_the_table_says_and_nothing_else(backend):
+def test_every_backend_of_the_table_is_asked():
+    assert {backend for backend, _ in SERVED} == {*COLUMNS}
+
+
+# What a test skips because a backend refuses it has to be what the table says, in every framework.
+@pytest.mark.parametrize(("backend", "asking"), SERVED)
+def test_a_backend_refuses_what_the_table_says_and_nothing_else(backend, asking):
     able = dict(supports(backend))
     for case in CASES:
-        problem = problem_of(case, backend)
+        problem = problem_of(case, backend, asking)
         refusal = module(backend).refusal(problem)
         lacking = [feature for feature in features(problem) if not able[feature]]
         assert (refusal is None) == (not lacking), (case.name, refusal)

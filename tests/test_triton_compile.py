@@ -139,6 +139,18 @@ def test_it_waits_for_other_kernels_before_it_touches_memory():
     assert not old.overlaps
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["int16", "int8", "float8_e4m3fn"])
+def test_subnormal_rows_and_scales_count(dtype, capability):
+    ptx = compiled(layer(dtype, tokens=4, steps=4), capability).text["ptx"]
+    flushing = set(re.findall(r"\S+\.ftz\S*", ptx))
+    assert flushing <= {"ex2.approx.ftz.f32"}  # of the decay, softplus and the gate
+    assert "div.rn.f32" in ptx
+    # The scale is compared with 2**-128 as a float32.
+    assert re.search(r"setp\.\w+\.f32 .*, 0f00200000;", ptx)
+    assert not re.search(r"\.f64 \t", ptx)
+
+
 LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], "
                     r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 from modes import bits, to_host, to_mode
 
@@ -335,7 +336,7 @@ def test_floats_are_rounded_stochastically_to_the_bit(dtype, rounds, shape):
 @pytest.mark.parametrize("rounded", [True, False], ids=["stochastic", "nearest"])
 @pytest.mark.parametrize("dtype", ["int16", "int8", "float8_e4m3fn"])
 def test_rows_are_quantised_to_the_bit(dtype, rounded):
-    """Rows that are exactly B again: of every size, with a NaN, an infinity, nothing but zeros."""
+    """Rows that are exactly B again: of every size, tiny ones too, with a NaN, an infinity, nothing but zeros."""
     if rounded and dtype == "int16":
         pytest.skip("int16 is not rounded stochastically")
     slots, dstate = 64, 128
@@ -343,6 +344,7 @@ def test_rows_are_quantised_to_the_bit(dtype, rounded):
     B = (rng.standard_normal((slots, 1, dstate)) * 10.0 ** rng.uniform(-39, 30, (slots, 1, 1))).astype("float32")
     B[1], B[2, 0, 3], B[3, 0, 4], B[4] = 0, np.nan, np.inf, 1e-37
     B[5:16] *= 2.0 ** -rng.integers(0, 12, (11, 1, dstate)).astype("float32")
+    B[-len(tiny.SCALES) :, 0] = tiny.rows(dtype, dstate)
     values = torch.zeros(slots, 1, 1, dstate, dtype=getattr(torch, dtype), device="cuda")
     state = ssu_bridge.QuantizedState(values, torch.ones(slots, 1, 1, device="cuda"))
     one, tensor = torch.ones(slots, 1, 1, device="cuda"), torch.from_numpy(B).cuda()
@@ -355,6 +357,7 @@ def test_rows_are_quantised_to_the_bit(dtype, rounded):
     words = [rounding.slot_words(i, (1, 1, dstate), 0, 0, (KEY & 0xFFFFFFFF, KEY >> 32), 10)[0] for i in range(slots)]
     expected = rounding.rounded(scaled, dtype, np.array(words) if rounded else None)
     np.testing.assert_array_equal(got["state_scale"][:, 0], scales)
+    np.testing.assert_array_equal(scales[-len(tiny.SCALES) :, 0], tiny.stored_scales(dtype))
     wide = got["state"][:, 0].astype("float32"), expected.astype("float32")
     np.testing.assert_array_equal(*wide)
     assert (bits(got["state"][:, 0]) == bits(expected))[~np.isnan(wide[1])].all()

@@ -3,11 +3,27 @@
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from sharded import channels, check, decode_in_place, drawn, heads, mesh_of, put, sequences
+from sharded import (
+    channels,
+    check,
+    check_mapped,
+    check_reference,
+    decode_eagerly,
+    decode_in_place,
+    drawn,
+    heads,
+    mesh_of,
+    put,
+    same,
+    sequences,
+    step,
+)
 
 import ssu_bridge
 from ssu_bridge.cases import Case
@@ -53,6 +69,57 @@ def test_the_step_of_a_large_model():
         "large", sequences=64, slots=80, nheads=64, headdim=64, dstate=128, ngroups=8, indices=tuple(range(64))
     )
     check(large, mesh_of(h=2), heads(), eager=True)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_vmap(kind):
+    mesh = mesh_of(kind, h=2)
+    with jax.set_mesh(mesh):
+        check_mapped(case("mapped"), mesh, P(None, None, "h"))
+        check_mapped(own("mapped sequences"), mesh, P("h"))
+        if kind is AxisType.Explicit:
+            check_mapped(case("mapped indices"), mesh, P("h"))
+            check_mapped(own("slots"), mesh, P(None, "h"))
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_references(kind):
+    mesh = mesh_of(kind, h=2)
+    with jax.set_mesh(mesh):
+        check_reference(case("references"), mesh, heads())
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "int8"))
+def test_stochastic_rounding(dtype):
+    drawing, mesh = case("stochastic", ngroups=8, seed=2**62 + 12345, dtypes={"state": dtype}), mesh_of(h=2)
+    specs = {**heads(), "B": P(None, "h"), "C": P(None, "h")}
+    first = decode_in_place(drawing, put(drawn(drawing), mesh, specs), 1)
+    ways = [decode_eagerly(drawing, put(drawn(drawing), mesh, specs), 1)]
+    explicit = mesh_of(AxisType.Explicit, h=2)
+    with jax.set_mesh(explicit):
+        ways.append(decode_in_place(drawing, put(drawn(drawing), explicit, specs), 1))
+    for way in ways:
+        same(way, first)
+    # Each shard is a call of its own, with its place folded into the seed.
+    arrays, half = drawn(drawing), drawing.nheads // 2
+    key = jax.random.wrap_key_data(arrays.pop("rand_seed"), impl="threefry2x32")
+    for j in range(2):
+        places = slice(j * half, (j + 1) * half)
+        part = {
+            n: jnp.array(a[:, places] if n in specs else a[places] if n in ("A", "D", "dt_bias") else a)
+            for n, a in arrays.items()
+        }
+        alone = step(drawing, {**part, "rand_seed": jax.random.key_data(jax.random.fold_in(key, j))})
+        same({n: np.array(a)[:, places] for n, a in first.items()}, alone)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+def test_intermediate_states_with_indices(kind):
+    mesh = mesh_of(kind, h=2)
+    with jax.set_mesh(mesh):
+        for dtype in ("float32", "int8"):
+            drafts = case("drafts", tokens=3, steps=4, entries=(5, 1, 6), spare_entries=2, dtypes={"state": dtype})
+            check(drafts, mesh, heads(2), eager=True)
 
 
 # Of the sizes that FlashInfer takes.

@@ -116,6 +116,18 @@ def test_some_mapped_eagerly(case, backend):
         assert_loop(case, calls, some(names, seed=len(case.name)), backend=backend)
 
 
+def test_packed_sequences_that_share_rows():
+    """In some of the calls: what has to be done for those stays a branch that the others alone do not take."""
+    case = Case("sharing", tokens=7, cu_seqlens=(0, 5, 2, 7), steps=3, headdim=4, dstate=8)
+    calls = [as_jax(arrays) for arrays in drawn(case)]
+    calls[1]["cu_seqlens"] = jnp.array([1, 2, 4, 7], "int32")
+    mapped = {name: 0 for name in calls[0] if name not in SHARED}
+    assert_loop(case, calls, mapped, backend="xla")
+    axes = ({name: mapped.get(name) for name in calls[0]},)
+    step = jax.vmap(functools.partial(call, {**case.flags, "backend": "xla"}), in_axes=axes)
+    assert "cond[" in str(jax.make_jaxpr(step)(stacked(calls, mapped)))
+
+
 CASE = Case("vmap", headdim=64, dstate=64, destinations=(1, -1, 5))  # which FlashInfer takes
 
 

@@ -27,6 +27,13 @@ _MOST_HEADS = 65535
 _VECTORS = ("state", "x", "B", "C", "z", "state_scale", "intermediate_states", "intermediate_state_scales")
 _DENSE = ("intermediate_states", "intermediate_state_scales", "cu_seqlens", "num_accepted_tokens")
 _TABLES = ("state_batch_indices", "dst_state_batch_indices")
+# The arrays that its function takes in the dtype of another alone.
+ALIKE = {
+    "x": ("B", "C", "z", "out"),
+    "dt": ("D", "dt_bias"),
+    "state": ("intermediate_states",),
+    "state_batch_indices": ("dst_state_batch_indices", "intermediate_state_indices"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,7 +208,7 @@ def _wrong_dtypes(problem: Problem) -> str | None:
         return f"it takes quantised states of int16 alone, and this is {dtypes['state']}"
     if problem.stochastic_rounding and dtypes["state"] != "float16":
         return f"it rounds float16 states alone stochastically, and this is {dtypes['state']}"
-    for names, like in ((("B", "C", "z"), "x"), (("D", "dt_bias"), "dt"), (_TABLES[1:], _TABLES[0])):
+    for like, names in ALIKE.items():
         unlike = [name for name in names if name in dtypes and dtypes[name] != dtypes.get(like, dtypes[name])]
         if unlike:
             return f"it takes {unlike[0]} in {like}'s dtype {dtypes[like]}, and this is {dtypes[unlike[0]]}"

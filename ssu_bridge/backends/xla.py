@@ -47,8 +47,8 @@ def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
     import jax.numpy as jnp
 
     new, out = _token(problem, arrays, _load(problem, arrays["state"], read))
-    written, places = _stored_each_token(problem, arrays, read, jnp.arange(problem.sequences), 0, True)
-    written = {name: _store(array, places[name], new) for name, array in written.items()}
+    places = _places(problem, arrays, read, jnp.arange(problem.sequences), 0, True)
+    written = {n: _store(array, places[n], new) for n, array in _stored_each_token(problem, arrays).items()}
     return _results(problem, arrays, read, written, new, out)
 
 
@@ -65,38 +65,88 @@ def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any
 
     rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in _TOKENWISE if name in arrays}
     sequences, tokens = jnp.arange(problem.sequences)[None], jnp.arange(problem.tokens)[:, None]
-    written, places = _stored_each_token(problem, arrays, read, sequences, tokens, True)
-    start = _load(problem, arrays["state"], read), written
+    places = _places(problem, arrays, read, sequences, tokens, True)
+    start = _load(problem, arrays["state"], read), _stored_each_token(problem, arrays)
     (states, written), outs = jax.lax.scan(body, start, (rows, places))
-    return _results(problem, arrays, read, written, states, jnp.moveaxis(outs, 0, 1), problem.tokens > 0)
+    return _results(problem, arrays, read, written, states, jnp.moveaxis(outs, 0, 1))
 
 
 def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
-    """One row after another, each with the state of its sequence; a row of no sequence has zeros for its output."""
+    """One row after another; a row of no sequence has zeros for its output.
+
+    Where sequences share rows it goes through all rows again, each time for sequences that share none.
+    """
     import jax
     import jax.numpy as jnp
 
     if not problem.sequences:
         return arrays | {"out": jnp.zeros_like(arrays["x"])}
 
-    def body(carry: Any, row: Any) -> tuple[Any, Any]:
-        states, written = carry
-        own, places, sequence, is_owned = row
-        new, out = _token(problem, arrays | own, states[sequence])
-        written = {name: _store(array, places[name], new) for name, array in written.items()}
-        states = states.at[sequence].set(jnp.where(is_owned, new, states[sequence]))
-        return (states, written), jnp.where(is_owned, out[0], 0)
-
     edges = jnp.clip(arrays["cu_seqlens"], 0, problem.tokens)
     starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
     number = jnp.arange(problem.tokens)[:, None]
     owned = (starts <= number) & (number < ends)
-    sequence, is_owned = jnp.argmax(owned, axis=1)[:, None], owned.any(axis=1)[:, None]
-    written, places = _stored_each_token(problem, arrays, read, sequence, number - starts[sequence], is_owned)
-    rows = {name: arrays[name][:, None] for name in _TOKENWISE if name in arrays}
-    start = _load(problem, arrays["state"], read), written
-    (states, written), outs = jax.lax.scan(body, start, (rows, places, sequence, is_owned[:, 0]))
-    return _results(problem, arrays, read, written, states, outs, ends > starts)
+    # Sequences share no row unless cu_seqlens decreases between them. It does without that, too, in the one call that
+    # jax.vmap makes of several.
+    turns = jnp.where((owned.sum(axis=1) > 1).any(), jnp.cumsum(edges[1:] < edges[:-1]), 0)
+    last = _largest(turns)
+    start, written = _load(problem, arrays["state"], read), _stored_each_token(problem, arrays)
+    final = None
+    if "state" in problem.results and "state" not in written:
+        written["state"], final = arrays["state"], _final_slots(problem, arrays, read)
+        final = jnp.arange(problem.sequences) if final is None else final
+    rows = {name: arrays[name] for name in _TOKENWISE if name in arrays}
+
+    def body(carry: Any, row: Any) -> tuple[Any, Any]:
+        state, written = carry
+        own, places, sequence, token, is_owned = row
+        own = {name: value[None] for name, value in own.items()}
+        new, out = _token(problem, arrays | own, jnp.where(token == 0, start[sequence], state))
+        written = {name: _store(array, places[name], new) for name, array in written.items()}
+        return (new, written), jnp.where(is_owned, out[0], 0)
+
+    def take_turn(results: Any, turn: Any) -> tuple[Any, None]:
+        """Add the results of some sequences."""
+        written, out = results
+        mine = owned & (turns == turn)
+        sequence, is_owned = jnp.argmax(mine, axis=1)[:, None], mine.any(axis=1)[:, None]
+        token = number - starts[sequence]
+        places = _places(problem, arrays, read, sequence, token, is_owned)
+        if final is not None:
+            places["state"] = jnp.where(is_owned & (number + 1 == ends[sequence]), final[sequence], -1)
+        own = rows, places, sequence, token, is_owned[:, 0]
+        (_, written), outs = jax.lax.scan(body, (jnp.zeros_like(start[:1]), written), own)
+        return (written, jnp.where(is_owned.reshape(-1, *[1] * (out.ndim - 1)), outs, out)), None
+
+    @jax.checkpoint  # mostly there is none, and a gradient must not keep room for what it would need of each
+    def later(results: Any, turn: Any) -> Any:
+        return jax.lax.cond(turn <= last, take_turn, none, results, turn)
+
+    def none(results: Any, _: Any) -> tuple[Any, None]:
+        return results, None
+
+    results = written, jnp.zeros_like(arrays["x"])
+    if problem.sequences > 2:  # between two that share rows lies an empty one
+        every = functools.partial(jax.lax.scan, later)
+        # Ahead of the first, so that a gradient does not need memory for both at once.
+        results, _ = jax.lax.cond(last > 0, every, none, results, jnp.arange(1, problem.sequences))
+    (written, out), _ = take_turn(results, 0)
+    return _results(problem, arrays, read, written, None, out)
+
+
+def _largest(numbers: Any) -> Any:
+    """Return the largest of some numbers; under ``jax.vmap`` one for all calls, so that a branch on it stays one."""
+    import jax
+
+    @jax.custom_batching.custom_vmap
+    def largest(numbers: Any) -> Any:
+        return numbers.max()
+
+    @largest.def_vmap
+    def _(size: int, mapped: list[bool], numbers: Any) -> tuple[Any, bool]:
+        return largest(numbers), False
+
+    return largest(numbers)
 
 
 # --- One token ---
@@ -145,51 +195,55 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
 # An array of places has -1 where nothing is loaded or stored; None stands for each sequence's own number.
 
 
-def _stored_each_token(
+def _stored_each_token(problem: Problem, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the arrays that are stored to after each token, with one leading axis."""
+    written = {"state": arrays["state"]} if "dst_state_batch_indices" in problem.tables else {}
+    if "intermediate_states" in arrays:
+        buffer = arrays["intermediate_states"]
+        written["intermediate_states"] = buffer.reshape(buffer.shape[0] * buffer.shape[1], *buffer.shape[2:])
+    return written
+
+
+def _places(
     problem: Problem, arrays: dict[str, Any], read: Any, sequence: Any, token: Any, is_owned: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arrays that are stored to after each token, with one leading axis, and the places in them."""
+) -> dict[str, Any]:
+    """Return the places in those that some sequences' tokens are stored to."""
     import jax.numpy as jnp
 
-    written, places = {}, {}
+    places = {}
     stores = is_owned if read is None else is_owned & (read[sequence] >= 0)
     if "dst_state_batch_indices" in problem.tables:
         table = arrays["dst_state_batch_indices"]
         place = slots(jnp, problem, table[sequence, jnp.minimum(token, table.shape[1] - 1)])
-        written["state"] = arrays["state"]
         places["state"] = jnp.where(stores & (token < table.shape[1]), place, -1)
     if "intermediate_states" in arrays:
-        buffer = arrays["intermediate_states"]
-        entries, steps = buffer.shape[:2]
+        entries, steps = arrays["intermediate_states"].shape[:2]
         entry = arrays.get("intermediate_state_indices", jnp.arange(problem.sequences) if read is None else read)[
             sequence
         ]
         inside = stores & (entry >= 0) & (entry < entries) & (token < steps)
-        written["intermediate_states"] = buffer.reshape(entries * steps, *buffer.shape[2:])
         # Only entries in range are multiplied: others could overflow into it.
         places["intermediate_states"] = jnp.where(inside, jnp.where(inside, entry, 0) * steps + token, -1)
-    return written, places
+    return places
+
+
+def _final_slots(problem: Problem, arrays: dict[str, Any], read: Any) -> Any:
+    """Return the slots that the final states go to."""
+    import jax.numpy as jnp
+
+    if "dst_state_batch_indices" not in arrays:
+        return read
+    final = slots(jnp, problem, arrays["dst_state_batch_indices"])
+    return final if read is None else jnp.where(read >= 0, final, -1)
 
 
 def _results(
-    problem: Problem,
-    arrays: dict[str, Any],
-    read: Any,
-    written: dict[str, Any],
-    states: Any,
-    out: Any,
-    some: Any = True,
+    problem: Problem, arrays: dict[str, Any], read: Any, written: dict[str, Any], states: Any, out: Any
 ) -> dict[str, Any]:
-    """Return the arrays as they are after the call; the final state of a sequence is stored if it had some token."""
-    import jax.numpy as jnp
-
+    """Return the arrays as they are after the call, with the final states stored where it has tokens."""
     results = {name: array.reshape(arrays[name].shape) for name, array in written.items()}
-    if "state" in problem.results and "state" not in written:
-        final = slots(jnp, problem, arrays["dst_state_batch_indices"]) if "dst_state_batch_indices" in arrays else read
-        if read is not None or some is not True:
-            final = jnp.arange(problem.sequences) if final is None else final
-            final = jnp.where(some if read is None else some & (read >= 0), final, -1)
-        results["state"] = _store(arrays["state"], final, states)
+    if "state" in problem.results and "state" not in written and problem.tokens:
+        results["state"] = _store(arrays["state"], _final_slots(problem, arrays, read), states)
     return arrays | results | {"out": out}
 
 

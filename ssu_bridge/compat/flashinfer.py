@@ -3,6 +3,7 @@
 from typing import Any
 
 from ssu_bridge.arrays import QuantizedState
+from ssu_bridge.backends.flashinfer import ALIKE
 from ssu_bridge.compat import rows, step, with_heads
 from ssu_bridge.config import using
 
@@ -73,22 +74,27 @@ def selective_state_update(
         ``out``, or a new tensor of the shape of x with all axes, that of heads and that of tokens too.
 
     Raises:
-        As :func:`ssu_bridge.update`.
+        As :func:`ssu_bridge.update`. ValueError also where FlashInfer asks for one dtype: B, C, z and out as x, D and
+            dt_bias as dt, intermediate states as the state, and the tables as ``state_batch_indices``.
     """
     if backend not in ("auto", "flashinfer", "cake"):
         raise ValueError(f"backend: expected auto, flashinfer or cake, got {backend!r}")
     packed = cu_seqlens is not None and x.dim() == 3
     several = not packed and (cache_steps >= 1 or x.dim() == 4)
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    tables = {"state_batch_indices": state_batch_indices, "dst_state_batch_indices": dst_state_batch_indices}
+    _require_alike({**arrays, **tables, "out": out})
     arrays = with_heads(arrays)
     if several:
         arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.dim() == 3}
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
-    slots: dict[str, Any] = {
-        "state_batch_indices": rows(state_batch_indices, sequences),
-        "dst_state_batch_indices": rows(dst_state_batch_indices, sequences),
-    }
+    slots = {name: rows(table, sequences) for name, table in tables.items()}
     if packed or several:
+        entries = {
+            "intermediate_states": intermediate_states_buffer,
+            "intermediate_state_indices": intermediate_state_indices,
+        }
+        _require_alike({"state": state, **tables, **entries})
         if num_accepted_tokens is not None and state_batch_indices is not None and state_batch_indices.dim() == 1:
             columns = cache_steps if packed else arrays["x"].shape[1]  # the one slot, however many were accepted
             slots["state_batch_indices"] = slots["state_batch_indices"][:, None].repeat(1, max(columns, 1))
@@ -121,6 +127,15 @@ def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
     if philox_rounds <= 0:
         raise ValueError(f"philox_rounds: expected at least 1, got {philox_rounds}")
     return philox_rounds
+
+
+def _require_alike(given: dict[str, Any]) -> None:
+    """Check what FlashInfer does and ``update`` does not: dtypes that have to be the same."""
+    dtypes = {name: tensor.dtype for name, tensor in given.items() if tensor is not None}
+    for like, names in ALIKE.items():
+        for name in names:
+            if name in dtypes and dtypes[name] != (expected := dtypes.get(like, dtypes[name])):
+                raise ValueError(f"{name}: expected {like}'s dtype {expected}, got {dtypes[name]}")
 
 
 def _quantized(values: Any, scale: Any) -> Any:

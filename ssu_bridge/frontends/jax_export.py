@@ -12,7 +12,7 @@ from ssu_bridge.choose import consider_problem, load
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax_arrays import platforms
 from ssu_bridge.frontends.jax_targets import parse, register, registered, spell
-from ssu_bridge.problem import Problem, describe
+from ssu_bridge.problem import SIZES, Problem, axes, describe
 
 # Types of a program's text, by NumPy's names.
 _DTYPES = {
@@ -26,6 +26,11 @@ _DTYPES = {
     "i64": "int64",
     "ui32": "uint32",
 }
+
+# Stands for a size that a program leaves open. A call may have as many slots, entries, columns and steps.
+_OPEN = 2**62
+# As few as fit beside any numbers of those that are not left open.
+_FEWEST = {"b": 1, "Q": 2, "T": 1, "L": 1}
 
 
 class Checks(Sequence[Any]):
@@ -84,7 +89,7 @@ def _calls(program: str) -> Iterator[tuple[str, list[ArrayInfo]]]:
 
 def _info(kind: str) -> ArrayInfo:
     *shape, dtype = kind.split("x")
-    return ArrayInfo(tuple(map(int, shape)), _DTYPES[dtype])
+    return ArrayInfo(tuple(_OPEN if n == "?" else int(n) for n in shape), _DTYPES[dtype])
 
 
 def _problem(target: str, kinds: list[ArrayInfo]) -> Problem:
@@ -93,5 +98,22 @@ def _problem(target: str, kinds: list[ArrayInfo]) -> Problem:
         raise UnsupportedError(
             f"the program calls {target}, which this version of ssu_bridge does not know; export it again"
         )
-    arrays = dict(zip(call.names, kinds, strict=True))
+    # Operands behind the arrays tell XLA the shapes of the results, where sizes are left open.
+    arrays = _closed(dict(zip(call.names, kinds[: len(call.names)], strict=True)))
     return describe(arrays, call.options, framework="jax", platform=None, traced=True)
+
+
+def _closed(arrays: dict[str, ArrayInfo]) -> dict[str, ArrayInfo]:
+    """Put numbers where a program leaves sizes open that a kernel reads in each call."""
+    closed = {}
+    for name, symbols in axes(arrays).items():
+        sizes = list(zip(symbols, arrays[name].shape, strict=True))
+        for symbol, size in sizes:
+            if size == _OPEN and symbol in "HPNG":
+                raise UnsupportedError(
+                    f"{name}: the program leaves {SIZES[symbol]} open, and a kernel is for one {SIZES[symbol]}; export "
+                    "it for a number, with sequences, tokens and slots alone symbolic"
+                )
+        shape = tuple(_FEWEST.get(symbol, _OPEN) if size == _OPEN else size for symbol, size in sizes)
+        closed[name] = arrays[name]._replace(shape=shape)
+    return closed

@@ -17,7 +17,8 @@ class Layout:
     """Where the arrays of a step have to be for the state to stay where it is.
 
     Attributes:
-        places: of each array, "out" among them.
+        given: of each array, where it is, without mesh axes of one device.
+        places: where it has to be, "out" too.
         heads: the mesh axes over which heads are sharded.
         all: those over which anything of the state is.
     """
@@ -34,6 +35,7 @@ class Layout:
         Raises:
             UnsupportedError: the step cannot be computed shard by shard with the state where it is.
         """
+        given = {name: spread(place, mesh) for name, place in given.items()}
         symbols = {name: problem.axes(name, len(shape)) for name, shape in shapes.items()}
         state = dict(zip(symbols["state"], given["state"], strict=True))
         for symbol, size in zip(symbols["state"], shapes["state"], strict=True):
@@ -43,7 +45,7 @@ class Layout:
             wanted["S"] = wanted["b"] = state["S"]
             if "intermediate_states" in shapes:
                 own_entries = shapes["intermediate_states"][0] == problem.slots
-                if _count(state["S"], mesh) > 1 and ("intermediate_state_indices" in shapes or not own_entries):
+                if "intermediate_state_indices" in shapes or not own_entries:
                     raise UnsupportedError(
                         f"intermediate_states: expected an entry for each slot, and no indices, {_LOCAL}"
                     )
@@ -60,7 +62,7 @@ class Layout:
                     f"{name}: expected to be sharded as the state is, {spec_of(self.places[name])}, "
                     f"got {spec_of(given[name])}"
                 )
-        self.places["out"] = self.places["x"]
+        self.given, self.places["out"] = given, self.places["x"]
         self.heads = wanted["H"]
         self.all = tuple(axis for place in given["state"] for axis in place)
 
@@ -84,7 +86,7 @@ def _check(problem: Problem, symbol: str, size: int, axes: tuple[Any, ...], mesh
             f"state: its last axis (dstate) is sharded over {over}, but a row is summed on one device; shard heads, "
             "headdim or sequences"
         )
-    if symbol == "S" and _count(axes, mesh) > 1 and not own_slots(problem):
+    if symbol == "S" and not own_slots(problem):
         raise UnsupportedError(
             f"state: its slots are sharded over {over}; expected no indices, as many slots as sequences and no "
             f"cu_seqlens {_LOCAL}"
@@ -109,3 +111,8 @@ def place_of(spec: PartitionSpec, count: int) -> Place:
     """Return the place of an array of so many axes."""
     axes = [() if axis is None else axis if isinstance(axis, tuple) else (axis,) for axis in spec]
     return (*axes, *[()] * (count - len(axes)))
+
+
+def spread(place: Place, mesh: Mapping[Any, int]) -> Place:
+    """Return a place without the mesh axes of one device, which shard nothing."""
+    return tuple(tuple(axis for axis in axes if mesh[axis] > 1) for axes in place)

@@ -12,14 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ssu_bridge.config import Backend
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax_arrays import described
 from ssu_bridge.frontends.jax_kernel import kernel
 from ssu_bridge.frontends.jax_layout import Layout, own_slots, place_of, spec_of
 from ssu_bridge.problem import ARGUMENTS, Problem
+
+# Of each ``jax.vmap`` around a call, the outermost first, the names of the arrays that it maps.
+Maps = tuple[frozenset[str], ...]
 
 
 def shard_seed(seed: Any, axes: Iterable[Any]) -> Any:
@@ -133,31 +138,86 @@ def _factors(problem: Problem, name: str, count: int) -> str:
 
 
 def explicit_mesh(arrays: Iterable[Any]) -> Any:
-    """Return the mesh over whose explicit axes some arrays are sharded, or None."""
+    """Return the mesh over whose explicit axes arrays are sharded, or None; on explicit axes alone, any arrays.
+
+    Inside ``jax.vmap`` their types do not say over which axes what is mapped is sharded.
+    """
     for array in arrays:
-        sharding = jax.typeof(array).sharding
-        named = {a for axes in place_of(sharding.spec, array.ndim) for a in axes}
-        kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-        if any(kinds[axis] == AxisType.Explicit for axis in named):
-            return sharding.mesh
+        mesh = jax.typeof(array).sharding.mesh
+        if set(mesh.axis_types) == {AxisType.Explicit} or _explicit_axes(array):
+            return mesh
     return None
+
+
+def _explicit_axes(array: Any) -> set[Any]:
+    """Return the explicit axes over which an array is sharded."""
+    sharding = jax.typeof(array).sharding
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    named = {axis for axes in place_of(sharding.spec, array.ndim) for axis in axes}
+    return {axis for axis in named if kinds[axis] == AxisType.Explicit}
 
 
 def on_explicit_shards(problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any]) -> tuple[Any, ...]:
     """Run a step shard by shard; ``run`` takes a shard's arrays by name and returns its results."""
+    if problem.options.config.backend is Backend.XLA:  # what a rule of ours maps would have no gradient
+        return _on_shards(problem, arrays, mesh, run, ()) if any(map(_explicit_axes, arrays.values())) else run(arrays)
+    return tuple(_mappable(problem, tuple(arrays), mesh, run, ())(*arrays.values()))
+
+
+# What jax.vmap maps is sharded over mesh axes that the types inside it do not name. JAX's own rule for a shard_map
+# leaves those out of it, and gathers along them. So the one shard_map is around all calls, and they are mapped in it.
+# ``maps`` has the names of the mapped arrays of each jax.vmap around a call, the outermost first; in this order the
+# arrays begin with the mapped axes.
+
+
+def _mappable(problem: Problem, names: tuple[str, ...], mesh: Any, run: Callable[..., Any], maps: Maps) -> Any:
+    @custom_vmap
+    def call(*operands: Any) -> Any:
+        return _on_shards(problem, dict(zip(names, operands, strict=True)), mesh, run, maps)
+
+    @call.def_vmap
+    def mapped(size: int, batched: list[bool], *operands: Any) -> Any:
+        around = frozenset(name for name, is_mapped in zip(names, batched, strict=True) if is_mapped)
+        results = _mappable(problem, names, mesh, run, (around, *maps))(*operands)
+        return results, (True,) * len(results)
+
+    return call
+
+
+def _on_shards(
+    problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any], maps: Maps
+) -> tuple[Any, ...]:
     names = tuple(arrays)
-    given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
-    layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape)
-    specs = {name: spec_of(place) for name, place in layout.places.items()}
+    types = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
+    # Of each jax.vmap, the mesh axes that its axis is sharded over: the same for all arrays that it maps.
+    over = [types[name][_mapped_axes(name, maps[:i])] for i, (name, *_) in enumerate(map(sorted, maps))]
+    own = {name: _mapped_axes(name, maps) for name in names}
+    types = {name: place[own[name] :] for name, place in types.items()}
+    layout = Layout(problem, {n: a.shape[own[n] :] for n, a in arrays.items()}, types, mesh.shape)
 
     def on_shard(*shards: Any) -> Any:
         return tuple(run(_localised(problem, layout, dict(zip(names, shards, strict=True)))))
 
-    moved = [
-        jax.sharding.reshard(a, NamedSharding(mesh, specs[n])) if given[n] != layout.places[n] else a  # type: ignore[no-untyped-call]
-        for n, a in arrays.items()
-    ]
-    shard = jax.shard_map(
-        on_shard, mesh=mesh, in_specs=tuple(specs[n] for n in names), out_specs=tuple(specs[n] for n in problem.results)
-    )
-    return tuple(shard(*moved))
+    for mapped in reversed(maps):
+        on_shard = jax.vmap(on_shard, in_axes=tuple(0 if name in mapped else None for name in names))
+    leading = {n: [axes for axes, mapped in zip(over, maps, strict=True) if n in mapped] for n in names}
+    in_specs = tuple(spec_of((*leading[name], *layout.places[name])) for name in names)
+    out_specs = tuple(spec_of((*over, *layout.places[name])) for name in problem.results)
+    shard = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    results = shard(*(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True)))
+    # A result is of its argument's type, which may name mesh axes of one device.
+    like = ["x" if name == "out" else name for name in problem.results]
+    kept = (types[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like)
+    return tuple(_put(result, mesh, spec_of((*over, *place))) for result, place in zip(results, kept, strict=True))
+
+
+def _mapped_axes(name: str, maps: Maps) -> int:
+    """Return with how many mapped axes an array begins."""
+    return sum(name in mapped for mapped in maps)
+
+
+def _put(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """Reshard an array, if its type has it elsewhere."""
+    if jax.typeof(array).sharding.spec == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))  # type: ignore[no-untyped-call]

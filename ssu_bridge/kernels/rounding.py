@@ -12,6 +12,8 @@ _ROUNDER = tl.constexpr(12582912.0)
 _SIGNIFICAND_BITS = tl.constexpr(23)
 _EXPONENT_BIAS = tl.constexpr(127)
 _INFINITY = tl.constexpr(0x7F800000)
+# 2**-128, the largest number whose inverse is infinite.
+_NO_INVERSE = tl.constexpr(2.938735877055719e-39)
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def widen(stored, STORED: tl.constexpr):
 def row_scale(tile, STORED: tl.constexpr):
     """Return the scale with which a row's largest number becomes the largest that can be stored.
 
-    One that is subnormal, of which 1 / scale may be infinite, is 1: such a row is stored as zeros.
+    Where 1 / scale would be infinite, it is 1: such a row is stored as zeros.
     """
     largest = tl.reduce(tl.abs(tile), 1, _larger)
     if STORED == "int16":
@@ -40,7 +42,8 @@ def row_scale(tile, STORED: tl.constexpr):
         scale = largest * (1 / 127)
     else:
         scale = largest * (1 / 448)
-    return tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    # Triton takes a subnormal constant for a double unless told.
+    return tl.where(scale <= tl.full((), _NO_INVERSE, tl.float32), 1.0, scale)
 
 
 @triton.jit
