@@ -186,7 +186,7 @@ def test_nested(backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inside_scan_and_scan_inside(backend):
-    """In a scan whose carry is the mapped state, it stays in place."""
+    """In a scan whose carry is the mapped state, that ends up where it was."""
     flags = {**CASE.flags, "backend": backend}
     calls = [as_jax(arrays) for arrays in drawn(CASE)]
     together = stacked(calls, {"state": 0, "x": 0})
