@@ -77,7 +77,7 @@ def close(got, expected):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(autouse=True, params=["cpu", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(autouse=True, params=["auto", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
 def _on_each_backend(request):
     device = "cuda" if request.param == "triton" else "cpu"
     with ssu_bridge.using(backend=request.param), torch.device(device):
@@ -147,7 +147,7 @@ def test_a_state_in_any_layout_is_updated_in_place(peer):
     a = model(2)
     state = spread(a["state"])
     apart = {**a, "state": state}
-    with pytest.warns(RuntimeWarning, match="state: copied there and back as a whole"):
+    with pytest.warns(RuntimeWarning, match="state: copied as a whole"):
         out = run(peer, apart)
     assert torch.equal(out, run(peer, a))
     assert torch.equal(state, a["state"])  # which the second call changed
@@ -182,6 +182,36 @@ def test_an_output_of_another_dtype_is_rounded_once(dtype, wanted):
     out = torch.full((3, H, P), float("nan"), dtype=wanted)
     vllm.selective_state_update(**a, out=out)
     assert torch.equal(out, exact.to(wanted))
+
+
+def test_targets_that_overlap_themselves_and_other_dtypes_change_nothing():
+    a = model(2)
+    kept = a["state"].clone()
+    targets = [
+        torch.zeros(2, H, 1).expand(2, H, P),
+        *(torch.zeros(2, H, P, dtype=d) for d in (torch.int32, torch.double)),
+    ]
+    for out in targets:
+        with pytest.raises(ValueError, match="out: expected"):
+            vllm.selective_state_update(**a, out=out)
+        assert torch.equal(a["state"], kept)
+        assert not out.any()
+    out, state = torch.zeros(2, H, P), torch.zeros(8, H, P, 1).expand(8, H, P, N)
+    with pytest.raises(ValueError, match="state: expected"):
+        vllm.selective_state_update(**{**a, "state": state}, out=out)
+    assert not out.any()
+    assert not state.any()
+
+
+def test_a_state_that_is_only_read_is_not_written_either():
+    a = model(2)
+    state = torch.ones(8, H, P, 1).expand(8, H, P, N)
+    version = state._version
+    expected = flashinfer.selective_state_update(**{**a, "state": state.contiguous()})
+    with pytest.warns(RuntimeWarning, match="state: copied as a whole"):
+        out = flashinfer.selective_state_update(**{**a, "state": state}, disable_state_update=True)
+    assert torch.equal(out, expected)
+    assert state._version == version
 
 
 def test_rows_of_no_sequence_stay_as_they_are_in_a_copied_output():

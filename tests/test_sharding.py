@@ -8,6 +8,22 @@ from ssu_bridge.cases import Case
 """
 
 PROGRAMS = {
+    "xla and what does not vary": """
+# Each shard steps sequences of its own, of rows that all have.
+mesh, packed = mesh_of(d=2), Case("rows of all", nheads=2, tokens=6, cu_seqlens=(0, 2, 3, 3), slots=8)
+arrays = {n: jnp.array(a) for n, a in drawn(packed).items()}
+arrays["cu_seqlens"] = jnp.array([[0, 2, 3, 3], [3, 4, 6, 6]], "int32")
+call = lambda arrays: unpaired(results_by_name(ssu_bridge.update(**paired(arrays), **packed.flags, backend="xla")))
+specs = {n: P("d") if n in ("state", "cu_seqlens") else P() for n in arrays}
+arrays["state_batch_indices"] = jnp.array([3, 0, 2])  # of a shard's four slots
+mapped = jax.shard_map(lambda a: {n: r[None] for n, r in call({**a, "cu_seqlens": a["cu_seqlens"][0]}).items()},
+                       mesh=mesh, in_specs=(specs,), out_specs={"out": P("d"), "state": P("d")})
+results = jax.jit(mapped)(arrays)
+for i in range(2):
+    one = {**arrays, "cu_seqlens": arrays["cu_seqlens"][i], "state": arrays["state"][4 * i : 4 * i + 4]}
+    for name, result in call(one).items():
+        assert np.allclose(results[name][i], result, rtol=1e-5, atol=1e-5), name
+""",
     "over heads, for all groups": """
 for G in (8, 4, 2, 1):
     case = Case(f"{G} groups", nheads=8, ngroups=G, headdim=8, dstate=16)

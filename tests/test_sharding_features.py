@@ -134,6 +134,15 @@ for shard in state.addressable_shards:
 assert len(shards) == 4 and all(len(copies) == 2 and len(set(copies)) == 1 for copies in shards.values())
 assert len({copies[0] for copies in shards.values()}) == 4
 
+# Calls that are mapped over a state that is not draw numbers of their own, whatever device each is on.
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = mesh_of(kind, v=4)
+    with jax.set_mesh(mesh):
+        there = put(drawn(twins), mesh, {})
+        xs = put({"x": np.stack([drawn(twins)["x"]] * 8)}, mesh, {"x": P("v")})["x"]
+        states = jax.jit(jax.vmap(lambda x: step(twins, {**there, "x": x})["state"]))(xs)
+    assert len({np.array(state).tobytes() for state in np.array(states)}) == 8
+
 # States after each token are rounded in the same way.
 drafts = case("drafts", ngroups=1, tokens=3, steps=3, disable_state_update=True, seed=7, dtypes={"state": "float16"})
 first, again = (decode_in_place(drafts, put(drawn(drafts), mesh_of(h=4), heads(2)), 1) for _ in range(2))

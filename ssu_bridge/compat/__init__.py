@@ -1,7 +1,8 @@
 """Functions with the names, arguments and rules of other packages, for Torch: only the import changes.
 
 Each translates its call into one of :func:`ssu_bridge.update`, whose backend is the one that is configured. What they
-add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, or lie in memory in any way.
+add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, float arrays that lie in
+memory in any way, and an output of another float dtype than x.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from ssu_bridge.update import update
 
 # Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
 _TOKENWISE = ("x", "dt", "B", "C", "z", "out")
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 # How many axes the arguments have in a call of one token for each sequence, all heads and groups spelt out.
 _AXES = {"state": 4, "x": 3, "dt": 3, "A": 3, "B": 3, "C": 3, "D": 2, "z": 3, "dt_bias": 2, "out": 3}
 
@@ -27,28 +29,27 @@ def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def step(arrays: dict[str, Any], **rest: Any) -> Any:
-    """Call ``update`` and return the output, whatever the arrays' place in memory and the output's dtype.
+    """Call ``update`` and return the output, wherever float arrays lie in memory and whatever float the output is.
 
     Arrays that ``update`` would not take are copied, and what it wrote to a copy is copied back.
     """
-    given = {name: t.contiguous() if _has_gaps(name, t) else t for name, t in arrays.items()}
+    written = ("out",) if rest.get("disable_state_update") else ("out", "state")
+    given = {name: _taken(name, tensor, name in written) for name, tensor in arrays.items()}
     if given["state"] is not arrays["state"]:
         warnings.warn(
-            f"state: copied there and back as a whole, because the axes behind the slots are not dense in memory "
+            f"state: copied as a whole, because the axes behind the slots are not dense in memory "
             f"(strides {tuple(arrays['state'].stride())})",
             RuntimeWarning,
             stacklevel=3,
         )
-    out = arrays.get("out")
-    if out is not None and torch.promote_types(out.dtype, given["x"].dtype) == torch.float32 != given["x"].dtype:
-        given["x"] = given["x"].float()
-    if out is not None and out.dtype != given["x"].dtype == torch.float32:
-        given["out"] = given["out"].float()
+    x, out = given["x"], given.get("out")
+    if out is not None and x.dtype != out.dtype and {x.dtype, out.dtype} <= _FLOATS:
+        given["x"], given["out"] = x.float(), out.float()
     result = update(**given, **rest)[0]
-    for name in ("state", "out"):
+    for name in written:
         if given.get(name) is not arrays.get(name):
             arrays[name].copy_(given[name])
-    return result if out is None else out
+    return result if out is None else arrays["out"]
 
 
 def rows(table: Any, sequences: int) -> Any:
@@ -56,8 +57,16 @@ def rows(table: Any, sequences: int) -> Any:
     return None if table is None else table[:sequences]
 
 
+def _taken(name: str, tensor: Any, is_written: bool) -> Any:
+    """Return an argument as ``update`` takes it, or as it is where that will refuse it: what is written over itself."""
+    if not isinstance(tensor, torch.Tensor) or not _has_gaps(name, tensor):
+        return tensor
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor if is_written and repeats else tensor.contiguous()
+
+
 def _has_gaps(name: str, tensor: Any) -> bool:
-    if not isinstance(tensor, torch.Tensor) or tensor.is_contiguous():
+    if tensor.is_contiguous():
         return False
     axes = list(zip(tensor.shape, tensor.stride(), strict=True))
     if name in _TOKENWISE:

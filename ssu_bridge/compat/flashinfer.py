@@ -66,7 +66,7 @@ def selective_state_update(
         algorithm: auto, simple, vertical or horizontal (or async_horizontal, which is simple).
         dst_state_batch_indices: (batch,) or (batch, tokens), as in ``update``. It may have rows to spare.
         cu_seqlens: as in ``update``.
-        num_accepted_tokens: as in ``update``, also beside a ``state_batch_indices`` of one column. It may have rows to
+        num_accepted_tokens: as in ``update``, also beside a ``state_batch_indices`` of one axis. It may have rows to
             spare.
         backend: auto, flashinfer or cake: ignored, this package's configuration decides.
 
@@ -96,8 +96,9 @@ def selective_state_update(
         }
         _require_alike({"state": state, **tables, **entries})
         if num_accepted_tokens is not None and state_batch_indices is not None and state_batch_indices.dim() == 1:
-            columns = cache_steps if packed else arrays["x"].shape[1]  # the one slot, however many were accepted
-            slots["state_batch_indices"] = slots["state_batch_indices"][:, None].repeat(1, max(columns, 1))
+            # The one slot, however many were accepted.
+            columns = 1 if packed else arrays["x"].shape[1]
+            slots["state_batch_indices"] = slots["state_batch_indices"][:, None].repeat(1, columns)
         slots |= {
             "num_accepted_tokens": rows(num_accepted_tokens, sequences),
             "intermediate_states": _quantized(intermediate_states_buffer, intermediate_state_scales),

@@ -26,12 +26,12 @@ def bind(arrays: dict[str, Any], problem: Problem) -> list[Any]:
     """Put the step into the program that is being traced, or run it; return its results."""
     kinds = tuple((array.shape, array.dtype) for array in arrays.values())
     shards = partitioned_jaxpr(problem, kinds) if several_devices() else None
-    operands = _vary_alike(arrays.values())
+    operands = vary_alike(arrays.values())
     results: list[Any] = step.bind(*operands, problem=problem, shards=shards)  # type: ignore[no-untyped-call]
     return results
 
 
-def _vary_alike(arrays: Iterable[Any]) -> list[Any]:
+def vary_alike(arrays: Iterable[Any]) -> list[Any]:
     """Inside shard_map, mark all operands as varying over each mesh axis that one varies over, as the results do."""
     axes = [varying(jax.typeof(array)) for array in arrays]
     union = frozenset().union(*axes)

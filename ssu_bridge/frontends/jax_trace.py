@@ -12,7 +12,7 @@ from ssu_bridge.config import Backend
 from ssu_bridge.frontends import Arrays, named, require_one_framework, returned
 from ssu_bridge.frontends.jax_arrays import described, narrowed, platforms, refuse_out, require_live, words
 from ssu_bridge.frontends.jax_sharding import explicit_mesh, on_explicit_shards, shard_seed
-from ssu_bridge.frontends.jax_step import bind, varying
+from ssu_bridge.frontends.jax_step import bind, vary_alike, varying
 from ssu_bridge.problem import STATE, Options
 
 
@@ -60,9 +60,11 @@ def _run(options: Options, arrays: dict[str, Any]) -> tuple[Any, ...]:
         # Traced in place rather than behind the primitive, it can be differentiated.
         kernel = load(problem.on(*next(iter(platforms().items()))))
         assert isinstance(kernel, TracedKernel)
-        return kernel.function(arrays)
+        return kernel.function(dict(zip(arrays, vary_alike(arrays.values()), strict=True)))
     if "rand_seed" in arrays:
-        own = varying(jax.typeof(arrays["state"])) - varying(jax.typeof(arrays["rand_seed"]))
+        # What varies with any operand is stored as a state of its own, also where the one that is read does not vary.
+        own = frozenset[Any]().union(*(varying(jax.typeof(array)) for array in arrays.values()))
+        own -= varying(jax.typeof(arrays["rand_seed"]))
         arrays = {**arrays, "rand_seed": shard_seed(arrays["rand_seed"], own)}
     return tuple(bind(arrays, problem))
 
