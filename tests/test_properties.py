@@ -111,21 +111,30 @@ OUT_LIKE_SCALES = Case(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=problems(), seed=st.integers(0, 2**32 - 1), pair=st.sampled_from(PAIRS))
-@example(case=OUT_LIKE_SCALES, seed=0, pair=("jax.jit", "cpu"))
+def in_modes_of(pairs, examples):
+    """Draw problems, with the mode and the backend that each is for."""
+
+    def decorate(test):
+        test = example(case=OUT_LIKE_SCALES, seed=0, pair=next(pair for pair in pairs if pair[0] == "jax.jit"))(test)
+        test = given(case=problems(), seed=st.integers(0, 2**32 - 1), pair=st.sampled_from(pairs))(test)
+        return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])(test)
+
+    return decorate
+
+
+@in_modes_of(PAIRS, 200)
 def test_any_problem(case, seed, pair):
+    assert_right(case, seed, pair)
+
+
+@pytest.mark.gpu
+@in_modes_of(GPU_PAIRS, 100)
+def test_any_problem_on_a_gpu(case, seed, pair):
+    assert_right(case, seed, pair)
+
+
+def assert_right(case, seed, pair):
     arrays = case.arrays(seed)
     with int64_as_it_is(arrays):
         assert_step(case, arrays, *pair)
     jax.clear_caches()
-
-
-@pytest.mark.gpu
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=problems(), seed=st.integers(0, 2**32 - 1), pair=st.sampled_from(GPU_PAIRS))
-@example(case=OUT_LIKE_SCALES, seed=0, pair=("jax.jit", "triton"))
-def test_any_problem_on_a_gpu(case, seed, pair):
-    arrays = case.arrays(seed)
-    with int64_as_it_is(arrays):
-        assert_step(case, arrays, *pair)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from ssu_bridge.problem import FLOATS
 from ssu_bridge.update import update
 
 # Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
 _TOKENWISE = ("x", "dt", "B", "C", "z", "out")
-_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 # How many axes the arguments have in a call of one token for each sequence, all heads and groups spelt out.
 _AXES = {"state": 4, "x": 3, "dt": 3, "A": 3, "B": 3, "C": 3, "D": 2, "z": 3, "dt_bias": 2, "out": 3}
+_FLOATS = {getattr(torch, name) for name in FLOATS}
 
 
 def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
