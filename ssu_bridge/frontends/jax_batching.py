@@ -36,7 +36,7 @@ def _batch(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[lis
     arrays = {n: a if n in shared else _lead(a, mapped[n], size) for n, a in given.items()}
     folded = _fold(problem, size, arrays, shared)
     options = dataclasses.replace(problem.options, pad_slot_id=-1)
-    results = dict(zip(problem.results, bind(folded, described(options, folded)), strict=True))
+    results = dict(zip(problem.results, bind(folded, described(options, folded), reshaped=True), strict=True))
     shapes = {name: arrays["x" if name == "out" else name].shape for name in results}
     return [result.reshape(shapes[name]) for name, result in results.items()], [0] * len(results)
 

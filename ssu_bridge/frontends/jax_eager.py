@@ -29,8 +29,7 @@ def launcher(state_type: type, options: Options) -> Launch:
     state has the memory of the old one. For a foreign state the addresses tell. A state that came out of a step is
     marked: XLA allocated its memory, and then an old handle that is deleted says the same in a quarter of the time.
     """
-    usual, are_concrete = _USUAL, frozenset((state_type, type(None))).issuperset
-    donated = _donated(options)
+    usual, donated = _USUAL, _donated(options)
     donates_state = 0 in donated
     compiled, output_last = _compiled(options, donated), _compiled_output_last(options, donated)
 
@@ -38,12 +37,14 @@ def launcher(state_type: type, options: Options) -> Launch:
         if out is not None:
             require_one_framework(arrays)
             refuse_out(out)
-        if not are_concrete(map(type, arrays)):
-            if _traced(arrays):
-                return trace_call(options, arrays, out)
-            arrays = narrowed(arrays, options.pad_slot_id)
-            if jax.Ref in map(type, arrays):
-                return _launch_on_references(options, donated, arrays)
+        for array in arrays:  # a set of their types would say so, too, but takes 0.2 us longer
+            if type(array) is not state_type and array is not None:
+                if _traced(arrays):
+                    return trace_call(options, arrays, out)
+                arrays = narrowed(arrays, options.pad_slot_id)
+                if jax.Ref in map(type, arrays):
+                    return _launch_on_references(options, donated, arrays)
+                break
         run = compiled if len(arrays) <= usual else output_last
         state = arrays[0]
         try:

@@ -17,17 +17,17 @@ from ssu_bridge.problem import Problem
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does. ``shards`` is the step that
 # XLA can partition, where the process has several devices: JAX looks for it in here, and then says which mesh they
-# form.
+# form. ``reshaped`` says that what is written in place comes from a reshape.
 step = Primitive("ssu_bridge_update")
 step.multiple_results = True
 
 
-def bind(arrays: dict[str, Any], problem: Problem) -> list[Any]:
+def bind(arrays: dict[str, Any], problem: Problem, reshaped: bool = False) -> list[Any]:
     """Put the step into the program that is being traced, or run it; return its results."""
     kinds = tuple((array.shape, array.dtype) for array in arrays.values())
     shards = partitioned_jaxpr(problem, kinds) if several_devices() else None
     operands = vary_alike(arrays.values())
-    results: list[Any] = step.bind(*operands, problem=problem, shards=shards)  # type: ignore[no-untyped-call]
+    results: list[Any] = step.bind(*operands, problem=problem, shards=shards, reshaped=reshaped)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -54,20 +54,20 @@ def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]
 
 
 @step.def_impl  # type: ignore[untyped-decorator]
-def _run_at_once(*operands: Any, problem: Problem, shards: Any) -> Any:
+def _run_at_once(*operands: Any, **parameters: Any) -> Any:
     """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
     with jax.disable_jit(False):
-        return _jitted(problem, shards)(*operands)
+        return _jitted(**parameters)(*operands)
 
 
 @functools.lru_cache(maxsize=256)
-def _jitted(problem: Problem, shards: Any) -> Callable[..., Any]:
-    return jax.jit(functools.partial(step.bind, problem=problem, shards=shards))
+def _jitted(**parameters: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(step.bind, **parameters))
 
 
-def _lower(ctx: Any, *operands: Any, problem: Problem, shards: Any, platform: str | None = None, **_: Any) -> Any:
+def _lower(ctx: Any, *operands: Any, shards: Any, **parameters: Any) -> Any:
     if _devices(ctx.module_context.axis_context) == 1:
-        return lower(ctx, *operands, problem=problem, platform=platform)
+        return lower(ctx, *operands, **parameters)
     if hasattr(ctx.module_context.axis_context, "mesh"):
         raise UnsupportedError(
             "inside jax.shard_map over some axes of a mesh, XLA cannot partition the step over the others; expected "
