@@ -1,10 +1,13 @@
 """What all tests share: where the GPU tests are skipped, and what a test must not leave behind."""
 
+import zlib
+
 import jax
+import numpy as np
 import pytest
 import torch
 
-from ssu_bridge import get_config, set_config
+from ssu_bridge import get_config, set_config, using
 
 # A second virtual one, for arrays that are not where the others are.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -34,3 +37,17 @@ def _on_one_device(request):
     else:
         with jax.default_device(jax.devices("cpu")[0]):
             yield
+
+
+@pytest.fixture(params=["auto", "reference", pytest.param("triton", marks=pytest.mark.gpu)])
+def each_drop_in_backend(request):
+    """Drop-ins have no argument for a backend of ours; tensors that the test makes lie where that one runs."""
+    device = "cuda" if request.param == "triton" else "cpu"
+    with using(backend=request.param), torch.device(device):
+        yield
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of the test's own, the same in each run."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))

@@ -1,5 +1,9 @@
 """Calling the native CPU kernel on NumPy arrays, and what a call must store, to the bit."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 
@@ -18,6 +22,29 @@ ORDER = (
 )
 WRITTEN = ("state", "intermediate_states", "state_scale", "intermediate_state_scales")
 _GUARD, _GUARD_BYTE = 1024, 0xA5
+
+
+def problem(rng, b=3, heads=4, rows=8, columns=16, groups=2, slots=6, state=F32, other=F32, tied="A dt D", **options):
+    """Return the arguments of one step, by name, in the kernel's order."""
+
+    def normal(*shape, dtype=other):
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+
+    per_row = () if "D" in tied else (rows,)
+    arguments = {
+        "state": normal(slots, heads, rows, columns, dtype=state),
+        "x": normal(b, heads, rows),
+        "dt": normal(b, heads, *(() if "dt" in tied else (rows,))),
+        "A": -np.exp(normal(heads, *(() if "A" in tied else (rows, columns)), dtype=F32)).astype(other),
+        "B": normal(b, groups, columns),
+        "C": normal(b, groups, columns),
+        "D": normal(heads, *per_row),
+        "z": normal(b, heads, rows),
+        "dt_bias": normal(heads, *per_row),
+        "state_batch_indices": rng.permutation(slots)[:b].astype(np.int64 if b % 2 else np.int32),
+    }
+    arguments.update(options)
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def view(array):
@@ -160,3 +187,8 @@ def _store(results, a, kind, place, t, state, rounds):
     results[kind][place] = values
     if scale is not None:
         results["state_scale" if kind == "state" else "intermediate_state_scales"][place] = scale
+
+
+def run_script(script, **environment):
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)

@@ -1,14 +1,8 @@
 """The native library by itself: the CPU kernel against NumPy in float64, and what it must never touch."""
 
-import os
-import subprocess
-import sys
-import threading
-import zlib
-
 import numpy as np
 import pytest
-from native import BF16, F16, F32, ISAS, run, same_bits, view
+from native import BF16, F16, F32, ISAS, problem, run, same_bits, view
 
 from ssu_bridge.library import library
 
@@ -16,34 +10,6 @@ DTYPES = [F32, BF16, F16]
 # Half a unit in the last place of each type, with some room.
 ROUNDING = {F32: 4e-7, BF16: 4.0e-3, F16: 5.0e-4}
 INDICES = ("state_batch_indices", "dst_state_batch_indices")
-
-
-@pytest.fixture
-def rng(request):
-    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
-
-
-def problem(rng, b=3, heads=4, rows=8, columns=16, groups=2, slots=6, state=F32, other=F32, tied="A dt D", **options):
-    """Return the arguments of one step, by name, in the kernel's order."""
-
-    def normal(*shape, dtype=other):
-        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
-
-    per_row = () if "D" in tied else (rows,)
-    arguments = {
-        "state": normal(slots, heads, rows, columns, dtype=state),
-        "x": normal(b, heads, rows),
-        "dt": normal(b, heads, *(() if "dt" in tied else (rows,))),
-        "A": -np.exp(normal(heads, *(() if "A" in tied else (rows, columns)), dtype=F32)).astype(other),
-        "B": normal(b, groups, columns),
-        "C": normal(b, groups, columns),
-        "D": normal(heads, *per_row),
-        "z": normal(b, heads, rows),
-        "dt_bias": normal(heads, *per_row),
-        "state_batch_indices": rng.permutation(slots)[:b].astype(np.int64 if b % 2 else np.int32),
-    }
-    arguments.update(options)
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def expected(arguments, softplus=True, pad=-1):
@@ -237,184 +203,6 @@ def test_a_sequence_does_not_depend_on_its_batch(rng, state):
         assert same_bits(part_new[small["state_batch_indices"]], new[small["state_batch_indices"]])
 
 
-THREADS_SCRIPT = """
-import hashlib, sys
-import numpy as np
-sys.path.insert(0, {tests!r})
-from test_native import BF16, library, problem, run
-assert library().cpu_num_threads() == {threads}
-for state in (np.float32, BF16):
-    arguments = problem(np.random.default_rng(5), b=32, heads=8, rows=64, columns=128, slots=33, state=np.dtype(state))
-    print(hashlib.sha256(b"".join(a.tobytes() for a in run(arguments))).hexdigest())
-"""
-
-
-def run_script(script, **environment):
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
-
-
-def test_threads_do_not_change_the_bits():
-    printed = set()
-    for threads in (1, 4):
-        script = THREADS_SCRIPT.format(tests=os.path.dirname(__file__), threads=threads)
-        result = run_script(script, SSU_BRIDGE_NUM_THREADS=str(threads))
-        assert result.returncode == 0, result.stderr
-        printed.add(result.stdout)
-    assert len(printed) == 1
-    assert printed.pop().count("\n") == 2
-
-
-@pytest.mark.parametrize("setting", ["0", "3x"])
-def test_wrong_number_of_threads(setting):
-    result = run_script(
-        "from ssu_bridge.library import library; library().cpu_num_threads()", SSU_BRIDGE_NUM_THREADS=setting
-    )
-    assert "ValueError" in result.stderr
-    assert "SSU_BRIDGE_NUM_THREADS" in result.stderr
-
-
-CONCURRENT_SCRIPT = """
-import os, sys, threading
-import numpy as np
-sys.path.insert(0, {tests!r})
-from test_native import library, problem, run, same_bits
-problems = [problem(np.random.default_rng(i), b=16, heads=8, rows=64, columns=128, slots=17) for i in range(8)]
-wanted = [run(p) for p in problems]
-wrong = []
-def work(i):
-    for _ in range(20):
-        if not all(map(same_bits, run(problems[i]), wanted[i])):
-            wrong.append(i)
-threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-assert not wrong, wrong
-child = os.fork()
-if child == 0:
-    os._exit(0 if all(map(same_bits, run(problems[0]), wanted[0])) else 1)
-assert os.waitpid(child, 0)[1] == 0
-assert all(map(same_bits, run(problems[0]), wanted[0]))
-"""
-
-
-def test_many_callers_and_fork():
-    script = CONCURRENT_SCRIPT.format(tests=os.path.dirname(__file__))
-    result = run_script(script, SSU_BRIDGE_NUM_THREADS="4")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("state", DTYPES, ids=str)
-def test_special_values(rng, state, isa):
-    arguments = problem(rng, rows=6, columns=33, state=state, slots=3, other=F32)
-    values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0], np.float32).astype(state)
-    arguments["state"][:, :, 0, :5] = values
-    arguments["state"][:, :, 1, 32] = np.nan
-    out, new = run(arguments, isa)
-    slots = arguments["state_batch_indices"]
-    assert np.isnan(out[:, :, :2]).all()
-    assert np.isfinite(out[:, :, 2:].astype(np.float32)).all()
-    assert np.isnan(new[slots][:, :, 0, 0].astype(np.float32)).all()
-    assert np.isnan(new[slots][:, :, 1, 32].astype(np.float32)).all()
-    assert np.isinf(new[slots][:, :, 0, 1:3].astype(np.float32)).all()
-    assert np.isfinite(new[slots][:, :, 2:].astype(np.float32)).all()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
-def test_every_nan_stays_nan(rng, bits, isa):
-    nan = np.uint32(bits).view(np.float32)
-    for name in ("x", "B", "dt", "A"):
-        for tied in ("A dt D", ""):
-            arguments = problem(rng, state=BF16, tied=tied, columns=40)
-            arguments[name].ravel().view(np.uint32)[:] = bits
-            out, new = run(arguments, isa)
-            assert np.isnan(new[arguments["state_batch_indices"]].astype(np.float32)).all(), (name, tied, nan)
-            assert np.isnan(out).all()
-    arguments = problem(rng, x=np.ones((3, 4, 8), BF16))
-    arguments["state"].view(np.uint32)[:] = bits
-    assert np.isnan(run(arguments, isa)[0].astype(np.float32)).all()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("state", [BF16, F16], ids=str)
-def test_state_is_rounded_to_nearest_even(rng, state, isa):
-    """With x = 0 and dt = 0 a float32 B does not matter, so feed the rounding through B: state = 0, d = x = 1."""
-    columns = 4096
-    value = np.concatenate(
-        [
-            rng.integers(0, 2**32, 3072, np.uint32).view(np.float32),
-            (rng.integers(0, 2**16, 1024).astype(np.uint32) << 16 | 0x8000).view(np.float32),
-        ]
-    )
-    value = np.where(np.isnan(value), np.float32(1), value)
-    ones = np.ones((1, 1, 1), np.float32)
-    arguments = {
-        "state": np.zeros((1, 1, 1, columns), state),
-        "x": ones,
-        "dt": ones,
-        "A": np.zeros(1, np.float32),
-        "B": value.reshape(1, 1, columns),
-        "C": np.zeros((1, 1, columns), np.float32),
-    }
-    _, new = run(arguments, isa, softplus=False)
-    with np.errstate(over="ignore"):
-        assert (new.ravel() == value.astype(state)).all()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_softplus_and_decay_keep_their_accuracy(isa):
-    """State = 1 and x = 0 show exp(A d); state = 0 and x = B = 1 show d."""
-    d = np.concatenate([np.linspace(-103, 30, 4001), [-87.5, -95.0, 20.0, 20.000002, 88.0]]).astype(np.float32)
-    rows = len(d)
-    arguments = {
-        "state": np.zeros((1, 1, rows, 2), np.float32),
-        "x": np.ones((1, 1, rows), np.float32),
-        "dt": d.reshape(1, 1, rows),
-        "A": np.zeros(1, np.float32),
-        "B": np.ones((1, 1, 2), np.float32),
-        "C": np.ones((1, 1, 2), np.float32),
-    }
-    _, state = run(arguments, isa)
-    wanted = np.logaddexp(0.0, d.astype(np.float64))
-    wanted = np.where(d < -30, np.exp(d.astype(np.float64)), wanted)
-    np.testing.assert_allclose(state[0, 0, :, 0], wanted, rtol=3e-7, atol=1.5e-45)
-
-    arguments.update(state=np.ones_like(state), x=np.zeros_like(arguments["x"]), A=np.ones(1, np.float32))
-    for A in (np.ones(1, np.float32), np.ones((1, rows, 2), np.float32)):
-        _, state = run({**arguments, "A": A}, isa, softplus=False)
-        np.testing.assert_allclose(state[0, 0, :, 1], np.exp(d.astype(np.float64)), rtol=3e-7, atol=1.5e-45)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_exp_of_special_values(isa):
-    d = np.array([np.inf, -np.inf, np.nan, 89.0, 1e30, -105.0, -1e30, 0.0], np.float32)
-    arguments = {
-        "state": np.ones((1, 1, 8, 3), np.float32),
-        "x": np.zeros((1, 1, 8), np.float32),
-        "dt": np.where(np.isinf(d), 0, d).reshape(1, 1, 8).astype(np.float32),
-        "A": np.ones(1, np.float32),
-        "B": np.zeros((1, 1, 3), np.float32),
-        "C": np.ones((1, 1, 3), np.float32),
-    }
-    for A in (np.ones(1, np.float32), np.ones((1, 8, 3), np.float32)):
-        out, state = run({**arguments, "A": A}, isa, softplus=False)
-        np.testing.assert_array_equal(state[0, 0, :, 2], [1, 1, np.nan, np.inf, np.inf, 0, 0, 1])
-        np.testing.assert_array_equal(out[0, 0], [3, 3, np.nan, np.inf, np.inf, 0, 0, 3])
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_gate_of_large_numbers(rng, isa):
-    z = np.tile(np.array([-1e30, -200.0, -90.0, -20.0, 0.0, 20.0, 200.0, 1e30], np.float32), (3, 4, 1))
-    arguments = problem(rng, z=None)
-    y, _ = run(arguments, isa)
-    gated, _ = run({**problem(rng), **arguments, "z": z} | {"dt_bias": arguments["dt_bias"]}, isa)
-    with np.errstate(over="ignore"):
-        wanted = y.astype(np.float64) * z / (1 + np.exp(-z.astype(np.float64)))
-    np.testing.assert_allclose(gated, wanted, rtol=1e-6, atol=1e-37)
-
-
 def test_view():
     array = np.arange(12, dtype=np.float32).reshape(3, 4).astype(BF16)
     array.flags.writeable = False
@@ -480,24 +268,3 @@ def test_empty(rng, empty):
     out, state = run(problem(rng, **empty))
     assert state.size == 0 or empty == {"b": 0}
     assert np.isfinite(out).all()
-
-
-def test_flushing_threads_change_nothing(rng):
-    """XLA calls the kernel from threads that flush subnormal numbers to zero."""
-    torch = pytest.importorskip("torch")
-    arguments = problem(rng, state=F32)
-    arguments["state"] *= np.float32(1e-42)
-    arguments["x"] *= np.float32(1e-42)
-    out, state = run(arguments)
-    subnormal = (state != 0) & (np.abs(state) < np.finfo(np.float32).tiny)
-    assert subnormal.any()
-    results = []
-
-    def flushing():
-        assert torch.set_flush_denormal(True)
-        results.extend(run(arguments))
-
-    thread = threading.Thread(target=flushing)
-    thread.start()
-    thread.join()
-    assert all(map(same_bits, results, (out, state)))

@@ -1,7 +1,5 @@
 """How the native CPU kernel stores a state: quantised and by stochastic rounding, to the bit."""
 
-import zlib
-
 import numpy as np
 import pytest
 import tiny
@@ -11,11 +9,6 @@ from ssu_bridge.library import library
 from ssu_bridge.rounding import slot_words
 
 QUANTISED = (INT16, INT8, FP8)
-
-
-@pytest.fixture
-def rng(request):
-    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 
 def store(value, dtype, isa="auto", seed=None, place=0, token=0, intermediate=False, rounds=10):

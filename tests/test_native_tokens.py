@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import zlib
 
 import numpy as np
 import pytest
@@ -19,21 +18,16 @@ from native import (
     expected_all,
     results_of,
     run_all,
+    run_script,
     same_bits,
     stored,
     view,
 )
-from test_native import run_script
 
 from ssu_bridge.library import library
 
 STATES = (F32, BF16, F16, INT16, INT8, FP8)
 EXTREMES = {np.int32: (-(2**31), -7, 2**31 - 1), np.int64: (-(2**63), -(2**31) - 7, 2**32, 2**63 - 1)}
-
-
-@pytest.fixture
-def rng(request):
-    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 
 def call(
