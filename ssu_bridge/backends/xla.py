@@ -1,7 +1,8 @@
 """The xla backend: the step in plain jax.numpy, on any device and differentiable."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 from ssu_bridge.backends.base import Feature, TracedKernel, cannot
 from ssu_bridge.problem import Problem
@@ -76,26 +77,71 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
 
     Where sequences share rows it goes through all rows again, each time for sequences that share none.
     """
-    import jax
     import jax.numpy as jnp
 
+    out = jnp.zeros_like(arrays["x"])
     if not problem.sequences:
-        return arrays | {"out": jnp.zeros_like(arrays["x"])}
-
-    edges = jnp.clip(arrays["cu_seqlens"], 0, problem.tokens)
-    starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
-    number = jnp.arange(problem.tokens)[:, None]
-    owned = (starts <= number) & (number < ends)
-    # Sequences share no row unless cu_seqlens decreases between them. It does without that, too, in the one call that
-    # jax.vmap makes of several.
-    turns = jnp.where((owned.sum(axis=1) > 1).any(), jnp.cumsum(edges[1:] < edges[:-1]), 0)
-    last = _largest(turns)
-    start, written = _load(problem, arrays["state"], read), _stored_each_token(problem, arrays)
-    final = None
+        return arrays | {"out": out}
+    packing = _Packing.of(arrays["cu_seqlens"], problem.tokens)
+    written, final = _stored_each_token(problem, arrays), None
     if "state" in problem.results and "state" not in written:
         written["state"], final = arrays["state"], _final_slots(problem, arrays, read)
         final = jnp.arange(problem.sequences) if final is None else final
-    rows = {name: arrays[name] for name in _TOKENWISE if name in arrays}
+    # Loaded once for all turns: by each turn for itself, XLA copies the state.
+    start = _load(problem, arrays["state"], read)
+    turn = functools.partial(_turn, problem, arrays, read, start, final, packing)
+    results = written, out
+    if problem.sequences > 2:  # between two that share rows lies an empty one
+        results = _later_turns(turn, packing, results)
+    written, out = turn(results, 0)
+    return _results(problem, arrays, read, written, None, out)
+
+
+class _Packing(NamedTuple):
+    """Which rows are whose: sequence i has those from starts[i] to before ends[i], and comes in turn turns[i]."""
+
+    starts: Any
+    ends: Any
+    owned: Any
+    """(rows, sequences)"""
+    turns: Any
+
+    @classmethod
+    def of(cls, cu_seqlens: Any, rows: int) -> Self:
+        """Sequences share no row unless cu_seqlens decreases between them."""
+        import jax.numpy as jnp
+
+        edges = jnp.clip(cu_seqlens, 0, rows)
+        starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
+        row = jnp.arange(rows)[:, None]
+        owned = (starts <= row) & (row < ends)
+        # It decreases without that, too, in the one call that jax.vmap makes of several.
+        shares = (owned.sum(axis=1) > 1).any()
+        return cls(starts, ends, owned, jnp.where(shares, jnp.cumsum(edges[1:] < edges[:-1]), 0))
+
+
+def _turn(
+    problem: Problem,
+    arrays: dict[str, Any],
+    read: Any,
+    start: Any,
+    final: Any,
+    packing: _Packing,
+    results: Any,
+    turn: Any,
+) -> Any:
+    """Add the results of the sequences of one turn, which share no rows."""
+    import jax
+    import jax.numpy as jnp
+
+    written, out = results
+    row = jnp.arange(problem.tokens)[:, None]
+    mine = packing.owned & (packing.turns == turn)
+    sequence, is_owned = jnp.argmax(mine, axis=1)[:, None], mine.any(axis=1)[:, None]
+    token = row - packing.starts[sequence]
+    places = _places(problem, arrays, read, sequence, token, is_owned)
+    if final is not None:
+        places["state"] = jnp.where(is_owned & (row + 1 == packing.ends[sequence]), final[sequence], -1)
 
     def body(carry: Any, row: Any) -> tuple[Any, Any]:
         state, written = carry
@@ -105,33 +151,29 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
         written = {name: _store(array, places[name], new) for name, array in written.items()}
         return (new, written), jnp.where(is_owned, out[0], 0)
 
-    def take_turn(results: Any, turn: Any) -> tuple[Any, None]:
-        """Add the results of some sequences."""
-        written, out = results
-        mine = owned & (turns == turn)
-        sequence, is_owned = jnp.argmax(mine, axis=1)[:, None], mine.any(axis=1)[:, None]
-        token = number - starts[sequence]
-        places = _places(problem, arrays, read, sequence, token, is_owned)
-        if final is not None:
-            places["state"] = jnp.where(is_owned & (number + 1 == ends[sequence]), final[sequence], -1)
-        own = rows, places, sequence, token, is_owned[:, 0]
-        (_, written), outs = jax.lax.scan(body, (jnp.zeros_like(start[:1]), written), own)
-        return (written, jnp.where(is_owned.reshape(-1, *[1] * (out.ndim - 1)), outs, out)), None
+    own = {name: arrays[name] for name in _TOKENWISE if name in arrays}, places, sequence, token, is_owned[:, 0]
+    (_, written), outs = jax.lax.scan(body, (jnp.zeros_like(start[:1]), written), own)
+    return written, jnp.where(is_owned.reshape(-1, *[1] * (out.ndim - 1)), outs, out)
 
-    @jax.checkpoint  # mostly there is none, and a gradient must not keep room for what it would need of each
-    def later(results: Any, turn: Any) -> Any:
-        return jax.lax.cond(turn <= last, take_turn, none, results, turn)
 
-    def none(results: Any, _: Any) -> tuple[Any, None]:
-        return results, None
+def _later_turns(take: Callable[..., Any], packing: _Packing, results: Any) -> Any:
+    """Take all turns but the first, mostly none, ahead of it: so a gradient does not need memory for both at once."""
+    import jax
+    import jax.numpy as jnp
 
-    results = written, jnp.zeros_like(arrays["x"])
-    if problem.sequences > 2:  # between two that share rows lies an empty one
-        every = functools.partial(jax.lax.scan, later)
-        # Ahead of the first, so that a gradient does not need memory for both at once.
-        results, _ = jax.lax.cond(last > 0, every, none, results, jnp.arange(1, problem.sequences))
-    (written, out), _ = take_turn(results, 0)
-    return _results(problem, arrays, read, written, None, out)
+    last = _largest(packing.turns)
+
+    def none(results: Any, _: Any) -> Any:
+        return results
+
+    @jax.checkpoint  # a gradient must not keep room for what it would need of each
+    def body(results: Any, turn: Any) -> tuple[Any, None]:
+        return jax.lax.cond(turn <= last, take, none, results, turn), None
+
+    def every(results: Any, turns: Any) -> Any:
+        return jax.lax.scan(body, results, turns)[0]
+
+    return jax.lax.cond(last > 0, every, none, results, jnp.arange(1, len(packing.turns)))
 
 
 def _largest(numbers: Any) -> Any:
