@@ -200,6 +200,12 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             check_mapped(own, mesh, spec)
         for spec in (P("v"), P("v", None, "h")):
             check_mapped(indexed, mesh, spec)
+        # Not where that would take one axis of the mesh for two.
+        there = put(drawn(own), mesh, {"state": P(None, "h")})
+        xs = put({"x": np.stack([drawn(own)["x"]] * 4)}, mesh, {"x": P("h")})["x"]
+        for run in (lambda mapped: mapped(xs), lambda mapped: jax.jit(mapped)(xs)):
+            call = functools.partial(run, jax.vmap(lambda x: step(own, {**there, "x": x})))
+            refused("state: each call's is sharded .*'h'.* jax.vmap maps", call)
 """,
     "mapped twice around a scan": """
 case, mesh = Case("indices", nheads=8, headdim=8, dstate=16), mesh_of(AxisType.Explicit, v=2, h=4)

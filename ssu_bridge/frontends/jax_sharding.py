@@ -203,12 +203,27 @@ def _on_shards(
     leading = {n: [axes for axes, mapped in zip(over, maps, strict=True) if n in mapped] for n in names}
     in_specs = tuple(spec_of((*leading[name], *layout.places[name])) for name in names)
     out_specs = tuple(spec_of((*over, *layout.places[name])) for name in problem.results)
-    shard = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    results = shard(*(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True)))
+    placed = tuple(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True))
+    with _mapped_elsewhere(layout):
+        results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
     # A result is of its argument's type, which may name mesh axes of one device.
     like = ["x" if name == "out" else name for name in problem.results]
     kept = (types[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like)
     return tuple(_put(result, mesh, spec_of((*over, *place))) for result, place in zip(results, kept, strict=True))
+
+
+@contextlib.contextmanager
+def _mapped_elsewhere(layout: Layout) -> Iterator[None]:
+    """Name what is wrong where shard_map finds an axis of the mesh to be mapped: no public function of JAX says it."""
+    try:
+        yield
+    except ValueError as error:
+        if "must refer to an axis marked as manual" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"state: each call's is sharded {spec_of(layout.places['state'])}, over a mesh axis that what jax.vmap maps"
+            " is sharded over, too; expected others"
+        ) from error
 
 
 def _mapped_axes(name: str, maps: Maps) -> int:
