@@ -152,6 +152,36 @@ got, expected = (np.array(r["intermediate_states"]).astype("float32") for r in (
 assert (got != expected).any()
 np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=2.0**-24)
 """,
+    "mapped, with all that a call can have": """
+import itertools
+
+quantised = {"dtypes": {"state": "int8"}}
+drafts = {"tokens": 2, "steps": 2}
+kinds = [
+    case("drafts", **drafts),
+    case("quantised drafts", **drafts, **quantised),
+    case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+    case("a state that is only read", **drafts, disable_state_update=True),
+    own("own slots", **drafts),
+]
+subsets = (("x",), ("state",), ("state", "x"), ("state_batch_indices", "x"), ("x", *WRITTEN))
+for axes, kind, mapped, split in itertools.product((AxisType.Auto, AxisType.Explicit), kinds, subsets, (False, True)):
+    mesh, calls = mesh_of(axes, v=2, h=4), [drawn(kind, seed) for seed in range(4)]
+    names = [name for name in calls[0] if name in mapped]
+    arrays = {n: np.stack([call[n] for call in calls]) if n in names else a for n, a in calls[0].items()}
+    in_axes = {n: 0 if n in names else None for n in arrays}
+    lead = {n: ("v",) if n in names else () for n in arrays}
+    over_heads = {n: P(*lead[n], *spec) for n, spec in heads().items() if n in WRITTEN and n in arrays}
+    with jax.set_mesh(mesh):
+        specs = {n: P(*axes) for n, axes in lead.items()} | (over_heads if split else {})
+        run = jax.jit(jax.vmap(functools.partial(step, kind), in_axes=(in_axes,)))
+        there = put(arrays, mesh, specs)
+        text, got = run.lower(there).compile().as_text(), run(there)
+    assert not re.search(COLLECTIVE, text), (kind.name, names, split)
+    for j, call in enumerate(calls):
+        alone = step(kind, {n: jnp.array(call[n] if n in names else a) for n, a in calls[0].items()})
+        same({n: np.array(got[n]) if got[n].ndim == a.ndim else np.array(got[n])[j] for n, a in alone.items()}, alone)
+""",
     "stochastic rounding where JAX does not say what varies": """
 case = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
 arrays = {n: jnp.array(a) for n, a in drawn(case).items()}

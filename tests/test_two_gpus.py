@@ -77,9 +77,8 @@ def test_vmap(kind):
     with jax.set_mesh(mesh):
         check_mapped(case("mapped"), mesh, P(None, None, "h"))
         check_mapped(own("mapped sequences"), mesh, P("h"))
-        if kind is AxisType.Explicit:
-            check_mapped(case("mapped indices"), mesh, P("h"))
-            check_mapped(own("slots"), mesh, P(None, "h"))
+        check_mapped(case("mapped indices"), mesh, P("h"))
+        check_mapped(own("slots"), mesh, P(None, "h"))
 
 
 @pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)

@@ -225,16 +225,20 @@ def vmap_of_scan(step):
     return jax.vmap(lambda state: jax.lax.scan(lambda s, _: step(s)[::-1], state, None, length=4))
 
 
-@pytest.mark.parametrize("dtype", ("float32", "int8"))
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "int8"))
+@pytest.mark.parametrize("slots", (64, 1))
 @pytest.mark.parametrize("around", (lambda step: lambda s: jax.vmap(step)(s)[::-1], scan_of_vmap, vmap_of_scan))
-def test_a_mapped_state_is_not_copied(around, dtype):
-    case = Case("large", slots=64, nheads=8, headdim=64, dstate=64, dtypes={"state": dtype})
+def test_a_mapped_state_is_not_copied(around, slots, dtype, backend):
+    case = Case(
+        "large", sequences=1, slots=slots, indices=None, nheads=64, headdim=64, dstate=128, dtypes={"state": dtype}
+    )
     arrays = to_mode(case.arrays(0), "jax")
     states = jax.tree.map(lambda array: jnp.stack([array] * CALLS), arrays.pop("state"))
-    program = around(lambda state: ssu_bridge.update(state, **arrays, **case.flags, backend="cpu"))
+    program = around(lambda state: ssu_bridge.update(state, **arrays, **case.flags, backend=backend))
     compiled = jax.jit(program, donate_argnums=0).lower(states).compile()
     size = sum(array.nbytes for array in jax.tree.leaves(states))
-    assert compiled.memory_analysis().temp_size_in_bytes < size / 20
+    assert compiled.memory_analysis().temp_size_in_bytes < size / 4
     expected = jax.tree.leaves(jax.jit(program)(states))
     before = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(states)]
     results = jax.tree.leaves(compiled(states))

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jax.interpreters import batching
 
 from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax_apart import apart
 from ssu_bridge.frontends.jax_arrays import described
+from ssu_bridge.frontends.jax_kernel import kernel
+from ssu_bridge.frontends.jax_maps import Maps
 from ssu_bridge.frontends.jax_step import bind, step
 from ssu_bridge.problem import ARGUMENTS, STATE, Problem
 from ssu_bridge.tables import TABLES, read_slots, slots
@@ -21,29 +24,55 @@ _EDGES = "cu_seqlens"
 _PARAMETERS = ("A", "D", "dt_bias", "rand_seed")
 
 
-def _batch(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[list[Any], list[int]]:
+def _map_step(operands: Any, axes: Any, *, problem: Problem, maps: Maps, **_: Any) -> tuple[list[Any], list[int]]:
+    """Put the mapped axis first; where arrays are sharded is not known yet."""
     given, mapped = (dict(zip(problem.names, values, strict=True)) for values in (operands, axes))
-    size = next(given[name].shape[axis] for name, axis in mapped.items() if axis is not None)
-    shared = [name for name in _PARAMETERS if name in given]
-    if problem.options.disable_state_update and all(mapped.get(name) is None for name in STATE):
-        shared += [name for name in STATE if name in given]
-    for name in shared:
+    for name in _shared(problem, mapped):
         if mapped[name] is not None:
             raise UnsupportedError(
                 f"{name}: jax.vmap cannot map it, because a step has one {name} for all its sequences; use jax.lax.map "
                 "(a jax.lax.cond on a mapped predicate has all that it uses mapped)"
             )
+    size = _size(given, mapped)
+    # Results have the mapped axis, and so must what they have their types from.
+    typed = {"x", *problem.results}
+    around = frozenset(name for name, axis in mapped.items() if axis is not None or name in typed)
+    arrays = {n: _lead(a, mapped[n], size) if n in around else a for n, a in given.items()}
+    return bind(arrays, problem, (around, *maps)), [0] * len(problem.results)
+
+
+def _map_kernel(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tuple[list[Any], list[int]]:
+    """Make one step of the mapped ones."""
+    given, mapped = (dict(zip(problem.names, values, strict=True)) for values in (operands, axes))
+    size, shared = _size(given, mapped), _shared(problem, mapped)
     arrays = {n: a if n in shared else _lead(a, mapped[n], size) for n, a in given.items()}
     folded = _fold(problem, size, arrays, shared)
     options = dataclasses.replace(problem.options, pad_slot_id=-1)
-    results = dict(zip(problem.results, bind(folded, described(options, folded), reshaped=True), strict=True))
-    shapes = {name: arrays["x" if name == "out" else name].shape for name in results}
-    return [result.reshape(shapes[name]) for name, result in results.items()], [0] * len(results)
+    folded |= {name: apart(array) for name, array in folded.items() if name in problem.results}
+    results = kernel.bind(*folded.values(), problem=described(options, folded))  # type: ignore[no-untyped-call]
+    after = dict(zip(problem.results, results, strict=True))
+    # Flat in between, so that XLA has no choice of a layout for an axis of size 1.
+    flat = {name: result if name == "out" else apart(result.reshape(-1)) for name, result in after.items()}
+    shapes = (arrays["x" if name == "out" else name].shape for name in after)
+    return [a.reshape(shape) for a, shape in zip(flat.values(), shapes, strict=True)], [0] * len(after)
 
 
 def register() -> None:
-    """Give the primitive its rule."""
-    batching.primitive_batchers[step] = _batch
+    """Give the primitives their rules."""
+    batching.primitive_batchers[step] = _map_step
+    batching.primitive_batchers[kernel] = _map_kernel
+
+
+def _size(given: dict[str, Any], mapped: dict[str, int | None]) -> Any:
+    return next(given[name].shape[axis] for name, axis in mapped.items() if axis is not None)
+
+
+def _shared(problem: Problem, mapped: dict[str, int | None]) -> list[str]:
+    """Return the names of the arrays that a step has for all its sequences, with no axis for the mapped calls."""
+    shared = [name for name in _PARAMETERS if name in mapped]
+    if problem.options.disable_state_update and all(mapped.get(name) is None for name in STATE):
+        shared += [name for name in STATE if name in mapped]
+    return shared
 
 
 def _lead(array: Any, axis: int | None, size: int) -> Any:

@@ -11,15 +11,12 @@ from jax.interpreters import mlir
 from ssu_bridge.backends.base import HostKernel, TracedKernel
 from ssu_bridge.choose import load
 from ssu_bridge.frontends.jax_arrays import platforms
-from ssu_bridge.frontends.jax_targets import register, register_function
-from ssu_bridge.library import library
+from ssu_bridge.frontends.jax_targets import register
 from ssu_bridge.problem import Problem
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does.
 kernel = Primitive("ssu_bridge_kernel")
 kernel.multiple_results = True
-
-_SAME = "ssu_bridge.same_memory"
 
 
 @kernel.def_abstract_eval  # type: ignore[untyped-decorator]
@@ -30,11 +27,8 @@ def result_types(*operands: Any, problem: Problem) -> tuple[Any, ...]:
     return tuple(types[name].update(weak_type=False) for name in problem.results)
 
 
-def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = None, reshaped: bool = False) -> Any:
-    """Load the kernel for a platform, and put a call of it into the program.
-
-    ``reshaped`` says that what is written in place comes from a reshape.
-    """
+def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = None) -> Any:
+    """Load the kernel for a platform, and put a call of it into the program."""
     platform = platform or ctx.module_context.platforms[0]
     loaded = load(problem.on(platform, platforms().get(platform)))
     if isinstance(loaded, TracedKernel):
@@ -44,26 +38,8 @@ def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = Non
     # What is written in place is an operand and a result of one buffer. XLA copies one that must not be changed. For a
     # result that it writes straight into a slice of another array XLA:GPU takes other memory; kernels see to that.
     aliases = {problem.names.index(name): i for i, name in enumerate(problem.results) if name != "out"}
-    if reshaped and platform == "cpu":
-        operands = tuple(_apart(ctx, operand) if i in aliases else operand for i, operand in enumerate(operands))
     lowering = jax.ffi.ffi_lowering(register(loaded, problem, platform), operand_output_aliases=aliases)
     return lowering(ctx, *operands)
-
-
-def _apart(ctx: Any, operand: Any) -> Any:
-    """Put a call that does nothing between a reshape and a call that writes in place, so that XLA copies nothing.
-
-    XLA gives each such call a copy of the operand, if the operand has a layout to keep, and later takes away those that
-    nothing needs; but XLA:CPU has by then made one operation of a reshape and a copy, and leaves that. The call that
-    does nothing keeps no layout.
-    """
-    if ctx.module_context.lowering_parameters.for_export:  # to a process that has none but kernels
-        return operand
-    register_function(_SAME, library().same_memory(), "cpu", in_graphs=False)
-    lowering = jax.ffi.ffi_lowering(
-        _SAME, operand_output_aliases={0: 0}, result_types=[operand.type], skip_ffi_layout_processing=True
-    )
-    return lowering(ctx, operand)[0]
 
 
 def _by_name(function: Callable[..., Any], names: tuple[str, ...], *arrays: Any) -> Any:

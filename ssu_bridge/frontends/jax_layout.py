@@ -1,12 +1,13 @@
 """Where the arrays of a step have to lie on a mesh of devices for the state to stay where it is."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jax.sharding import PartitionSpec
 
 from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax_maps import Axes, Maps, axes_of
 from ssu_bridge.problem import ARGUMENTS, Problem
 
 # For each axis of an array, the mesh axes that it is sharded over.
@@ -18,9 +19,9 @@ class Layout:
 
     Attributes:
         given: of each array, where it is, without mesh axes of one device.
-        places: where it has to be, "out" too.
+        places: where it has to be; "out" is where x is.
         heads: the mesh axes over which heads are sharded.
-        all: those over which anything of the state is.
+        all: those over which anything of the state is, or what ``jax.vmap`` maps.
     """
 
     def __init__(
@@ -29,27 +30,27 @@ class Layout:
         shapes: Mapping[str, tuple[int, ...]],
         given: Mapping[str, Place],
         mesh: Mapping[Any, int],
+        maps: Maps = (),
     ):
         """Find them for arrays of these shapes in these places of a mesh with axes of these sizes.
 
         Raises:
             UnsupportedError: the step cannot be computed shard by shard with the state where it is.
         """
+        symbols = {name: axes_of(problem, name, len(shape), maps) for name, shape in shapes.items()}
+        sizes = {symbol: n for name, shape in shapes.items() for symbol, n in zip(symbols[name], shape, strict=True)}
         given = {name: spread(place, mesh) for name, place in given.items()}
-        symbols = {name: problem.axes(name, len(shape)) for name, shape in shapes.items()}
-        state = dict(zip(symbols["state"], given["state"], strict=True))
-        for symbol, size in zip(symbols["state"], shapes["state"], strict=True):
-            _check(problem, symbol, size, state[symbol], mesh)
-        wanted = {symbol: state.get(symbol, ()) for symbol in "HP"}
-        if state["S"]:
-            wanted["S"] = wanted["b"] = state["S"]
+        wanted = _wanted(symbols, given, range(len(maps)))
+        for symbol, axes in wanted.items():
+            _check(problem, symbol, sizes.get(symbol, 1), axes, mesh)
+        if wanted["S"]:
+            wanted["b"] = wanted["S"]
             if "intermediate_states" in shapes:
-                own_entries = shapes["intermediate_states"][0] == problem.slots
-                if "intermediate_state_indices" in shapes or not own_entries:
+                if "intermediate_state_indices" in shapes or sizes["E"] != problem.slots:
                     raise UnsupportedError(
                         f"intermediate_states: expected an entry for each slot, and no indices, {_LOCAL}"
                     )
-                wanted["E"] = state["S"]
+                wanted["E"] = wanted["S"]
         self.places = {n: tuple(wanted.get(symbol, ()) for symbol in symbols[n]) for n in shapes}
         for name in ("B", "C"):
             # Groups may be sharded as the heads are, where no shard has a part of a group.
@@ -57,14 +58,33 @@ class Layout:
             if symbols[name][-2] == "G" and given[name][-2] == wanted["H"] and divides:
                 self.places[name] = (*self.places[name][:-2], wanted["H"], ())
         for name in shapes:
-            if ARGUMENTS[name].written and given[name] != self.places[name]:
+            # Where an array that is not mapped has been repeated for each call, XLA may have chosen itself.
+            own, place = (_own(symbols[name], where[name]) for where in (self.places, given))
+            if ARGUMENTS[name].written and own != place:
                 raise UnsupportedError(
-                    f"{name}: expected to be sharded as the state is, {spec_of(self.places[name])}, "
-                    f"got {spec_of(given[name])}"
+                    f"{name}: expected to be sharded as the state is, {spec_of(own)}, got {spec_of(place)}"
                 )
         self.given, self.places["out"] = given, self.places["x"]
         self.heads = wanted["H"]
-        self.all = tuple(axis for place in given["state"] for axis in place)
+        self.all = tuple(dict.fromkeys(axis for axes in wanted.values() for axis in axes))
+
+
+def _wanted(symbols: Mapping[str, Axes], given: Mapping[str, Place], maps: Iterable[int]) -> dict[Any, tuple[Any, ...]]:
+    """Return the mesh axes for each axis of the state, and for each mapped one."""
+    state = dict(zip(symbols["state"], given["state"], strict=True))
+    used = {axis for axes in state.values() for axis in axes}
+    wanted = {"H": (), "P": (), **state}
+    for number in maps:
+        if number not in state:  # which is only read then: each part of it is where all calls are
+            name = next(name for name in ("x", *symbols) if number in symbols[name])
+            axes = given[name][symbols[name].index(number)]
+            wanted[number] = tuple(axis for axis in axes if axis not in used)
+    return wanted
+
+
+def _own(symbols: Axes, place: Place) -> Place:
+    """Return where the axes of one call are."""
+    return tuple(axes for symbol, axes in zip(symbols, place, strict=True) if isinstance(symbol, str))
 
 
 _LOCAL = "where slots are sharded; call update inside jax.shard_map, with indices that count from 0 in each shard"
@@ -76,7 +96,7 @@ def own_slots(problem: Problem) -> bool:
     return problem.form != "packed" and not indexed and problem.slots == problem.sequences
 
 
-def _check(problem: Problem, symbol: str, size: int, axes: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
+def _check(problem: Problem, symbol: str | int, size: int, axes: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
     """Check that an axis of the state can be sharded over these axes of the mesh."""
     if not axes:
         return
@@ -93,8 +113,8 @@ def _check(problem: Problem, symbol: str, size: int, axes: tuple[Any, ...], mesh
         )
     if size % _count(axes, mesh):
         raise UnsupportedError(
-            f"state: an axis of {size} is sharded over {_count(axes, mesh)} devices ({over}); expected a number that "
-            "divides it"
+            f"{'what jax.vmap maps' if isinstance(symbol, int) else 'state'}: an axis of {size} is sharded over "
+            f"{_count(axes, mesh)} devices ({over}); expected a number that divides it"
         )
 
 

@@ -7,7 +7,7 @@ the state needs them; the state does not move.
 import contextlib
 import functools
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,11 +20,9 @@ from ssu_bridge.config import Backend
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax_arrays import described
 from ssu_bridge.frontends.jax_kernel import kernel
-from ssu_bridge.frontends.jax_layout import Layout, own_slots, place_of, spec_of
+from ssu_bridge.frontends.jax_layout import Layout, Place, own_slots, place_of, spec_of
+from ssu_bridge.frontends.jax_maps import Maps, axes_of, over_calls
 from ssu_bridge.problem import ARGUMENTS, Problem
-
-# Of each ``jax.vmap`` around a call, the outermost first, the names of the arrays that it maps.
-Maps = tuple[frozenset[str], ...]
 
 
 def shard_seed(seed: Any, axes: Iterable[Any]) -> Any:
@@ -59,9 +57,9 @@ def _localised(problem: Problem, layout: Layout, arrays: dict[str, Any]) -> dict
 
 
 @functools.lru_cache(maxsize=256)
-def partitioned_jaxpr(problem: Problem, kinds: tuple[Any, ...]) -> Any:
+def partitioned_jaxpr(problem: Problem, maps: Maps, kinds: tuple[Any, ...]) -> Any:
     """Return the step that XLA can partition, for operands of these shapes and dtypes."""
-    step = _partitioned(problem)
+    step = _partitioned(problem, maps)
 
     def program(*operands: Any) -> Any:
         return step(*operands)
@@ -72,18 +70,18 @@ def partitioned_jaxpr(problem: Problem, kinds: tuple[Any, ...]) -> Any:
     return jax.make_jaxpr(jax.jit(program))(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[no-untyped-call]
 
 
-def _partitioned(problem: Problem) -> Callable[..., Any]:
+def _partitioned(problem: Problem, maps: Maps) -> Callable[..., Any]:
     @custom_partitioning
     def step(*operands: Any) -> Any:
-        return tuple(kernel.bind(*operands, problem=problem))  # type: ignore[no-untyped-call]
+        return tuple(over_calls(functools.partial(kernel.bind, problem=problem), problem.names, maps)(*operands))
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         names = problem.names
         given = {n: place_of(_known(a.sharding), len(a.shape)) for n, a in zip(names, operands, strict=True)}
         shapes = {n: a.shape for n, a in zip(names, operands, strict=True)}
-        layout = Layout(problem, shapes, given, mesh.shape)
+        layout = Layout(problem, shapes, given, mesh.shape, maps)
 
-        def on_shard(*shards: Any) -> Any:
+        def of_one_call(*shards: Any) -> Any:
             arrays = _localised(problem, layout, dict(zip(names, shards, strict=True)))
             if "rand_seed" in arrays:
                 arrays["rand_seed"] = shard_seed(arrays["rand_seed"], layout.all)
@@ -92,9 +90,9 @@ def _partitioned(problem: Problem) -> Callable[..., Any]:
         def shardings(names: Iterable[str]) -> tuple[NamedSharding, ...]:
             return tuple(NamedSharding(mesh, spec_of(layout.places[name])) for name in names)
 
-        return mesh, on_shard, shardings(problem.results), shardings(names)
+        return mesh, over_calls(of_one_call, names, maps), shardings(problem.results), shardings(names)
 
-    step.def_partition(partition=partition, sharding_rule=functools.partial(_rule, problem))  # type: ignore[no-untyped-call]
+    step.def_partition(partition=partition, sharding_rule=functools.partial(_rule, problem, maps))  # type: ignore[no-untyped-call]
     return step
 
 
@@ -118,19 +116,19 @@ def _known(sharding: Any) -> PartitionSpec:
     return sharding.spec
 
 
-def _rule(problem: Problem, mesh: Any, operands: Any, results: Any) -> str:
+def _rule(problem: Problem, maps: Maps, mesh: Any, operands: Any, results: Any) -> str:
     """Return the step's sharding rule: which axes of which arrays are sharded alike."""
-    types = dict(zip(problem.names, operands, strict=True))
-    types["out"] = types["x"]
-    factors = {n: _factors(problem, n, len(kind.shape)) for n, kind in types.items()}
+    factors = {n: _factors(problem, n, len(a.shape), maps) for n, a in zip(problem.names, operands, strict=True)}
+    factors["out"] = factors["x"]
     sides = (", ".join(factors[name] for name in names) for names in (problem.names, problem.results))
     return " -> ".join(sides)
 
 
-def _factors(problem: Problem, name: str, count: int) -> str:
-    shared = {"H": "h", "P": "p", "b": "b", "S": "b" if own_slots(problem) else "s", "T": "t", "L": "l"}
+def _factors(problem: Problem, name: str, count: int, maps: Maps) -> str:
+    shared: dict[int | str, str] = {number: f"m{number}" for number in range(len(maps))}
+    shared |= {"H": "h", "P": "p", "b": "b", "S": "b" if own_slots(problem) else "s", "T": "t", "L": "l"}
     number = [*ARGUMENTS].index(name)
-    symbols = problem.axes(name, count)
+    symbols = axes_of(problem, name, count, maps)
     return " ".join(shared.get(symbol, f"a{number}x{i}") for i, symbol in enumerate(symbols)) or "..."
 
 
@@ -188,28 +186,29 @@ def _on_shards(
     problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any], maps: Maps
 ) -> tuple[Any, ...]:
     names = tuple(arrays)
-    types = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
-    # Of each jax.vmap, the mesh axes that its axis is sharded over: the same for all arrays that it maps.
-    over = [types[name][_mapped_axes(name, maps[:i])] for i, (name, *_) in enumerate(map(sorted, maps))]
-    own = {name: _mapped_axes(name, maps) for name in names}
-    types = {name: place[own[name] :] for name, place in types.items()}
-    layout = Layout(problem, {n: a.shape[own[n] :] for n, a in arrays.items()}, types, mesh.shape)
+    given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
+    layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape, maps)
 
-    def on_shard(*shards: Any) -> Any:
+    def of_one_call(*shards: Any) -> Any:
         return tuple(run(_localised(problem, layout, dict(zip(names, shards, strict=True)))))
 
-    for mapped in reversed(maps):
-        on_shard = jax.vmap(on_shard, in_axes=tuple(0 if name in mapped else None for name in names))
-    leading = {n: [axes for axes, mapped in zip(over, maps, strict=True) if n in mapped] for n in names}
-    in_specs = tuple(spec_of((*leading[name], *layout.places[name])) for name in names)
-    out_specs = tuple(spec_of((*over, *layout.places[name])) for name in problem.results)
+    # A result has the axes of all maps, and of its argument those of one call.
+    symbols = {n: axes_of(problem, n, a.ndim, maps) for n, a in arrays.items()}
+    calls = [given[n][symbols[n].index(number)] for number, (n, *_) in enumerate(map(sorted, maps))]
+    like = ["x" if name == "out" else name for name in problem.results]
+
+    def of_results(places: Mapping[str, Place]) -> list[PartitionSpec]:
+        return [spec_of((*calls, *places[n][sum(n in mapped for mapped in maps) :])) for n in like]
+
+    in_specs = tuple(spec_of(layout.places[name]) for name in names)
+    out_specs = tuple(of_results(layout.places))
     placed = tuple(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True))
+    on_shard = over_calls(of_one_call, names, maps)
     with _mapped_elsewhere(layout):
         results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
-    # A result is of its argument's type, which may name mesh axes of one device.
-    like = ["x" if name == "out" else name for name in problem.results]
-    kept = (types[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like)
-    return tuple(_put(result, mesh, spec_of((*over, *place))) for result, place in zip(results, kept, strict=True))
+    # Its type is its argument's, which may name mesh axes of one device.
+    kept = {n: given[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like}
+    return tuple(_put(result, mesh, spec) for result, spec in zip(results, of_results(kept), strict=True))
 
 
 @contextlib.contextmanager
@@ -224,11 +223,6 @@ def _mapped_elsewhere(layout: Layout) -> Iterator[None]:
             f"state: each call's is sharded {spec_of(layout.places['state'])}, over a mesh axis that what jax.vmap maps"
             " is sharded over, too; expected others"
         ) from error
-
-
-def _mapped_axes(name: str, maps: Maps) -> int:
-    """Return with how many mapped axes an array begins."""
-    return sum(name in mapped for mapped in maps)
 
 
 def _put(array: Any, mesh: Any, spec: PartitionSpec) -> Any:

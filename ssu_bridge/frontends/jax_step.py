@@ -11,23 +11,24 @@ from jax.interpreters import ad, mlir
 
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax_arrays import several_devices
-from ssu_bridge.frontends.jax_kernel import lower, register_lowering, result_types
+from ssu_bridge.frontends.jax_kernel import kernel, lower, register_lowering, result_types
+from ssu_bridge.frontends.jax_maps import Maps, over_calls
 from ssu_bridge.frontends.jax_sharding import partitioned_jaxpr
 from ssu_bridge.problem import Problem
 
-# Its operands are what ``problem.names`` lists, its results what ``problem.results`` does. ``shards`` is the step that
-# XLA can partition, where the process has several devices: JAX looks for it in here, and then says which mesh they
-# form. ``reshaped`` says that what is written in place comes from a reshape.
+# Its operands are what ``problem.names`` lists, its results what ``problem.results`` does, with the axes of ``maps``; x
+# and what is written in place have all of them. ``shards`` is the step that XLA can partition, where the process has
+# several devices: JAX looks for it in here, and then says which mesh they form.
 step = Primitive("ssu_bridge_update")
 step.multiple_results = True
 
 
-def bind(arrays: dict[str, Any], problem: Problem, reshaped: bool = False) -> list[Any]:
+def bind(arrays: dict[str, Any], problem: Problem, maps: Maps = ()) -> list[Any]:
     """Put the step into the program that is being traced, or run it; return its results."""
     kinds = tuple((array.shape, array.dtype) for array in arrays.values())
-    shards = partitioned_jaxpr(problem, kinds) if several_devices() else None
+    shards = partitioned_jaxpr(problem, maps, kinds) if several_devices() else None
     operands = vary_alike(arrays.values())
-    results: list[Any] = step.bind(*operands, problem=problem, shards=shards, reshaped=reshaped)  # type: ignore[no-untyped-call]
+    results: list[Any] = step.bind(*operands, problem=problem, maps=maps, shards=shards)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -65,9 +66,12 @@ def _jitted(**parameters: Any) -> Callable[..., Any]:
     return jax.jit(functools.partial(step.bind, **parameters))
 
 
-def _lower(ctx: Any, *operands: Any, shards: Any, **parameters: Any) -> Any:
+def _lower(ctx: Any, *operands: Any, problem: Problem, maps: Maps, shards: Any, platform: str | None = None) -> Any:
     if _devices(ctx.module_context.axis_context) == 1:
-        return lower(ctx, *operands, **parameters)
+        if not maps:
+            return lower(ctx, *operands, problem=problem, platform=platform)
+        calls = over_calls(functools.partial(kernel.bind, problem=problem), problem.names, maps)
+        return mlir.lower_fun(calls, multiple_results=True)(ctx, *operands)
     if hasattr(ctx.module_context.axis_context, "mesh"):
         raise UnsupportedError(
             "inside jax.shard_map over some axes of a mesh, XLA cannot partition the step over the others; expected "
