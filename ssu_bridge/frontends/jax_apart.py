@@ -1,25 +1,32 @@
-"""Keeping XLA:CPU from copying an array that is reshaped before or after a call that writes in place."""
+"""Reshaping what a call writes in place, without XLA:CPU copying it.
+
+XLA copies what such a call writes to, and later takes away the copies that nothing needs; and for a reshaped array it
+chooses a layout, which it copies to the one that a call or a result has to have. XLA:CPU has by then made one operation
+of a reshape and a copy, and leaves that. So a call that does nothing is put between them, for which any layout will do.
+"""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from ssu_bridge.frontends.jax_targets import register_function
 from ssu_bridge.library import library
 
-# XLA copies what such a call writes to, and later takes away the copies that nothing needs; and for a reshaped array it
-# chooses a layout, which it then copies to the one that a call or a result has to have. XLA:CPU has by then made one
-# operation of a reshape and a copy, and leaves that. Between them this is put: on a CPU a call that does nothing, for
-# which any layout will do.
 _apart = Primitive("ssu_bridge_apart")
 _TARGET = "ssu_bridge.same_memory"
 
 
-def apart(array: Any) -> Any:
-    """Return the same array, in the same memory, of which XLA does not know what it is a reshape of, or for what."""
-    return _apart.bind(array)  # type: ignore[no-untyped-call]
+def reshaped_before(array: Any, shape: tuple[Any, ...]) -> Any:
+    """Reshape an array for the call that writes to it."""
+    return _apart.bind(array.reshape(shape))  # type: ignore[no-untyped-call]
+
+
+def reshaped_after(array: Any, shape: tuple[Any, ...]) -> Any:
+    """Reshape what a call has written to; flat in between, where there is no layout to choose for an axis of size 1."""
+    return _apart.bind(array.reshape(-1)).reshape(shape)  # type: ignore[no-untyped-call]
 
 
 @_apart.def_abstract_eval  # type: ignore[untyped-decorator]
@@ -38,7 +45,9 @@ def _call(ctx: Any, array: Any) -> Any:
 
 
 def _map(operands: Any, axes: Any) -> tuple[Any, int]:
-    return apart(*operands), axes[0]
+    """Keep apart what is reshaped for all mapped axes together: before a call the outermost vmap does."""
+    array = jnp.moveaxis(operands[0], axes[0], 0)
+    return (reshaped_after(array, array.shape) if array.ndim == 2 else array), 0
 
 
 mlir.register_lowering(_apart, lambda _, array: [array])

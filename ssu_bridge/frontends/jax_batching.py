@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.interpreters import batching
 
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends.jax_apart import apart
+from ssu_bridge.frontends.jax_apart import reshaped_after, reshaped_before
 from ssu_bridge.frontends.jax_arrays import described
 from ssu_bridge.frontends.jax_kernel import kernel
 from ssu_bridge.frontends.jax_maps import Maps
@@ -48,13 +48,9 @@ def _map_kernel(operands: Any, axes: Any, *, problem: Problem, **_: Any) -> tupl
     arrays = {n: a if n in shared else _lead(a, mapped[n], size) for n, a in given.items()}
     folded = _fold(problem, size, arrays, shared)
     options = dataclasses.replace(problem.options, pad_slot_id=-1)
-    folded |= {name: apart(array) for name, array in folded.items() if name in problem.results}
     results = kernel.bind(*folded.values(), problem=described(options, folded))  # type: ignore[no-untyped-call]
-    after = dict(zip(problem.results, results, strict=True))
-    # Flat in between, so that XLA has no choice of a layout for an axis of size 1.
-    flat = {name: result if name == "out" else apart(result.reshape(-1)) for name, result in after.items()}
-    shapes = (arrays["x" if name == "out" else name].shape for name in after)
-    return [a.reshape(shape) for a, shape in zip(flat.values(), shapes, strict=True)], [0] * len(after)
+    after = [reshaped_after(a, arrays[n].shape) for n, a in zip(problem.results[1:], results[1:], strict=True)]
+    return [results[0].reshape(arrays["x"].shape), *after], [0] * len(results)
 
 
 def register() -> None:
@@ -85,6 +81,7 @@ def _lead(array: Any, axis: int | None, size: int) -> Any:
 def _fold(problem: Problem, size: int, arrays: dict[str, Any], shared: list[str]) -> dict[str, Any]:
     """Return the arrays of the one step."""
     folded = {n: a if n in shared else _merged(a) for n, a in arrays.items() if n not in TABLES}
+    folded |= {name: reshaped_before(arrays[name], folded[name].shape) for name in problem.results[1:]}
     folded |= _tables(problem, size, arrays, 0 if "state" in shared else problem.slots)
     return {name: folded[name] for name in ARGUMENTS if name in folded}
 
