@@ -200,7 +200,8 @@ def describe(
         if name not in arrays:
             raise TypeError(f"{name}: expected an array, got None")
     for name, info in arrays.items():
-        _check_dtype(name, info.dtype)
+        if name != "rand_seed":  # of which each framework has its own
+            _check_dtype(name, info.dtype)
     _check_contradictions(arrays, options)
     _check_seed(arrays, options, framework)
     shapes = _Shapes(arrays)
@@ -266,7 +267,7 @@ def _is_dense(info: ArrayInfo) -> bool:
 
 def _came(value: object) -> str:
     """Say what came where a Python scalar was expected; tracers print badly, so those by their type alone."""
-    return repr(value) if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+    return repr(value) if isinstance(value, (int, float, str, type(None), np.generic)) else type(value).__name__
 
 
 def _check_dtype(name: str, dtype: str) -> None:
@@ -301,7 +302,8 @@ def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> 
     if "intermediate_state_indices" in given and "intermediate_states" not in given:
         raise ValueError("intermediate_state_indices: expected None without intermediate_states, got an array")
     if "num_accepted_tokens" in given and len(_shape(arrays, "state_batch_indices")) != 2:
-        raise ValueError("num_accepted_tokens: expected a 2-D state_batch_indices beside it, got none")
+        came = _shape(arrays, "state_batch_indices") or "none"
+        raise ValueError(f"num_accepted_tokens: expected a 2-D state_batch_indices beside it, got {came}")
 
 
 def _check_seed(arrays: Mapping[str, ArrayInfo], options: Options, framework: str) -> None:

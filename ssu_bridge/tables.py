@@ -22,7 +22,7 @@ TABLES = (
 def slots(xp: Any, problem: Problem, indices: Any) -> Any:
     """Return the slots that indices name, -1 for a pad."""
     valid = (indices >= 0) & (indices < problem.slots)
-    if 0 <= problem.options.pad_slot_id < problem.slots:  # else it is out of range, and need not fit the indices' dtype
+    if 0 <= problem.options.pad_slot_id <= xp.iinfo(indices.dtype).max:  # else none of them is it
         valid = valid & (indices != problem.options.pad_slot_id)
     return xp.where(valid, indices, -1)
 
@@ -33,7 +33,7 @@ def read_slots(xp: Any, problem: Problem, arrays: Mapping[str, Any]) -> Any:
     if indices is None:
         return None
     if indices.ndim == 2:
-        sequences = xp.arange(len(indices))
+        sequences = xp.arange(indices.shape[0])
         accepted = arrays.get("num_accepted_tokens", xp.ones_like(sequences))
         indices = indices[sequences, xp.clip(accepted, 1, indices.shape[1]) - 1]
     return slots(xp, problem, indices)

@@ -168,6 +168,21 @@ def check_mapped(case, mesh, spec):
         same({n: np.array(a)[j] for n, a in after.items()}, step(case, alone))
 
 
+def compiles_once(case, mesh, spec):
+    """Assert that eager mapped steps compile nothing after the first."""
+    arrays = drawn(case)
+    xs = put({"x": np.stack([arrays.pop("x")] * 4)}, mesh, {"x": spec})["x"]
+    there = put(arrays, mesh, {})
+    outs, events = [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    for _ in range(2):
+        counts = [name for name in events if "backend_compile" in name]
+        outs.append(jax.vmap(lambda x: step(case, {**there, "x": x})["out"])(xs))
+    assert counts
+    assert counts == [name for name in events if "backend_compile" in name]
+    same({"out": outs[1]}, {"out": outs[0]})
+
+
 def check_reference(case, mesh, specs):
     """Assert that two sharded steps through a reference, eager and jitted, have the bits of steps on one device."""
     changed, out = decode(case, 2, *parted({n: jnp.array(a) for n, a in drawn(case).items()}))

@@ -97,6 +97,7 @@ def test_importing_the_package_imports_no_framework():
     loaded = run("import sys, ssu_bridge; print(*sys.modules)")
     assert not {"jax", "torch", "tvm_ffi", "jax_tvm_ffi", "triton"} & set(loaded)
     assert not [name for name in loaded if name.startswith("ssu_bridge.compat")]
+    assert "compat" not in ssu_bridge.__all__
 
 
 HIDE = """

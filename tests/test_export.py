@@ -155,6 +155,43 @@ def test_sizes_that_are_read_in_each_call_may_be_open(case):
     same(jax.tree.leaves(got), jax.tree.leaves(expected))
 
 
+@pytest.mark.parametrize("case", OPEN, ids=lambda case: case.name)
+def test_xla_has_open_sizes_too(case):
+    arrays = case.arrays(seed=3)
+    skip_if_refused(explain(**to_mode(arrays, "jax"), **case.flags, backend="xla"))
+    exported = exported_open(case, "bTLSEWVK", backend="xla")
+    assert "tensor<?x" in exported.mlir_module()
+    got = exported.call(**unpaired(to_mode(arrays, "jax")))
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend="xla")
+    for ours, wanted in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", OPEN, ids=lambda case: case.name)
+def test_the_number_of_mapped_calls_may_be_open(case):
+    calls = [unpaired(case.arrays(seed)) for seed in (3, 4, 5)]
+    shared = ("A", "D", "dt_bias")
+    stacked = {n: a if n in shared else np.stack([c[n] for c in calls]) for n, a in calls[0].items()}
+    axes_of_maps = {name: None if name in shared else 0 for name in stacked}
+
+    def mapped(**arrays):
+        call = jax.vmap(lambda a: ssu_bridge.update(**paired(a), **case.flags, backend="cpu"), in_axes=(axes_of_maps,))
+        return call(arrays)
+
+    (number,) = export.symbolic_shape("v")
+    kinds = {
+        name: jax.ShapeDtypeStruct(array.shape if name in shared else (number, *array.shape[1:]), array.dtype)
+        for name, array in stacked.items()
+    }
+    exported = exported_function(mapped, kinds)
+    ssu_bridge.prepare(exported)
+    got = jax.tree.leaves(exported.call(**stacked))
+    for j, call in enumerate(calls):
+        alone = {**call, **{name: calls[0][name] for name in shared if name in call}}
+        expected = ssu_bridge.update(**to_mode(alone, "jax"), **case.flags, backend="cpu")
+        same([array[j] for array in got], jax.tree.leaves(expected))
+
+
 def test_a_fresh_process_runs_a_program_with_open_sizes(tmp_path):
     arrays = CASE.arrays(seed=3)
     expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags, backend="cpu")

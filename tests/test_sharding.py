@@ -109,6 +109,9 @@ with jax.set_mesh(mesh):
     there = put(own.arrays(seed=4), mesh, {"state": P(None, None, None, "h")})
     refused("dstate.*shard heads", lambda: ssu_bridge.update(**there, **own.flags, backend="cpu"))
     refused("dstate.*shard heads", lambda: jax.jit(lambda a: ssu_bridge.update(**a, **own.flags, backend="cpu"))(there))
+# Copies of the arguments, too, lie where those do.
+report = ssu_bridge.check(**put(own.arrays(seed=4), mesh, {"state": P("s", "h"), "x": P("s", "h")}), **own.flags, backend="cpu")
+assert report.passed, report
 """,
     "shard_map": """
 case = Case("local slots", sequences=8, slots=16, nheads=4, headdim=8, dstate=16, indices=(1, 0, 3, 2, 2, 0, 1, 3))
@@ -193,6 +196,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             check_mapped(own, mesh, spec)
         for spec in (P("v"), P("v", None, "h")):
             check_mapped(indexed, mesh, spec)
+        compiles_once(indexed, mesh, P("v"))
         if kind is AxisType.Auto:
             continue
         # Types may not name one axis of the mesh twice.
@@ -201,6 +205,24 @@ for kind in (AxisType.Auto, AxisType.Explicit):
         for run in (lambda mapped: mapped(xs), lambda mapped: jax.jit(mapped)(xs)):
             call = functools.partial(run, jax.vmap(lambda x: step(own, {**there, "x": x})))
             refused("state: each call's is sharded .*'h'.* jax.vmap maps", call)
+""",
+    "mapped to a number that the devices do not divide": """
+case, mesh = Case("own slots", sequences=4, slots=4, nheads=8, headdim=8, dstate=16, indices=None), mesh_of(v=8)
+calls = [{n: jnp.array(a) for n, a in drawn(case, seed).items()} for seed in range(8)]
+xs, states = (put({n: jnp.stack([call[n] for call in calls])}, mesh, {n: P("v")})[n] for n in ("x", "state"))
+rest = {n: a for n, a in calls[0].items() if n not in ("x", "state")}
+both = jax.vmap(lambda state, x: step(case, {**rest, "state": state, "x": x}))
+one = jax.vmap(lambda x: step(case, {**calls[0], "x": x}))
+for cut in (lambda a: a[:6], lambda a: jnp.concatenate([a, a[:1]])):
+    got, from_one = jax.jit(lambda states, xs: (both(cut(states), cut(xs)), one(cut(xs))))(states, xs)
+    for place, j in enumerate(cut(jnp.arange(8))):
+        same({n: a[place] for n, a in got.items()}, step(case, {**rest, "state": calls[j]["state"], "x": calls[j]["x"]}))
+        same({n: a[place] for n, a in from_one.items()}, step(case, {**calls[0], "x": calls[j]["x"]}))
+# Slots beside indices are refused, eagerly as without jax.vmap.
+case = Case("indices", slots=8, nheads=8, headdim=8, dstate=16)
+there = put({**drawn(case), "state": np.stack([drawn(case)["state"]] * 2)}, mesh, {"state": P(None, "v")})
+states = there.pop("state")
+refused("slots are sharded", lambda: jax.vmap(lambda state: step(case, {**there, "state": state}))(states))
 """,
     "mapped twice around a scan": """
 case = Case("indices", nheads=8, headdim=8, dstate=16)

@@ -91,7 +91,7 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
     start = _load(problem, arrays["state"], read)
     turn = functools.partial(_turn, problem, arrays, read, start, final, packing)
     results = written, out
-    if problem.sequences > 2:  # between two that share rows lies an empty one
+    if problem.sequences not in (1, 2):  # between two that share rows lies an empty one; a symbolic number is neither
         results = _later_turns(turn, packing, results)
     written, out = turn(results, 0)
     return _results(problem, arrays, read, written, None, out)
@@ -168,12 +168,12 @@ def _later_turns(take: Callable[..., Any], packing: _Packing, results: Any) -> A
 
     @jax.checkpoint  # a gradient must not keep room for what it would need of each
     def body(results: Any, turn: Any) -> tuple[Any, None]:
-        return jax.lax.cond(turn <= last, take, none, results, turn), None
+        return jax.lax.cond((turn > 0) & (turn <= last), take, none, results, turn), None
 
     def every(results: Any, turns: Any) -> Any:
         return jax.lax.scan(body, results, turns)[0]
 
-    return jax.lax.cond(last > 0, every, none, results, jnp.arange(1, len(packing.turns)))
+    return jax.lax.cond(last > 0, every, none, results, jnp.arange(packing.turns.shape[0]))
 
 
 def _largest(numbers: Any) -> Any:
@@ -209,7 +209,7 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
 
     def by_head(name: str) -> Any:
         """Give B or C an axis of heads: (b, H, 1, N)."""
-        grouped = wide(name).reshape(len(x), problem.ngroups, 1, problem.dstate)
+        grouped = wide(name).reshape(x.shape[0], problem.ngroups, 1, problem.dstate)
         repeated = jnp.repeat(grouped, problem.nheads // problem.ngroups, axis=1)
         return repeated if problem.heads_axis else repeated[:, 0]
 
@@ -307,8 +307,8 @@ def _store(array: Any, places: Any, rows: Any) -> Any:
 
     rows = rows.astype(array.dtype)
     if places is None:
-        return array.at[: len(rows)].set(rows)
+        return array.at[: rows.shape[0]].set(rows)
     # A pad goes past the end, where the scatter drops it; each to a place of its own, because XLA writes faster where
     # no two rows go to one place.
-    dropped = len(array) + jnp.arange(len(rows), dtype=places.dtype)
+    dropped = array.shape[0] + jnp.arange(rows.shape[0], dtype=places.dtype)
     return array.at[jnp.where(places >= 0, places, dropped)].set(rows, mode="drop", unique_indices=True)

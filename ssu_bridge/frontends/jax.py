@@ -58,8 +58,9 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
     """Return a JAX array with a copy of the values; a NumPy one where JAX was given one of those."""
     if isinstance(like, np.ndarray):
         return np.array(array)
-    # device_put would take the NumPy array's own memory where it can, and JAX would then not donate the result.
-    return jnp.array(array, device=None if like is None else like.sharding)
+    # Of the NumPy array itself device_put would take the memory where it can, and JAX would then not donate the result.
+    copy = jnp.array(array)
+    return copy if like is None else jax.device_put(copy, like.sharding)
 
 
 def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:

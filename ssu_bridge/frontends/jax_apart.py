@@ -8,10 +8,10 @@ of a reshape and a copy, and leaves that. So a call that does nothing is put bet
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from ssu_bridge.backends.base import missing_jax_ffi
 from ssu_bridge.frontends.jax_targets import register_function
 from ssu_bridge.library import library
 
@@ -35,7 +35,8 @@ def _type(array: Any) -> Any:
 
 
 def _call(ctx: Any, array: Any) -> Any:
-    if ctx.module_context.lowering_parameters.for_export:  # to a process that has no calls but kernels
+    # Programs are exported to processes that have no calls but kernels.
+    if ctx.module_context.lowering_parameters.for_export or missing_jax_ffi("jax"):
         return [array]
     register_function(_TARGET, library().same_memory(), "cpu", in_graphs=False)
     lowering = jax.ffi.ffi_lowering(
@@ -45,9 +46,8 @@ def _call(ctx: Any, array: Any) -> Any:
 
 
 def _map(operands: Any, axes: Any) -> tuple[Any, int]:
-    """Keep apart what is reshaped for all mapped axes together: before a call the outermost vmap does."""
-    array = jnp.moveaxis(operands[0], axes[0], 0)
-    return (reshaped_after(array, array.shape) if array.ndim == 2 else array), 0
+    """Leave it to the outermost jax.vmap, which reshapes last before the call, and first after it."""
+    return operands[0], axes[0]
 
 
 mlir.register_lowering(_apart, lambda _, array: [array])

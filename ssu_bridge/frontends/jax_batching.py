@@ -127,8 +127,8 @@ def _moved(places: Any, call: Any, stride: int) -> Any:
 
 def _edges(edges: Any, rows: int) -> Any:
     """Return cu_seqlens of all rows, from one for each call."""
-    first = jnp.arange(len(edges), dtype=edges.dtype)[:, None] * rows
-    return jnp.append((jnp.clip(edges, 0, rows) + first)[::-1].ravel(), 0)
+    first = jnp.arange(edges.shape[0], dtype=edges.dtype)[:, None] * rows
+    return jnp.append((jnp.clip(edges, 0, rows) + first)[::-1].ravel(), jnp.zeros(1, edges.dtype))
 
 
 def _with_gaps(table: Any, size: int) -> Any:

@@ -112,7 +112,7 @@ def _closed(arrays: dict[str, ArrayInfo]) -> dict[str, ArrayInfo]:
             if size == _OPEN and symbol in "HPNG":
                 raise UnsupportedError(
                     f"{name}: the program leaves {SIZES[symbol]} open, and a kernel is for one {SIZES[symbol]}; export "
-                    "it for a number, with sequences, tokens and slots alone symbolic"
+                    "it for a number, with symbols for numbers of sequences, tokens, slots and entries alone"
                 )
         shape = tuple(_FEWEST.get(symbol, _OPEN) if size == _OPEN else size for symbol, size in sizes)
         closed[name] = arrays[name]._replace(shape=shape)

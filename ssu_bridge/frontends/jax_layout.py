@@ -40,7 +40,7 @@ class Layout:
         symbols = {name: axes_of(problem, name, len(shape), maps) for name, shape in shapes.items()}
         sizes = {symbol: n for name, shape in shapes.items() for symbol, n in zip(symbols[name], shape, strict=True)}
         given = {name: spread(place, mesh) for name, place in given.items()}
-        wanted = _wanted(symbols, given, range(len(maps)))
+        wanted = _wanted(symbols, given, sizes, mesh, range(len(maps)))
         for symbol, axes in wanted.items():
             _check(problem, symbol, sizes.get(symbol, 1), axes, mesh)
         if wanted["S"]:
@@ -58,7 +58,7 @@ class Layout:
             if symbols[name][-2] == "G" and given[name][-2] == wanted["H"] and divides:
                 self.places[name] = (*self.places[name][:-2], wanted["H"], ())
         for name in shapes:
-            # Where an array that is not mapped has been repeated for each call, XLA may have chosen itself.
+            # Where calls are XLA may have chosen itself, as for an array that is repeated for each.
             own, place = (_own(symbols[name], where[name]) for where in (self.places, given))
             if ARGUMENTS[name].written and own != place:
                 raise UnsupportedError(
@@ -69,7 +69,13 @@ class Layout:
         self.all = tuple(dict.fromkeys(axis for axes in wanted.values() for axis in axes))
 
 
-def _wanted(symbols: Mapping[str, Axes], given: Mapping[str, Place], maps: Iterable[int]) -> dict[Any, tuple[Any, ...]]:
+def _wanted(
+    symbols: Mapping[str, Axes],
+    given: Mapping[str, Place],
+    sizes: Mapping[int | str, int],
+    mesh: Mapping[Any, int],
+    maps: Iterable[int],
+) -> dict[Any, tuple[Any, ...]]:
     """Return the mesh axes for each axis of the state, and for each mapped one."""
     state = dict(zip(symbols["state"], given["state"], strict=True))
     used = {axis for axes in state.values() for axis in axes}
@@ -79,6 +85,8 @@ def _wanted(symbols: Mapping[str, Axes], given: Mapping[str, Place], maps: Itera
             name = next(name for name in ("x", *symbols) if number in symbols[name])
             axes = given[name][symbols[name].index(number)]
             wanted[number] = tuple(axis for axis in axes if axis not in used)
+        if sizes[number] % _count(wanted[number], mesh):  # what is padded or cut XLA may shard unevenly
+            wanted[number] = ()
     return wanted
 
 
@@ -113,8 +121,8 @@ def _check(problem: Problem, symbol: str | int, size: int, axes: tuple[Any, ...]
         )
     if size % _count(axes, mesh):
         raise UnsupportedError(
-            f"{'what jax.vmap maps' if isinstance(symbol, int) else 'state'}: an axis of {size} is sharded over "
-            f"{_count(axes, mesh)} devices ({over}); expected a number that divides it"
+            f"state: an axis of {size} is sharded over {_count(axes, mesh)} devices ({over}); expected a number that "
+            "divides it"
         )
 
 

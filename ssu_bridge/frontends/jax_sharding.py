@@ -156,22 +156,23 @@ def _explicit_axes(array: Any) -> set[Any]:
 
 
 def on_explicit_shards(problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any]) -> tuple[Any, ...]:
-    """Run a step shard by shard; ``run`` takes a shard's arrays by name and returns its results."""
-    if problem.options.config.backend is Backend.XLA:  # what a rule of ours maps would have no gradient
-        return _on_shards(problem, arrays, mesh, run, ()) if any(map(_explicit_axes, arrays.values())) else run(arrays)
-    return tuple(_mappable(problem, tuple(arrays), mesh, run, ())(*arrays.values()))
+    """Run a step shard by shard; ``run`` takes its options and a shard's arrays by name, and returns its results."""
+    if problem.options.config.backend is not Backend.XLA:
+        return tuple(_mappable(problem, tuple(arrays), mesh, run, ())(*arrays.values()))
+    # What a rule of ours maps would have no gradient.
+    if any(map(_explicit_axes, arrays.values())):
+        return _on_shards(problem, tuple(arrays), mesh, run, (), *arrays.values())
+    return tuple(run(problem.options, arrays))
 
 
 # What jax.vmap maps is sharded over mesh axes that the types inside it do not name. JAX's own rule for a shard_map
 # leaves those out of it, and gathers along them. So the one shard_map is around all calls, and they are mapped in it.
-# ``maps`` has the names of the mapped arrays of each jax.vmap around a call, the outermost first; in this order the
-# arrays begin with the mapped axes.
 
 
 def _mappable(problem: Problem, names: tuple[str, ...], mesh: Any, run: Callable[..., Any], maps: Maps) -> Any:
     @custom_vmap
     def call(*operands: Any) -> Any:
-        return _on_shards(problem, dict(zip(names, operands, strict=True)), mesh, run, maps)
+        return _jitted(problem, names, mesh, run, maps)(*operands)
 
     @call.def_vmap
     def mapped(size: int, batched: list[bool], *operands: Any) -> Any:
@@ -182,15 +183,21 @@ def _mappable(problem: Problem, names: tuple[str, ...], mesh: Any, run: Callable
     return call
 
 
+@functools.lru_cache(maxsize=256)
+def _jitted(*arguments: Any) -> Callable[..., Any]:
+    """Return the shards' step for arrays as they come: an eager call that is mapped would compile it each time."""
+    return jax.jit(functools.partial(_on_shards, *arguments))
+
+
 def _on_shards(
-    problem: Problem, arrays: dict[str, Any], mesh: Any, run: Callable[..., Any], maps: Maps
+    problem: Problem, names: tuple[str, ...], mesh: Any, run: Callable[..., Any], maps: Maps, *operands: Any
 ) -> tuple[Any, ...]:
-    names = tuple(arrays)
+    arrays = dict(zip(names, operands, strict=True))
     given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
     layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape, maps)
 
     def of_one_call(*shards: Any) -> Any:
-        return tuple(run(_localised(problem, layout, dict(zip(names, shards, strict=True)))))
+        return tuple(run(problem.options, _localised(problem, layout, dict(zip(names, shards, strict=True)))))
 
     # A result has the axes of all maps, and of its argument those of one call.
     symbols = {n: axes_of(problem, n, a.ndim, maps) for n, a in arrays.items()}

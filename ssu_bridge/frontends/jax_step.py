@@ -13,7 +13,7 @@ from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax_arrays import several_devices
 from ssu_bridge.frontends.jax_kernel import kernel, lower, register_lowering, result_types
 from ssu_bridge.frontends.jax_maps import Maps, over_calls
-from ssu_bridge.frontends.jax_sharding import partitioned_jaxpr
+from ssu_bridge.frontends.jax_sharding import partitioned_jaxpr, refusals
 from ssu_bridge.problem import Problem
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does, with the axes of ``maps``; x
@@ -57,7 +57,7 @@ def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]
 @step.def_impl  # type: ignore[untyped-decorator]
 def _run_at_once(*operands: Any, **parameters: Any) -> Any:
     """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
-    with jax.disable_jit(False):
+    with refusals(), jax.disable_jit(False):
         return _jitted(**parameters)(*operands)
 
 

@@ -1,6 +1,5 @@
 """Tracing a call: it is checked here, and becomes the primitive or, for the xla backend, jax.numpy."""
 
-import functools
 from typing import Any
 
 import jax
@@ -41,9 +40,8 @@ def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
     choices = [consider_problem(problem.on(*platform)) for platform in platforms().items()]
     if all(choice.backend is None for choice in choices):
         raise choices[0].error()
-    run = functools.partial(_run, options)
     mesh = explicit_mesh(arrays.values())
-    results = run(arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, run)
+    results = _run(options, arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, _run)
     after = dict(zip(problem.results, results, strict=True))
     for name, result in after.items():
         if isinstance(given.get(name), jax.Ref):
