@@ -208,16 +208,18 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 """,
     "mapped to a number that the devices do not divide": """
 case, mesh = Case("own slots", sequences=4, slots=4, nheads=8, headdim=8, dstate=16, indices=None), mesh_of(v=8)
-calls = [{n: jnp.array(a) for n, a in drawn(case, seed).items()} for seed in range(8)]
-xs, states = (put({n: jnp.stack([call[n] for call in calls])}, mesh, {n: P("v")})[n] for n in ("x", "state"))
-rest = {n: a for n, a in calls[0].items() if n not in ("x", "state")}
-both = jax.vmap(lambda state, x: step(case, {**rest, "state": state, "x": x}))
-one = jax.vmap(lambda x: step(case, {**calls[0], "x": x}))
+calls = [drawn(case, seed) for seed in range(8)]
+xs, states = (put({n: np.stack([call[n] for call in calls])}, mesh, {n: P("v")})[n] for n in ("x", "state"))
+
+def one(state, x):
+    return step(case, {**calls[0], "state": jnp.array(state), "x": x})
+
 for cut in (lambda a: a[:6], lambda a: jnp.concatenate([a, a[:1]])):
-    got, from_one = jax.jit(lambda states, xs: (both(cut(states), cut(xs)), one(cut(xs))))(states, xs)
+    both = jax.jit(lambda states, xs: jax.vmap(one)(cut(states), cut(xs)))(states, xs)
+    mine = jax.jit(lambda xs: jax.vmap(one, (None, 0))(calls[0]["state"], cut(xs)))(xs)
     for place, j in enumerate(cut(jnp.arange(8))):
-        same({n: a[place] for n, a in got.items()}, step(case, {**rest, "state": calls[j]["state"], "x": calls[j]["x"]}))
-        same({n: a[place] for n, a in from_one.items()}, step(case, {**calls[0], "x": calls[j]["x"]}))
+        same({n: a[place] for n, a in both.items()}, one(calls[j]["state"], calls[j]["x"]))
+        same({n: a[place] for n, a in mine.items()}, one(calls[0]["state"], calls[j]["x"]))
 # Slots beside indices are refused, eagerly as without jax.vmap.
 case = Case("indices", slots=8, nheads=8, headdim=8, dstate=16)
 there = put({**drawn(case), "state": np.stack([drawn(case)["state"]] * 2)}, mesh, {"state": P(None, "v")})
