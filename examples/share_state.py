@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import ssu_bridge
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 # Makes the inputs of a step from a seed: three sequences in a cache of six slots.
 CASE = Case("shared", nheads=8, headdim=64, dstate=128)

@@ -1,12 +1,12 @@
 """Mamba's selective_state_update for JAX, Torch and NumPy arrays, zero-copy and in place."""
 
-from ssu_bridge.arrays import QuantizedState
-from ssu_bridge.check import Report, check
+from ssu_bridge.api import explain, update, warm_up
 from ssu_bridge.config import Backend, SSUConfig, add_cli_args, get_config, set_config, using
+from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.dlpack import after_torch, to_jax, to_torch
 from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, UnsupportedError
-from ssu_bridge.exporting import export_checks, prepare
-from ssu_bridge.sharing import after_torch, to_jax, to_torch
-from ssu_bridge.update import explain, update, warm_up
+from ssu_bridge.export import export_checks, prepare
+from ssu_bridge.testing.check import Report, check
 
 __version__ = "0.1.0"
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ssu_bridge import BackendNotAvailableError, UnsupportedError, check, explain
-from ssu_bridge.cases import CASES, Case, arguments
-from ssu_bridge.choose import BACKENDS
-from ssu_bridge.frontends import frontend
-from ssu_bridge.support import table
+from ssu_bridge.dispatch import BACKENDS
+from ssu_bridge.frontends.base import frontend
+from ssu_bridge.testing.cases import CASES, Case, arguments
 
 _PACKAGES = (
     "ssu-bridge",
@@ -31,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return the process's exit status."""
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge", description="selective_state_update, bridged")
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="versions, devices, and what each backend says")
-    info.add_argument("--table", action="store_true", help="print which backend does what, as the README shows it")
+    commands.add_parser("info", help="versions, devices, and what each backend says")
     checking = commands.add_parser("check", help="run all cases on all backends against the float64 reference")
     checking.add_argument("--case", help="only cases with this in their name")
     checking.add_argument("--backend", choices=[*BACKENDS], help="only this backend")
@@ -43,9 +41,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and (arguments.command != "bench" or arguments.device == "cpu"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if arguments.command == "info" and arguments.table:
-        print(table())
-        return 0
     if arguments.command == "info":
         return _info()
     if arguments.command == "check":
@@ -55,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(device: str, flags: list[str]) -> int:
     if device == "cpu":
-        from ssu_bridge.bench import cpu
+        from ssu_bridge.bench.cpu import steps
 
-        cpu.main()
+        steps.main()
     else:
-        from ssu_bridge.bench import cuda
+        from ssu_bridge.bench.cuda import command
 
-        cuda.main(flags)
+        command.main(flags)
     return 0
 
 
@@ -100,7 +95,7 @@ def _info() -> int:
             print(f"  {package:<18}{importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             print(f"  {package:<18}not installed")
-    from ssu_bridge.library import library
+    from ssu_bridge.native import library
 
     native = library()
     print(

@@ -6,9 +6,9 @@ import numpy as np
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.arrays import paired, unpaired
-from ssu_bridge.backends import flashinfer_module
-from ssu_bridge.cases import Case
+from ssu_bridge.backends.flashinfer import module
+from ssu_bridge.core.quantized import paired, unpaired
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("flashinfer", headdim=64, dstate=64)
 BARE = Case("bare", headdim=64, dstate=64, absent=("D", "z", "dt_bias"), indices=None)
@@ -71,7 +71,7 @@ def problem_of(call, capability=(9, 0)):
 def as_flashinfer_wants(tensors, one_token_axis=False):
     """The views that a caller of FlashInfer's own function has to make."""
     _, H, P, N = tensors["state"].shape
-    wanted = dict.fromkeys(flashinfer_module.ARGUMENTS.split(", ")) | tensors
+    wanted = dict.fromkeys(module.ARGUMENTS.split(", ")) | tensors
     wanted["output"] = wanted.pop("out")
     wanted["intermediate_states_buffer"] = wanted.pop("intermediate_states", None)
     per_token = ("x", "z", "dt", "B", "C", "output")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import ssu_bridge
-from ssu_bridge.arrays import SCALES, paired, unpaired
-from ssu_bridge.cases import arguments
-from ssu_bridge.frontends import frontend
-from ssu_bridge.frontends.jax_arrays import address as jax_address
+from ssu_bridge.core.quantized import SCALES, paired, unpaired
+from ssu_bridge.frontends.base import frontend
+from ssu_bridge.frontends.jax.metadata import address as jax_address
+from ssu_bridge.testing.cases import arguments
 
 # The framework of each mode, and the backends that run in it on a machine without a GPU.
 MODES = {

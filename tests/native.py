@@ -7,8 +7,8 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from ssu_bridge.library import library
-from ssu_bridge.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
+from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
+from ssu_bridge.native import library
 
 F32, F16 = np.dtype(np.float32), np.dtype(np.float16)
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)

@@ -16,10 +16,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ssu_bridge
-from ssu_bridge.arrays import paired, unpaired
-from ssu_bridge.cases import arguments
-from ssu_bridge.check import results_by_name
-from ssu_bridge.frontends.jax_arrays import WRITTEN
+from ssu_bridge.core.quantized import paired, unpaired
+from ssu_bridge.frontends.jax.metadata import WRITTEN
+from ssu_bridge.testing.cases import arguments
+from ssu_bridge.testing.check import results_by_name
 
 COLLECTIVE = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?[(]"
 # XLA's names of dtypes.

@@ -1,4 +1,4 @@
-"""The shape of the house: who imports whom, and what importing it costs."""
+"""The architecture: which modules import which, and what importing the package costs."""
 
 import ast
 import re
@@ -12,78 +12,91 @@ import ssu_bridge
 
 PACKAGE = Path(ssu_bridge.__file__).parent
 
-# Each room may import from the rooms of the lines below its own, and from its own line.
-FLOORS = [
+# Top-level modules and packages, the highest first: each may import those of the lines below its own, and of its own line.
+LAYERS = [
     {"__main__"},
     {"bench"},
     {"__init__"},
-    {"check", "compare", "compat", "support"},
-    {"exporting", "sharing", "update"},
+    {"cases", "compat", "testing"},
+    {"api", "dlpack", "export"},
     {"frontends"},
-    {"choose"},
+    {"dispatch"},
     {"backends"},
-    {"kernels"},
-    {"tables"},
+    {"core", "native"},
+    {"config"},
+    {"errors"},
+]
+# The same inside core: the table of arguments knows nothing of the description, and that nothing of the checks.
+CORE = [
+    {"validate"},
+    {"shapes"},
+    {"slots"},
     {"problem"},
-    {"arrays", "config", "library", "cases"},
-    {"errors", "rounding"},
+    {"quantized"},
+    {"arguments", "arrays"},
+    {"rounding"},
 ]
 
 
-def rooms():
+def modules():
+    """Yield every file with the layer that it belongs to."""
     for path in PACKAGE.rglob("*.py"):
         yield path, path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path):
-    """Yield the room of every ssu_bridge module that a file imports, inside functions too."""
+def imported_modules(path):
+    """Yield the dotted name of every ssu_bridge module that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module != "ssu_bridge" else [f"ssu_bridge.{a.name}" for a in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if (PACKAGE.parent / name.replace(".", "/")).with_suffix(".py").exists() else node.module
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "ssu_bridge":
-                yield parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).exists() else module_or_front_door(parts)
+            yield from (alias.name for alias in node.names)
 
 
-def module_or_front_door(parts):
-    return parts[1] if len(parts) > 1 and (PACKAGE / f"{parts[1]}.py").exists() else "__init__"
-
-
-def floor(room):
-    found = [i for i, rooms_there in enumerate(FLOORS) if room in rooms_there]
-    assert found, f"{room} has no place in FLOORS"
+def layer(layers, name):
+    found = [i for i, names in enumerate(layers) if name in names]
+    assert found, f"{name} has no place in {layers}"
     return found[0]
 
 
+def upwards(layers, prefix, files):
+    """Return the imports of files, which are (path, own layer), that run upwards among the modules below a prefix."""
+    found = []
+    for path, own in files:
+        for name in imported_modules(path):
+            if name == prefix or name.startswith(f"{prefix}."):
+                imported = name.removeprefix(prefix).lstrip(".").partition(".")[0] or "__init__"
+                if (PACKAGE.parent / prefix.replace(".", "/") / f"{imported}.py").exists() or (
+                    PACKAGE.parent / prefix.replace(".", "/") / imported
+                ).is_dir():
+                    if layer(layers, imported) < layer(layers, own):
+                        found.append(f"{path.relative_to(PACKAGE)} imports {name}")
+                elif layer(layers, "__init__") < layer(layers, own):  # a name of the package's own
+                    found.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    return found
+
+
 def test_imports_run_downwards():
-    upwards = [
-        f"{path.relative_to(PACKAGE)} imports {room}"
-        for path, own in rooms()
-        for room in imported_rooms(path)
-        if room != own and floor(room) <= floor(own) and room not in FLOORS[floor(own)]
-    ]
-    assert upwards == []
+    assert upwards(LAYERS, "ssu_bridge", modules()) == []
+
+
+def test_imports_run_downwards_in_core():
+    files = [(path, path.stem) for path in (PACKAGE / "core").glob("*.py") if path.stem != "__init__"]
+    assert upwards(CORE, "ssu_bridge.core", files) == []
 
 
 def test_backends_do_not_know_each_other():
-    for path in (PACKAGE / "backends").glob("*.py"):
-        names = {
-            node.module
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ssu_bridge.backends.")
-        }
-        # Some have files of their own beside them.
-        own = {name for name in names if name.split(".")[-1].startswith(f"{path.stem.split('_')[0]}_")}
-        assert names - own <= {"ssu_bridge.backends.base", "ssu_bridge.backends.measurements"}, path
+    shared = {"base", "measured"}
+    for path in (PACKAGE / "backends").rglob("*.py"):
+        own = path.relative_to(PACKAGE / "backends").parts[0].removesuffix(".py")
+        names = {name.split(".")[2] for name in imported_modules(path) if name.startswith("ssu_bridge.backends.")}
+        assert names <= {own, *shared}, path
 
 
 def test_no_private_jax_modules():
-    for path, _ in rooms():
+    for path, _ in modules():
         assert not re.search(r"\b_src\b", path.read_text()), path
 
 

@@ -8,12 +8,13 @@ import tiny
 from modes import bits, to_mode
 
 import ssu_bridge
-from ssu_bridge import compare, rounding
 from ssu_bridge.__main__ import main
-from ssu_bridge.arrays import paired
+from ssu_bridge.api import explain
 from ssu_bridge.backends import cpu, reference
-from ssu_bridge.cases import CASES, Case
-from ssu_bridge.update import explain
+from ssu_bridge.core import rounding
+from ssu_bridge.core.quantized import paired
+from ssu_bridge.testing import tolerances
+from ssu_bridge.testing.cases import CASES, Case
 
 CASE = Case("check", headdim=8, dstate=16)
 
@@ -126,7 +127,7 @@ def test_the_random_numbers_are_looked_at():
     for name, words in others.items():
         after = {"out": arrays["x"], "state": arrays["state"].copy()}
         after["state"][store.places] = rounding.rounded(store.states.astype(np.float32), "bfloat16", words)
-        (row,) = (row for row in compare.compare(exact, arrays, after) if row.name == "state")
+        (row,) = (row for row in tolerances.compare(exact, arrays, after) if row.name == "state")
         passed[name] = row.passed
     assert passed == {"right": True, "nearest": False, "shifted": False}
 
@@ -151,8 +152,8 @@ def test_an_error_of_one_unit_in_the_last_place_is_seen(dtype):
     up = np.nextafter(right, np.array(np.inf, dtype)) if dtype != "bfloat16" else (right.view("u2") + 1).view(dtype)
     up = np.nextafter(up, np.array(np.inf, dtype)) if dtype != "bfloat16" else (up.view("u2") + 1).view(dtype)
     places = (np.arange(3),)
-    assert not compare._rounded_row("state", places, up, states, bounds * 0).passed
-    row = compare._rounded_row("state", places, right, states, bounds)
+    assert not tolerances._rounded_row("state", places, up, states, bounds * 0).passed
+    row = tolerances._rounded_row("state", places, right, states, bounds)
     assert row.passed
     assert row.used == 0
 
@@ -195,7 +196,7 @@ def test_the_scale_of_a_tiny_row(dtype):
     places, exact = (np.arange(len(states)),), tiny.stored_scales(dtype)
 
     def passes(scales):
-        row = compare._scale_row("state_scale", places, scales, states, np.zeros_like(states), dtype)
+        row = tolerances._scale_row("state_scale", places, scales, states, np.zeros_like(states), dtype)
         return row.passed
 
     assert passes(exact)
@@ -250,7 +251,7 @@ def test_the_command_check_fails_with_a_wrong_backend(capsys, monkeypatch):
 )
 def test_the_gpu_benchmark_has_flags_of_its_own(monkeypatch, given, flags):
     calls = []
-    monkeypatch.setattr("ssu_bridge.bench.cuda.main", calls.append)
+    monkeypatch.setattr("ssu_bridge.bench.cuda.command.main", calls.append)
     assert main(["bench", *given]) == 0
     assert calls == [flags]
 

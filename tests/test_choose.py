@@ -12,9 +12,9 @@ from jax.test_util import check_grads
 from modes import PAIRS, bits, convert, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge import choose
-from ssu_bridge.cases import Case
-from ssu_bridge.frontends import jax_targets
+from ssu_bridge import dispatch
+from ssu_bridge.frontends.jax import ffi_targets
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("choose", headdim=8, dstate=16)
 
@@ -79,7 +79,7 @@ def test_the_reference_refuses_tracing():
 
 def test_jax_arrays_without_jax_tvm_ffi(monkeypatch):
     arrays = to_mode(Case("no ffi", headdim=4).arrays(seed=2), "jax")
-    find_spec = choose.module("cpu").missing_jax_ffi.__globals__["importlib"].util.find_spec
+    find_spec = dispatch.module("cpu").missing_jax_ffi.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "jax_tvm_ffi" else find_spec(n))
     with pytest.raises(ssu_bridge.BackendNotAvailableError, match=r'pip install "ssu-bridge\[jax\]"'):
         ssu_bridge.update(**arrays, backend="cpu")
@@ -120,8 +120,8 @@ def test_explain_while_tracing_answers_for_each_platform():
 
 
 def test_falling_through_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(choose, "_logged", set())
-    monkeypatch.setattr(choose.module("cpu"), "refusal", lambda problem: "not today")
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch.module("cpu"), "refusal", lambda problem: "not today")
     arrays = CASE.arrays(seed=4)
     with caplog.at_level(logging.INFO, logger="ssu_bridge"):
         for pad in (-5, -6, -7):
@@ -138,18 +138,18 @@ def test_falling_through_is_logged_once(monkeypatch, caplog):
 
 def test_the_table_of_targets_has_an_end(monkeypatch):
     arrays = to_mode(Case("full", pad_slot_id=-77).arrays(seed=5), "jax")
-    monkeypatch.setattr(jax_targets, "CAPACITY", 0)
+    monkeypatch.setattr(ffi_targets, "CAPACITY", 0)
     with pytest.raises(RuntimeError, match="kernels are registered with XLA in this process"):
         ssu_bridge.update(**arrays, pad_slot_id=-77)
     assert not arrays["state"].is_deleted()
 
 
 def test_one_target_serves_all_sizes_and_dtypes():
-    before = len(jax_targets.registered())
+    before = len(ffi_targets.registered())
     for sequences, dtype in ((1, "float32"), (2, "bfloat16"), (3, "float16")):
         case = Case("sizes", sequences=sequences, indices=tuple(range(sequences)), dtypes={"state": dtype, "*": dtype})
         ssu_bridge.update(**to_mode(case.arrays(seed=6), "jax"), pad_slot_id=-4321)
-    assert len(jax_targets.registered()) == before + 1
+    assert len(ffi_targets.registered()) == before + 1
 
 
 def gradient_case():

@@ -12,7 +12,7 @@ import pytest
 
 import ssu_bridge
 from ssu_bridge import Backend, SSUConfig, get_config, set_config, using
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("config", headdim=4, dstate=8)
 

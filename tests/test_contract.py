@@ -5,10 +5,10 @@ import pytest
 from modes import GPU_PAIRS, PAIRS, address, bits, framework, int64_as_it_is, step, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge.arrays import SCALES, unpaired
-from ssu_bridge.cases import CASES
-from ssu_bridge.check import judge, results_by_name
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.core.quantized import SCALES, unpaired
+from ssu_bridge.testing.cases import CASES
+from ssu_bridge.testing.check import judge, results_by_name
 
 
 def assert_step(case, arrays, mode, backend, **flags):

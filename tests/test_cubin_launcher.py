@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssu_bridge.library import library
+from ssu_bridge.native import library
 
 ADDRESS, STRIDE, SIZE = range(3)
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -47,10 +47,10 @@ alike = jax.shard_map(lambda B, rest: body(B, **rest), mesh=mesh, in_specs=(P("s
 refused("replicated|out_specs", lambda: alike(stacked, shared), ValueError)
 """,
     "gives each shard of a state a seed of its own": """
-from ssu_bridge.frontends import jax_sharding
-from ssu_bridge.frontends.jax_step import varying
+from ssu_bridge.frontends.jax.sharding import shards
+from ssu_bridge.frontends.jax.step_primitive import varying
 def shard_seed(seed, state):
-    return jax_sharding.shard_seed(seed, varying(jax.typeof(state)) - varying(jax.typeof(seed)))
+    return shards.shard_seed(seed, varying(jax.typeof(state)) - varying(jax.typeof(seed)))
 mesh = Mesh(np.array(devices).reshape(2, 2), ("a", "b"))
 seed = np.array([3, 4], "uint32")
 def seeds(state_spec, seed_spec, seed):

@@ -10,7 +10,7 @@ from modes import bits, convert, poisoned, to_host
 from wrong_arguments import TABLE
 
 import ssu_bridge
-from ssu_bridge.arrays import framework_of
+from ssu_bridge.core.arrays import framework_of
 
 
 def call(mode, arguments):

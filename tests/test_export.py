@@ -12,11 +12,12 @@ from modes import bits, int64_as_it_is, skip_if_refused, to_mode
 from sharded import run
 
 import ssu_bridge
-from ssu_bridge.arrays import ArrayInfo, paired, unpaired
-from ssu_bridge.cases import CASES, Case
-from ssu_bridge.frontends.jax_targets import parse, registered
-from ssu_bridge.problem import axes
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.quantized import paired, unpaired
+from ssu_bridge.core.validate import axes
+from ssu_bridge.frontends.jax.ffi_targets import parse, registered
+from ssu_bridge.testing.cases import CASES, Case
 
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
 LARGE = Case("export", headdim=64, dstate=128)

@@ -21,11 +21,11 @@ from flashinfer_calls import (
 )
 
 import ssu_bridge
-from ssu_bridge import choose
+from ssu_bridge import dispatch
 from ssu_bridge.backends import flashinfer
-from ssu_bridge.choose import module
 from ssu_bridge.config import SSUConfig
-from ssu_bridge.problem import QUANTIZED
+from ssu_bridge.core.arguments import QUANTIZED
+from ssu_bridge.dispatch import module
 
 
 def replaced(**fields):
@@ -137,12 +137,12 @@ def both_there(monkeypatch):
 @pytest.mark.usefixtures("both_there")
 def test_what_is_refused_goes_to_triton_under_auto(monkeypatch):
     row = {"form": "single", "state": "float32", "tokens": [1, 1], "elements": [0, np.inf]}
-    monkeypatch.setattr(choose, "measured", lambda name, capability: {"flashinfer": [row]})
+    monkeypatch.setattr(dispatch, "measured", lambda name, capability: {"flashinfer": [row]})
     for case, taken in ((CASE, "flashinfer"), (sized(headdim=16), "triton")):
-        choice = choose.consider_problem(under_auto(problem_of(case)))
+        choice = dispatch.consider_problem(under_auto(problem_of(case)))
         assert choice.backend == taken
         assert [answer.backend for answer in choice.answers[:2]] == ["flashinfer", "triton"]
-    assert "flashinfer  refuses: it takes headdim 64 or 128" in str(choose.Explanation((choice,)))
+    assert "flashinfer  refuses: it takes headdim 64 or 128" in str(dispatch.Explanation((choice,)))
 
 
 @pytest.mark.usefixtures("both_there")
@@ -153,7 +153,7 @@ def test_asked_for_by_name_it_raises_with_the_reason_and_who_can():
     with pytest.raises(
         ssu_bridge.UnsupportedError, match=r"flashinfer: it takes headdim 64.*backend='triton'.* can do it"
     ):
-        choose.load(problem)
+        dispatch.load(problem)
 
 
 def under_auto(problem):
@@ -166,8 +166,8 @@ ROW = {"form": "multi", "state": "float32", "tokens": [4, 8], "elements": [WORK,
 
 
 def first_asked(case, row, monkeypatch):
-    monkeypatch.setattr(choose, "measured", lambda name, capability: {"flashinfer": [row]})
-    return choose.consider_problem(under_auto(problem_of(case))).answers[0].backend
+    monkeypatch.setattr(dispatch, "measured", lambda name, capability: {"flashinfer": [row]})
+    return dispatch.consider_problem(under_auto(problem_of(case))).answers[0].backend
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,7 +203,7 @@ def test_the_committed_table(capability):
         (tokens(sized(large, dtypes={}), 4), "triton"),
         (packed(), "triton"),
     ):
-        answers = choose.consider_problem(under_auto(problem_of(case, capability))).answers
+        answers = dispatch.consider_problem(under_auto(problem_of(case, capability))).answers
         assert answers[0].backend == first, case
         assert {answer.backend for answer in answers[:2]} == {"triton", "flashinfer"}
 

@@ -24,8 +24,9 @@ from flashinfer_calls import (
 )
 
 import ssu_bridge
-from ssu_bridge.backends import flashinfer, flashinfer_module
-from ssu_bridge.cases import Case
+from ssu_bridge.backends import flashinfer
+from ssu_bridge.backends.flashinfer import module
+from ssu_bridge.testing.cases import Case
 
 
 class Seen(NamedTuple):
@@ -53,7 +54,7 @@ def calls(monkeypatch):
     """Record FlashInfer's arguments in place of running it."""
     recorded = []
     stand_in = tvm_ffi.convert(lambda *arguments: recorded.append(tuple(map(Seen.of, arguments))))
-    monkeypatch.setattr(flashinfer_module, "load", lambda module: stand_in)
+    monkeypatch.setattr(module, "load", lambda module: stand_in)
     flashinfer._kernel.cache_clear()
     yield recorded
     flashinfer._kernel.cache_clear()
@@ -71,7 +72,7 @@ def run(call, tensors=None, change=lambda problem: problem):
 
 def assert_called(calls, wanted, **scalars):
     (arguments,) = calls
-    names = flashinfer_module.ARGUMENTS.split(", ")
+    names = module.ARGUMENTS.split(", ")
     assert len(arguments) == len(names) == 24
     for name, got in zip(names, arguments, strict=True):
         if name in scalars:
@@ -110,7 +111,7 @@ def test_flags(calls):
 def test_what_is_absent_is_none_and_an_absent_d_has_no_memory(calls):
     call = draw(BARE, state=np.zeros((3, 4, 64, 64), "float32"))
     tensors = run(call, aligned(call))
-    arguments = dict(zip(flashinfer_module.ARGUMENTS.split(", "), calls[0], strict=True))
+    arguments = dict(zip(module.ARGUMENTS.split(", "), calls[0], strict=True))
     D = arguments["D"]
     assert Seen((4, 64), (1, 0), "float32", 0) == D
     wanted = as_flashinfer_wants(tensors)
@@ -158,7 +159,7 @@ def test_a_seed_is_one_int64_whatever_it_came_as(calls, framework):
     if framework == "jax":
         tensors["rand_seed"] = torch.tensor([7, 2**8], dtype=torch.uint32)
     run(call, tensors, lambda problem: dataclasses.replace(problem, framework=framework))
-    seed = calls[0][flashinfer_module.ARGUMENTS.split(", ").index("rand_seed")]
+    seed = calls[0][module.ARGUMENTS.split(", ").index("rand_seed")]
     assert seed == Seen((1,), (1,), "int64", tensors["rand_seed"].data_ptr())
 
 
@@ -177,7 +178,7 @@ def test_a_broadcast_view_is_passed_as_one(calls):
     tensors = tensors_of(call)
     views = {name: view for name, view in as_flashinfer_wants({**tensors, "out": None}).items() if name in call}
     run(call, {name: views.get(name, tensor) for name, tensor in tensors.items()})
-    arguments = dict(zip(flashinfer_module.ARGUMENTS.split(", "), calls[0], strict=True))
+    arguments = dict(zip(module.ARGUMENTS.split(", "), calls[0], strict=True))
     for name in ("A", "dt", "D", "dt_bias"):
         assert arguments[name] == seen(views[name])
 
@@ -193,7 +194,7 @@ def test_axes_of_one_entry_are_dense_whatever_their_stride(calls):
     }
     wanted = as_flashinfer_wants({**dense, "out": torch.empty_like(dense["x"])})
     run(call, tensors)
-    arguments = dict(zip(flashinfer_module.ARGUMENTS.split(", "), calls[0], strict=True))
+    arguments = dict(zip(module.ARGUMENTS.split(", "), calls[0], strict=True))
     for name in ("x", "B", "C", "z", "dt"):
         assert arguments[name].strides == wanted[name].stride(), name
 

@@ -27,9 +27,9 @@ from test_contract import assert_step
 
 import ssu_bridge
 from ssu_bridge.backends import flashinfer
-from ssu_bridge.cases import CASES
-from ssu_bridge.check import results_by_name
-from ssu_bridge.tables import require_valid
+from ssu_bridge.core.slots import require_valid
+from ssu_bridge.testing.cases import CASES
+from ssu_bridge.testing.check import results_by_name
 
 pytestmark = pytest.mark.gpu
 

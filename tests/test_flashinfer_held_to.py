@@ -8,8 +8,8 @@ from flashinfer_calls import (
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.check import judge
 from ssu_bridge.config import Backend
+from ssu_bridge.testing.check import judge
 
 
 def judged(backend, case, spoil, **scales):

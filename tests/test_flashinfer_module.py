@@ -21,7 +21,8 @@ from flashinfer_calls import (
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.backends import flashinfer, flashinfer_module
+from ssu_bridge.backends import flashinfer
+from ssu_bridge.backends.flashinfer import module
 
 SOURCE = """
 def _get_module({parameters}):
@@ -36,11 +37,11 @@ def _selective_state_update():
 def installed(monkeypatch, tmp_path):
     """Install a FlashInfer of some version and signature, with or without nvcc, as far as is looked at."""
 
-    def install(version="0.6.18.post1", arguments=flashinfer_module.ARGUMENTS, nvcc=True):
+    def install(version="0.6.18.post1", arguments=module.ARGUMENTS, nvcc=True):
         package = tmp_path / "flashinfer" / "mamba"
         package.mkdir(parents=True)
         (tmp_path / "flashinfer" / "__init__.py").touch()
-        parameters = ", ".join(flashinfer_module.Module._fields)
+        parameters = ", ".join(module.Module._fields)
         (package / "selective_state_update.py").write_text(SOURCE.format(parameters=parameters, arguments=arguments))
         metadata = tmp_path / f"flashinfer_python-{version}.dist-info"
         metadata.mkdir()
@@ -73,7 +74,7 @@ def test_too_old(installed):
     )
 
 
-@pytest.mark.parametrize("arguments", [flashinfer_module.ARGUMENTS + ", more", "", "*everything"])
+@pytest.mark.parametrize("arguments", [module.ARGUMENTS + ", more", "", "*everything"])
 def test_another_signature(installed, arguments):
     installed("9.0.0", arguments)
     assert re.search(
@@ -107,7 +108,7 @@ def test_kernels_that_were_compiled_elsewhere_need_no_compiler(installed, tmp_pa
 def test_what_flashinfer_says_when_it_cannot_compile_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, ENTRY, None)
     with pytest.raises(ssu_bridge.BackendNotAvailableError, match="ModuleNotFoundError.*triton.* needs no compiler"):
-        flashinfer_module.load(flashinfer._module(problem_of(CASE)))
+        module.load(flashinfer._module(problem_of(CASE)))
 
 
 ENTRY = "flashinfer.mamba.selective_state_update"
@@ -132,12 +133,12 @@ def test_it_is_asked_for_a_module(monkeypatch):
     monkeypatch.setitem(sys.modules, ENTRY, entry)
     mixed = {"state": "float16", "x": "bfloat16", "B": "bfloat16", "C": "bfloat16", "z": "bfloat16"}
     call = draw(tokens(sized(dtypes=mixed, indices=table(), accepted=(1, 2, 3), seed=1)))
-    assert flashinfer_module.load(flashinfer._module(problem_of(call))) == "the function"
+    assert module.load(flashinfer._module(problem_of(call))) == "the function"
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     assert entry.asked == [
         (half, brain, single, single, torch.int32, 64, 64, TOKENS, torch.int32, torch.int32, 9, None, 10)
     ]
-    flashinfer_module.load(flashinfer._module(problem_of(quantized())))
+    module.load(flashinfer._module(problem_of(quantized())))
     assert entry.asked[1] == (
         torch.int16,
         *[single] * 3,
@@ -156,9 +157,9 @@ def test_it_is_asked_for_a_module(monkeypatch):
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_a_compilation_is_told_while_it_runs_and_one_that_is_there_is_not(monkeypatch, caplog, seconds):
     monkeypatch.setitem(sys.modules, ENTRY, Entry(seconds))
-    monkeypatch.setattr(flashinfer_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
     with caplog.at_level(logging.INFO, logger="ssu_bridge"):
-        flashinfer_module.load(flashinfer._module(problem_of(CASE)))
+        module.load(flashinfer._module(problem_of(CASE)))
     said = [record.getMessage() for record in caplog.records]
     assert [what.split(" its ")[0] for what in said] == (
         ["FlashInfer compiles", "FlashInfer compiled"] if seconds else []

@@ -12,12 +12,12 @@ import torch
 from modes import address, bits, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge.arrays import framework_of
+from ssu_bridge.api import explain
 from ssu_bridge.backends import reference
-from ssu_bridge.cases import Case
-from ssu_bridge.check import compare
-from ssu_bridge.frontends import jax_eager
-from ssu_bridge.update import explain
+from ssu_bridge.core.arrays import framework_of
+from ssu_bridge.frontends.jax import eager
+from ssu_bridge.testing.cases import Case
+from ssu_bridge.testing.check import compare
 
 CASE = Case("in place", headdim=8, dstate=16)
 IN_PLACE_BACKENDS = ("cpu", "xla")
@@ -35,7 +35,7 @@ def jax_args(arrays):
 
 @pytest.fixture
 def _warn_again(monkeypatch):
-    monkeypatch.setattr(jax_eager, "_warned", False)
+    monkeypatch.setattr(eager, "_warned", False)
 
 
 @pytest.mark.parametrize("backend", IN_PLACE_BACKENDS)
@@ -237,7 +237,7 @@ def test_a_state_that_is_only_read_comes_back_as_it_is(mode, backend):
 @pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
 def test_a_quantised_state_comes_back_as_one(mode):
     case = Case("quantised", headdim=8, dstate=16, steps=1, dtypes={"state": "int8"})
-    known = importlib.import_module("ssu_bridge.update")._launchers
+    known = importlib.import_module("ssu_bridge.api")._launchers
     known.clear()
     given = to_mode(case.arrays(seed=7), mode)
     _, state, steps = ssu_bridge.update(**given, **case.flags, backend="reference")

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from modes import GPU_PAIRS, PAIRS, bits, convert, int64_as_it_is, skip_if_refused, step, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge import tables
-from ssu_bridge.arrays import SCALES, paired
+from ssu_bridge.api import explain
 from ssu_bridge.backends import reference
-from ssu_bridge.cases import Case, arguments
-from ssu_bridge.check import compare, results_by_name
-from ssu_bridge.update import explain
+from ssu_bridge.core import slots
+from ssu_bridge.core.quantized import SCALES, paired
+from ssu_bridge.testing.cases import Case, arguments
+from ssu_bridge.testing.check import compare, results_by_name
 
 SLOTS, ENTRIES, STEPS, ROWS = 6, 6, 2, 7
 GUARD = 64
@@ -102,7 +102,7 @@ def assert_inside(case, mode, backend):
             return
         run = run_guarded if mode in ("numpy", "torch") and arrays["state"].dtype.name != "bfloat16" else run_plainly
         after = run(case, arrays, mode, backend)
-    plan = tables.routes(choice.problem, arrays)
+    plan = slots.routes(choice.problem, arrays)
     rows = np.zeros(count_rows(arrays["x"]), bool)
     for begin, length in zip(plan.starts, plan.lengths, strict=True):
         rows[begin : begin + length] = True
@@ -165,7 +165,7 @@ def test_each_of_the_sequences_that_share_rows(what, mode, backend):
     case = Case("sharing", sequences=sequences, slots=SLOTS, tokens=ROWS, headdim=4, dstate=8, **fields)
     arrays = case.arrays(seed=3)
     problem = explain(**to_mode(arrays, mode), **case.flags, backend=backend).choices[0].problem
-    plan, owners = tables.routes(problem, arrays), np.zeros(ROWS, int)
+    plan, owners = slots.routes(problem, arrays), np.zeros(ROWS, int)
     for begin, length in zip(plan.starts, plan.lengths, strict=True):
         owners[begin : begin + length] += 1
     assert owners.max() > 1

@@ -6,8 +6,8 @@ from sharded import run
 
 import ssu_bridge
 from ssu_bridge.bench import memory
-from ssu_bridge.cases import Case
-from ssu_bridge.frontends.jax_targets import registered
+from ssu_bridge.frontends.jax.ffi_targets import registered
+from ssu_bridge.testing.cases import Case
 
 ALLOWED = 2 * 2**20
 
@@ -46,7 +46,7 @@ FULL = """
 import jax_tvm_ffi
 import tvm_ffi
 from ssu_bridge.cases import Case
-from ssu_bridge.frontends.jax_targets import registered
+from ssu_bridge.frontends.jax.ffi_targets import registered
 case = Case("targets", headdim=8, dstate=16)
 arrays = lambda: {n: jnp.array(a) for n, a in drawn(case).items()}
 another = lambda arrays: ssu_bridge.update(**arrays, dt_softplus=False, backend="cpu")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from native import BF16, F16, F32, ISAS, problem, run, same_bits, view
 
-from ssu_bridge.library import library
+from ssu_bridge.native import library
 
 DTYPES = [F32, BF16, F16]
 # Half a unit in the last place of each type, with some room.

@@ -5,8 +5,8 @@ import pytest
 import tiny
 from native import BF16, F16, FP8, INT8, INT16, ISAS, ROUNDABLE, run_all, stored, view
 
-from ssu_bridge.library import library
-from ssu_bridge.rounding import slot_words
+from ssu_bridge.core.rounding import slot_words
+from ssu_bridge.native import library
 
 QUANTISED = (INT16, INT8, FP8)
 

@@ -33,7 +33,7 @@ def test_threads_do_not_change_the_bits():
 @pytest.mark.parametrize("setting", ["0", "3x"])
 def test_wrong_number_of_threads(setting):
     result = run_script(
-        "from ssu_bridge.library import library; library().cpu_num_threads()", SSU_BRIDGE_NUM_THREADS=setting
+        "from ssu_bridge.native import library; library().cpu_num_threads()", SSU_BRIDGE_NUM_THREADS=setting
     )
     assert "ValueError" in result.stderr
     assert "SSU_BRIDGE_NUM_THREADS" in result.stderr

@@ -24,7 +24,7 @@ from native import (
     view,
 )
 
-from ssu_bridge.library import library
+from ssu_bridge.native import library
 
 STATES = (F32, BF16, F16, INT16, INT8, FP8)
 EXTREMES = {np.int32: (-(2**31), -7, 2**31 - 1), np.int64: (-(2**63), -(2**31) - 7, 2**32, 2**63 - 1)}

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from modes import GPU_PAIRS, PAIRS, int64_as_it_is
 from test_contract import assert_step
 
-from ssu_bridge.cases import Case
-from ssu_bridge.problem import ROUNDABLE
-from ssu_bridge.rounding import LARGEST
+from ssu_bridge.core.arguments import ROUNDABLE
+from ssu_bridge.core.rounding import LARGEST
+from ssu_bridge.testing.cases import Case
 
 TABLES = (
     "state_batch_indices",

@@ -11,7 +11,7 @@ import torch
 from modes import bits, to_host, to_mode
 
 from ssu_bridge import QuantizedState
-from ssu_bridge.rounding import LARGEST, rounded
+from ssu_bridge.core.rounding import LARGEST, rounded
 
 FRAMEWORKS = ("numpy", "torch", "jax")
 

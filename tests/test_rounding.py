@@ -11,9 +11,9 @@ import torch
 from modes import GPU_PAIRS, PAIRS, bits, convert, skip_if_refused, step, to_host
 
 import ssu_bridge
-from ssu_bridge import rounding
-from ssu_bridge.check import results_by_name
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.core import rounding
+from ssu_bridge.testing.check import results_by_name
 
 ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
 

@@ -81,7 +81,7 @@ rest = drawn(uneven)
 message = "axis of 6 is sharded over 4 devices .'h'.; expected a number that divides it"
 refused(message, lambda: jax.jit(constrained)(rest.pop("state"), rest), jax.errors.JaxRuntimeError)
 # Where XLA does not know by which axes of a mesh.
-from ssu_bridge.frontends.jax_sharding import _known
+from ssu_bridge.frontends.jax.sharding.automatic import _known
 message = "expected arrays sharded by NamedSharding over one mesh, got SingleDeviceSharding.*jax.set_mesh"
 refused(message, lambda: _known(jax.sharding.SingleDeviceSharding(jax.devices()[1])))
 # XLA's older partitioner, if it is asked for.

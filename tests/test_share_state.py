@@ -12,7 +12,7 @@ import torch
 from modes import bits
 
 import ssu_bridge
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "share_state.py"
 CASE = Case("shared", headdim=8, dstate=16)

@@ -7,9 +7,9 @@ import pytest
 from modes import bits, convert, skip_if_refused, to_host
 
 import ssu_bridge
-from ssu_bridge.cases import Case
-from ssu_bridge.check import results_by_name
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.testing.cases import Case
+from ssu_bridge.testing.check import results_by_name
 
 # Those that loop, with a mode for each.
 LOOPS = [

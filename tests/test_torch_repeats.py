@@ -8,8 +8,8 @@ import torch
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.cases import Case
-from ssu_bridge.library import library
+from ssu_bridge.native import library
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("repeats", headdim=8, dstate=16)
 

@@ -12,8 +12,8 @@ from modes import GPU_BACKENDS, bits, skip_if_refused, to_mode
 from sharded import run
 
 import ssu_bridge
-from ssu_bridge.cases import Case
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("transforms", headdim=64, dstate=64)  # which FlashInfer takes
 # Those that call a kernel: the same bits under every transform.

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from ssu_bridge.backends import triton_cache
-from ssu_bridge.backends.triton_cache import cached, directory
-from ssu_bridge.backends.triton_compile import Argument, Compiled, Grid, Kind
+from ssu_bridge.backends.triton import disk_cache
+from ssu_bridge.backends.triton.compile import Argument, Compiled, Grid, Kind
+from ssu_bridge.backends.triton.disk_cache import cached, directory
 
 COMPILED = Compiled(
     cubin=bytes(range(256)),
@@ -46,7 +46,7 @@ def test_other_targets_and_other_settings_of_triton_are_other_kernels(monkeypatc
     assert cached("another target", lambda: other).cubin == b"other"
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     assert cached("target", lambda: other).cubin == b"other"
-    monkeypatch.setattr(triton_cache, "_source_hash", lambda: "of another kernel")
+    monkeypatch.setattr(disk_cache, "_source_hash", lambda: "of another kernel")
     assert cached("target", lambda: COMPILED).cubin == COMPILED.cubin
 
 
@@ -76,7 +76,7 @@ def test_a_user_without_a_home_compiles_each_time(monkeypatch, caplog):
 
     monkeypatch.delenv("SSU_BRIDGE_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(triton_cache.Path, "home", no_home)
+    monkeypatch.setattr(disk_cache.Path, "home", no_home)
     with caplog.at_level(logging.WARNING):
         assert cached("target", lambda: COMPILED) is COMPILED
     assert "SSU_BRIDGE_CACHE_DIR" in caplog.text
@@ -95,8 +95,8 @@ def test_a_kernel_that_is_kept_needs_no_triton():
     program = """
 import sys
 from ssu_bridge.backends.triton import _kernel
-from ssu_bridge.backends.triton_compile import specialise
-from ssu_bridge.backends.triton_tiles import tile
+from ssu_bridge.backends.triton.compile import specialise
+from ssu_bridge.backends.triton.tiles import tile
 from ssu_bridge.cases import CASES
 from ssu_bridge.update import explain
 problem = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssu_bridge.cases import CASES, Case, arguments
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.testing.cases import CASES, Case, arguments
 
 triton = pytest.importorskip("triton")
 from ssu_bridge import using  # noqa: E402
 from ssu_bridge.backends import triton as backend  # noqa: E402
-from ssu_bridge.backends import triton_tiles  # noqa: E402
-from ssu_bridge.backends.triton_compile import compile_step, specialise  # noqa: E402
-from ssu_bridge.bench.cuda_tune import Row, _replaced, _section  # noqa: E402
+from ssu_bridge.backends.triton import tiles  # noqa: E402
+from ssu_bridge.backends.triton.compile import compile_step, specialise  # noqa: E402
+from ssu_bridge.bench.cuda.tune import Row, _replaced, _section  # noqa: E402
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -43,7 +43,7 @@ def problem_of(case, capability=(9, 0), **flags):
 def compiled(case, capability=(9, 0), tile=None):
     with using(triton_tile=tile):
         problem = problem_of(case, capability)
-    return compile_step(specialise(problem, triton_tiles.tile(problem)))
+    return compile_step(specialise(problem, tiles.tile(problem)))
 
 
 def layer(dtype="float32", other="bfloat16", **changes):
@@ -80,7 +80,7 @@ CLASSES = (
 
 
 def specialisation_of(case):
-    return specialise(problem_of(case), triton_tiles.tile(problem_of(case)))
+    return specialise(problem_of(case), tiles.tile(problem_of(case)))
 
 
 # One of each kind of specialisation: tied or not, Mamba-1, sizes that fill no block, all dtypes, all optional arrays.
@@ -201,7 +201,7 @@ def test_every_tile_of_a_state_lies_the_same_way_however_it_is_stored(dstate, dt
 def tiles_of(case):
     problem = problem_of(case)
     for warps in (1, 4, 8):
-        least = triton_tiles.least_rows(problem, warps)
+        least = tiles.least_rows(problem, warps)
         if least:
             yield from ((rows, warps) for rows in (least, 4 * least))
 
@@ -210,15 +210,15 @@ def test_tiles_of_the_table_are_allowed():
     problems = [problem_of(CLASSES[name]) for name in DISTINCT]
     for first, capability, sequences in itertools.product(problems, CAPABILITIES, (1, 10, 10_000)):
         problem = dataclasses.replace(first, capability=capability, sequences=sequences)
-        tile = triton_tiles.tile(problem)
-        assert 1 <= triton_tiles.least_rows(problem, tile.warps) <= tile.rows
+        tile = tiles.tile(problem)
+        assert 1 <= tiles.least_rows(problem, tile.warps) <= tile.rows
         assert tile.columns >= problem.dstate
 
 
 def test_a_tile_can_be_asked_for_and_is_shown():
     with using(triton_tile=(32, 4)):
         assert backend.settings(problem_of(layer())) == "tile of 32 x 128, 4 warps"
-        assert "tile=32x4" in specialise(problem_of(layer()), triton_tiles.tile(problem_of(layer()))).target
+        assert "tile=32x4" in specialise(problem_of(layer()), tiles.tile(problem_of(layer()))).target
     with using(triton_tile=(2, 4)), pytest.raises(ValueError, match="at least 4 rows"):
         backend.settings(problem_of(layer()))
     with using(triton_tile=(2, 8)), pytest.raises(ValueError, match="expected 4 warps"):
@@ -234,11 +234,11 @@ def test_no_tile_at_all(tile):
 def test_the_target_tells_everything_that_is_compiled_in():
     problems = [problem_of(case) for case in CASES]
     problems += [problem_of(CASES[0], (8, 0)), problem_of(dataclasses.replace(CASES[0], slots=60, sequences=3))]
-    specialisations = {specialise(problem, triton_tiles.tile(problem)) for problem in problems}
+    specialisations = {specialise(problem, tiles.tile(problem)) for problem in problems}
     assert len({s.target for s in specialisations}) == len(specialisations)
     small, large = (layer(sequences=n, slots=n, indices=tuple(range(n))) for n in (1, 2))
     with using(triton_tile=(16, 8)):
-        first, second = (specialise(p, triton_tiles.tile(p)) for p in (problem_of(small), problem_of(large)))
+        first, second = (specialise(p, tiles.tile(p)) for p in (problem_of(small), problem_of(large)))
     assert first == second
 
 
@@ -297,18 +297,12 @@ def interpret(case, arrays):
     import torch
 
     from ssu_bridge.backends import reference
-    from ssu_bridge.backends.triton_compile import (
-        Kind,
-        constant_arguments,
-        grid_of,
-        kernel_of,
-        runtime_arguments,
-    )
-    from ssu_bridge.check import compare
-    from ssu_bridge.frontends.torch import from_host, to_host
+    from ssu_bridge.backends.triton.compile import Kind, constant_arguments, grid_of, kernel_of, runtime_arguments
+    from ssu_bridge.frontends.torch.frontend import from_host, to_host
+    from ssu_bridge.testing.check import compare
 
     problem = problem_of(case, (8, 0))  # from 9.0 on it waits for other kernels, and here there are none
-    specialisation = specialise(problem, triton_tiles.tile(problem))
+    specialisation = specialise(problem, tiles.tile(problem))
     before = {**arrays, "out": np.full_like(arrays["x"], np.nan)}
     tensors = {name: from_host(array) for name, array in before.items()}
     # Float8 states are bytes to the kernel.

@@ -12,13 +12,13 @@ import torch
 from modes import bits, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge import rounding
-from ssu_bridge.arrays import paired, unpaired
+from ssu_bridge.api import explain
 from ssu_bridge.backends import reference
-from ssu_bridge.cases import Case
-from ssu_bridge.check import compare
-from ssu_bridge.tables import routes
-from ssu_bridge.update import explain
+from ssu_bridge.core import rounding
+from ssu_bridge.core.quantized import paired, unpaired
+from ssu_bridge.core.slots import routes
+from ssu_bridge.testing.cases import Case
+from ssu_bridge.testing.check import compare
 
 pytestmark = pytest.mark.gpu
 

@@ -26,7 +26,7 @@ from sharded import (
 )
 
 import ssu_bridge
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 pytestmark = [
     pytest.mark.gpu,

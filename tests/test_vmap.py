@@ -9,9 +9,9 @@ import pytest
 from modes import GPU_BACKENDS, bits, int64_as_it_is, skip_if_refused, to_mode
 
 import ssu_bridge
-from ssu_bridge.arrays import paired, unpaired
-from ssu_bridge.cases import CASES, Case
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
+from ssu_bridge.core.quantized import paired, unpaired
+from ssu_bridge.testing.cases import CASES, Case
 
 SHARED = ("A", "D", "dt_bias", "rand_seed")
 CALLS = 3

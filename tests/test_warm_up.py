@@ -9,9 +9,9 @@ import torch
 from modes import bits, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge import choose
-from ssu_bridge.cases import Case
-from ssu_bridge.check import results_by_name
+from ssu_bridge import dispatch
+from ssu_bridge.testing.cases import Case
+from ssu_bridge.testing.check import results_by_name
 
 CASE = Case("warm", headdim=8, dstate=16)
 
@@ -19,7 +19,7 @@ CASE = Case("warm", headdim=8, dstate=16)
 @pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
 def test_it_loads_and_changes_nothing(mode, monkeypatch):
     loaded = []
-    cpu = choose.module("cpu")
+    cpu = dispatch.module("cpu")
     real = cpu.load
     monkeypatch.setattr(cpu, "load", lambda problem: loaded.append(problem) or real(problem))
     arrays = CASE.arrays(seed=1)
@@ -33,7 +33,7 @@ def test_it_loads_and_changes_nothing(mode, monkeypatch):
 @pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("flags", [{}, {"pad_slot_id": 2, "dt_softplus": True}, {"backend": "cpu"}])
 def test_the_first_call_finds_what_it_left(mode, flags):
-    known = importlib.import_module("ssu_bridge.update")._launchers
+    known = importlib.import_module("ssu_bridge.api")._launchers
     known.clear()
     ssu_bridge.warm_up(**to_mode(CASE.arrays(seed=1), mode), **flags)
     left = dict(known)

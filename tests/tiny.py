@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ssu_bridge.rounding import LARGEST
+from ssu_bridge.core.rounding import LARGEST
 
 _UP, _DOWN = np.float32(np.inf), np.float32(0)
 

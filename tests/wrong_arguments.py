@@ -13,7 +13,7 @@ from modes import to_mode
 from torch._subclasses import FakeTensorMode
 
 import ssu_bridge
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("errors", sequences=3, slots=6, nheads=4, headdim=8, dstate=16, ngroups=2)
 MAMBA1 = Case("errors, mamba1", nheads=0, ngroups=1, headdim=8, dstate=16, group_axis=False)

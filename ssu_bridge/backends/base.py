@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from ssu_bridge.problem import Problem
+from ssu_bridge.core.problem import Problem
 
 
 class DeviceKernel(NamedTuple):

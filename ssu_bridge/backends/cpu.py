@@ -3,8 +3,8 @@
 import functools
 
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, missing_jax_ffi
-from ssu_bridge.library import library
-from ssu_bridge.problem import Problem
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.native import library
 
 
 def missing(framework: str) -> str | None:

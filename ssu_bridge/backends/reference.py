@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge import rounding
-from ssu_bridge.arrays import SCALES
 from ssu_bridge.backends.base import Feature, HostKernel, cannot
-from ssu_bridge.problem import Problem
-from ssu_bridge.tables import routes
+from ssu_bridge.core import rounding
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.core.quantized import SCALES
+from ssu_bridge.core.slots import routes
 
 
 class Store(NamedTuple):

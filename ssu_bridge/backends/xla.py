@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from ssu_bridge.backends.base import Feature, TracedKernel, cannot
-from ssu_bridge.problem import Problem
-from ssu_bridge.tables import read_slots, slots
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.core.slots import read_slots, slots
 
 
 def missing(framework: str) -> str | None:

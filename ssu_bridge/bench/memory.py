@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ssu_bridge import update
-from ssu_bridge.cases import Case
+from ssu_bridge.testing.cases import Case
 
 CASE = Case("small", headdim=8, dstate=16)
 # After so many calls the process has all that it keeps.

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ssu_bridge.arrays import QuantizedState
-from ssu_bridge.backends.flashinfer import ALIKE
-from ssu_bridge.compat import rows, step, with_heads
+from ssu_bridge.backends.flashinfer.backend import ALIKE
+from ssu_bridge.compat._translate import rows, step, with_heads
 from ssu_bridge.config import using
+from ssu_bridge.core.quantized import QuantizedState
 
 _TOKENWISE = ("x", "dt", "B", "C", "z")
 

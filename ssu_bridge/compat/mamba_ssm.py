@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ssu_bridge.compat import step, with_heads
+from ssu_bridge.compat._translate import step, with_heads
 
 
 def selective_state_update(

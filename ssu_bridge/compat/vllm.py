@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ssu_bridge.compat import rows, step, with_heads
+from ssu_bridge.compat._translate import rows, step, with_heads
 from ssu_bridge.config import using
 
 NULL_BLOCK_ID = 0

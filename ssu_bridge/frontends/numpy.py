@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ssu_bridge.arrays import ArrayInfo
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
-from ssu_bridge.choose import Choice, consider_problem, load
-from ssu_bridge.frontends import Arrays, Launch, named, refuse_copy, require_one_framework, returned, with_seed
-from ssu_bridge.library import library
-from ssu_bridge.problem import Options, Problem, describe
+from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.problem import Options, Problem
+from ssu_bridge.core.validate import describe
+from ssu_bridge.dispatch import Choice, consider_problem, load
+from ssu_bridge.frontends.base import Arrays, Launch, named, refuse_copy, require_one_framework, returned, with_seed
+from ssu_bridge.native import library
 
 
 def launcher(state_type: type, options: Options) -> Launch:

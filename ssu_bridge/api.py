@@ -1,0 +1,227 @@
+"""``update`` and ``explain``: the way through the house."""
+
+import inspect
+import operator
+from typing import Any
+
+from ssu_bridge.config import SSUConfig, get_config
+from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.problem import Options, options_of
+from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
+from ssu_bridge.dispatch import Explanation, load
+from ssu_bridge.frontends.base import Arrays, Launch, frontend_of, launcher_of
+
+
+def update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+    *,
+    dst_state_batch_indices: Any = None,
+    pad_slot_id: int = -1,
+    num_accepted_tokens: Any = None,
+    cu_seqlens: Any = None,
+    intermediate_states: Any = None,
+    intermediate_state_indices: Any = None,
+    parent_tokens: Any = None,
+    disable_state_update: bool = False,
+    rand_seed: Any = None,
+    out: Any = None,
+    donate: bool = True,
+    check_indices: bool = False,
+    backend: str | None = None,
+    algorithm: str | None = None,
+) -> tuple[Any, ...]:
+    """Advance the states of a batch of Mamba sequences in place, by a token or several (``selective_state_update``).
+
+    For each token of each sequence, in float32, with S the sequence's state::
+
+        d = dt + dt_bias;  if dt_softplus: d = softplus(d)
+        S = S * exp(A * d) + (d * x) B
+        y = S . C + D * x;  with z: y = y * z * sigmoid(z)
+
+    This is the recurrence of Mamba-2 (arXiv:2405.21060), and of Mamba-1 (arXiv:2312.00752) where the arrays have no
+    axis of heads. Sizes: b sequences, T tokens, H nheads, P headdim, N dstate, G ngroups (a divisor of H; head h reads
+    group h // (H/G)), S slots. The arrays are all of JAX (concrete or traced), all of Torch, or all of NumPy; NumPy
+    arrays may stand beside JAX ones, except for the state. Float arrays are float32, bfloat16 or float16, each for
+    itself; tables are int32 or int64.
+
+    Args:
+        state: (S, H, P, N), or (S, P, N) for Mamba-1. The slots of the state cache, updated in place. A
+            :class:`QuantizedState` for a state stored in few bits.
+        x: (b, H, P), or (b, P) for Mamba-1; (b, T, H, P) for several tokens; (rows, H, P) with ``cu_seqlens``. The
+            leading axes of dt, B, C and z are those of x.
+        dt: as x, or tied (b, H).
+        A: (H, P, N), or tied (H,); (P, N) for Mamba-1.
+        B, C: (b, G, N), or (b, N) for one group.
+        D, dt_bias: (H, P), or tied (H,); (P,) for Mamba-1. Optional.
+        z: as x. Optional.
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (b,), the slot of each sequence, or (b, at least T), of which ``num_accepted_tokens``
+            chooses a column. None: sequence i has slot i. An index that is ``pad_slot_id`` or outside 0..S-1 is a pad:
+            that sequence starts from zeros and stores nothing.
+        dst_state_batch_indices: (b,), the slot that the final state goes to, if it is another, or (b, at least T), the
+            slot that the state after each token goes to; a pad is not stored.
+        pad_slot_id: the index that stands for no slot.
+        num_accepted_tokens: (b,), the column of ``state_batch_indices`` to start from, plus 1.
+        cu_seqlens: (b + 1,), where the sequences begin and end among the rows of x.
+        intermediate_states: (E, steps, H, P, N), of the state's dtype, or a QuantizedState: where the state after each
+            token goes, updated in place.
+        intermediate_state_indices: (b,), the entry of each sequence in it. None: the slot that it starts from.
+        parent_tokens: (b, T), for trees of draft tokens, which every backend refuses for now.
+        disable_state_update: read the state and leave it.
+        rand_seed: round the state stochastically. Torch, NumPy: an int, or one int64 in an array. JAX: a uint32[2]
+            array or a key of it. Configured without a seed, Torch and NumPy draw one in each call.
+        out: Torch and NumPy: where to put the output, shape and dtype of x; it may be strided on its leading axes.
+        donate: JAX, eager: give the memory of what is written to the results; False copies it first.
+        check_indices: for debugging: look at the tables on the host before anything is launched.
+        backend, algorithm: of this call, in place of those of the configuration in force.
+
+    A Torch or NumPy array with stride 0 along the axes that a tied parameter lacks is tied. Torch and NumPy arrays may
+    be strided along the axes of sequences, tokens, slots and entries; behind those they are dense.
+
+    Returns:
+        ``(out, state)``, and the intermediate states third if they were given. ``out`` has the shape and dtype of x and
+        is computed from the states before they are rounded. Torch, NumPy: the states are the objects that were passed.
+        JAX, eager: the old states are deleted, the new ones have their memory. JAX, traced: the donation of the outer
+        ``jax.jit`` decides. A state that was not updated comes back as it is.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or with ``check_indices`` a number in a table, or two sequences
+            meet in a slot; the message names it, what was expected and what came.
+        UnsupportedError: the backend asked for, or every backend, refuses the call; or Torch's grad mode is on and an
+            argument other than A, D and dt_bias requires grad.
+        BackendNotAvailableError: the backend asked for is not installed.
+        NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state.
+        Nothing has been written or donated when one of these is raised, but for the last.
+    """
+    arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
+    pairs: tuple[Any, ...] = ()
+    if not (
+        num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
+        and parent_tokens is rand_seed is None
+        and type(state) is not QuantizedState
+    ):
+        several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
+        arrays = (*arrays, *several, None, None, rand_seed)
+        if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
+            pairs, arrays = (state, intermediate_states), _split_quantized(arrays)
+    # What _kind returns, written out, because it is looked up in every call.
+    kind: tuple[Any, ...]
+    softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
+    kind = (type(arrays[0]), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
+    if not (donate is True and disable_state_update is check_indices is False):
+        rare = (disable_state_update, donate, check_indices)
+        kind += (*rare, *map(type, rare))
+    try:
+        launch = _launchers[kind]
+    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
+        launch = launcher_of(arrays, out, options_of(*flags, config))
+        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
+            _launchers.clear()
+        _launchers[kind] = launch
+    return _same_pairs(launch(arrays, out), pairs) if pairs else launch(arrays, out)
+
+
+def _same_pairs(results: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put a QuantizedState that was given in the place of one of the same two arrays."""
+    same = (
+        pair if isinstance(pair, QuantizedState) and all(map(operator.is_, pair, result)) else result
+        for result, pair in zip(results[1:], given, strict=False)
+    )
+    return results[0], *same
+
+
+# How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
+_launchers: dict[tuple[Any, ...], Launch] = {}
+
+
+def _kind(state: Any, flags: tuple[Any, ...], config: SSUConfig) -> tuple[Any, ...]:
+    """Return what a call is looked up by: its flags with their types, because 1 equals True and only one is right.
+
+    ``state`` is an array, of a quantised one the values.
+    """
+    dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm = flags
+    usual = (type(state), dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
+    rare = (disable_state_update, donate, check_indices)
+    return usual if rare == (False, True, False) and {*map(type, rare)} == {bool} else (*usual, *rare, *map(type, rare))
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend :func:`update` would take for these arguments, and why; run nothing.
+
+    Args:
+        *args, **kwargs: those of :func:`update`. For a traced state each platform of the process is asked about.
+
+    Returns:
+        An :class:`~ssu_bridge.dispatch.Explanation`: every backend's answer, as a value and, printed, as a table.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong. A backend's refusal is not raised, but told.
+    """
+    arrays, out, options = bind(*args, **kwargs)
+    return Explanation(frontend_of(arrays, out).consider(arrays, out, options))
+
+
+def warm_up(*args: Any, **kwargs: Any) -> Explanation:
+    """Compile and load what :func:`update` needs for these arguments, ahead of the first call; run nothing.
+
+    A kernel that Triton has to compile takes about a second, one that lies in its cache on disk a fraction of it. With
+    that done, a call can be captured in a CUDA graph or traced by ``torch.compile`` at once. JAX's own compilation of
+    a program is not part of it.
+
+    Args:
+        *args, **kwargs: those of :func:`update`. None of them is changed or donated.
+
+    Returns:
+        As :func:`explain`.
+
+    Raises:
+        As :func:`update`.
+    """
+    explanation = explain(*args, **kwargs)
+    able = [choice for choice in explanation.choices if choice.backend is not None]
+    if not able:
+        raise explanation.choices[0].error()
+    for choice in able:
+        load(choice.problem)
+    arrays, out, flags = _bound(*args, **kwargs)
+    config = get_config()
+    # So that the first call finds it: torch.compile cannot trace how it is made.
+    _launchers[_kind(arrays[0], flags, config)] = launcher_of(arrays, out, options_of(*(*flags, config)))
+    return explanation
+
+
+def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, Options]:
+    """Return what :func:`update` makes of its arguments before it hands them to a frontend."""
+    arrays, out, flags = _bound(*args, **kwargs)
+    return arrays, out, options_of(*(*flags, get_config()))
+
+
+def _bound(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, tuple[Any, ...]]:
+    """Return the arrays, out, and the flags in the order of ``options_of``."""
+    bound = inspect.signature(update).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS if name != "out"))
+    return arrays, given["out"], tuple(given[n] for n in inspect.signature(options_of).parameters if n in given)
+
+
+def _split_quantized(arrays: Arrays) -> Arrays:
+    """Put the two arrays of a quantised state where kernels take them."""
+    given = dict(zip(ARGUMENTS, arrays, strict=False))
+    for name in SCALES:
+        pair = given.get(name)
+        if isinstance(pair, QuantizedState) and (pair.values is None or pair.scale is None):
+            raise TypeError(f"{name}: expected a QuantizedState of two arrays, values and scale, got None in it")
+    given = unpaired(given)
+    return tuple(given.get(name) for name in ARGUMENTS if name != "out")

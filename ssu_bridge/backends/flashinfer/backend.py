@@ -1,0 +1,275 @@
+"""The flashinfer backend: FlashInfer's CUDA kernels, for JAX and Torch arrays on NVIDIA GPUs.
+
+FlashInfer compiles them; the native library hands them the arrays as they ask for them, without Python in a call. What
+they reject or get wrong is refused here; docs/flashinfer.md has what was seen.
+"""
+
+import dataclasses
+import functools
+
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.flashinfer import module
+from ssu_bridge.backends.flashinfer.module import Module
+from ssu_bridge.config import ALGORITHMS
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.native import library
+
+# It does not compile for other heads up to 64, and drops rows of those above 128.
+_HEADDIMS = (64, 128)
+_DSTATES = range(64, 257, 32)
+# An int16 row is kept in registers, 64 elements at a time.
+_INT16_STEP = 64
+# What it compiles a kernel for many tokens for, which all but the vertical and simple kernels for one token share.
+_HEADS_IN_A_GROUP = (1, 2, 4, 8, 16, 32, 64)
+# More might not fit into a block's shared memory, which is smallest on 8.6, 8.9 and 12.0.
+_MOST_TOKENS = 16
+_MOST_HEADS = 65535
+_VECTORS = ("state", "x", "B", "C", "z", "state_scale", "intermediate_states", "intermediate_state_scales")
+_DENSE = ("intermediate_states", "intermediate_state_scales", "cu_seqlens", "num_accepted_tokens")
+_TABLES = ("state_batch_indices", "dst_state_batch_indices")
+# The arrays that its function takes in the dtype of another alone.
+ALIKE = {
+    "x": ("B", "C", "z", "out"),
+    "dt": ("D", "dt_bias"),
+    "state": ("intermediate_states",),
+    "state_batch_indices": ("dst_state_batch_indices", "intermediate_state_indices"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Specialisation:
+    """All that tells one kernel from another."""
+
+    module: Module
+    names: tuple[str, ...]
+    one_token_axis: bool
+    dt_softplus: bool
+    pad_slot_id: int
+    disable_state_update: bool
+    algorithm: str
+    longest: int
+
+    @property
+    def target(self) -> str:
+        flags = f"softplus={self.dt_softplus:d};pad={self.pad_slot_id};keep={self.disable_state_update:d}"
+        form = f"axis={self.one_token_axis:d};longest={self.longest};algorithm={self.algorithm}"
+        return f"ssu_bridge.flashinfer({self.module};{','.join(self.names)};{flags};{form})"
+
+
+def missing(framework: str) -> str | None:
+    """FlashInfer is, where it is not installed, too old or another; so may be nvcc; JAX arrays need more."""
+    return module.missing() or missing_jax_ffi(framework)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Refuse what FlashInfer rejects, and what it silently gets wrong."""
+    rules = (cannot_run_there, _lacks, _wrong_sizes, _wrong_dtypes, _wrong_layout, _wrong_intermediates, _wrong_tokens)
+    return next(filter(None, (rule(problem) for rule in (*rules, _wrong_algorithm))), None)
+
+
+def settings(problem: Problem) -> str:
+    """Say which of FlashInfer's kernels, and where it keeps less than the other backends promise."""
+    many = "many tokens" if _by_token(problem) else "one token"
+    said = [f"its kernels for {many}, algorithm {_algorithm(problem)}"]
+    if any(dtype.startswith("int") and name != "state" and name != "rand_seed" for name, dtype in problem.dtypes):
+        said.append("trusts all values of index arrays but pad_slot_id")
+    if problem.form == "packed":
+        said.append(f"sequences of at most {_longest(problem)} tokens")
+    if problem.stochastic_rounding:
+        said.append("rounds by random numbers of its own, and to zero below 2**-14")
+    return "; ".join(said)
+
+
+def load(problem: Problem) -> DeviceKernel:
+    """Return the kernel, which FlashInfer may have to compile."""
+    options = problem.options
+    return _kernel(
+        _Specialisation(
+            module=_module(problem),
+            names=(*problem.names, *problem.results),
+            one_token_axis=problem.form == "single" and _by_token(problem),
+            dt_softplus=options.dt_softplus,
+            pad_slot_id=options.pad_slot_id,
+            disable_state_update=options.disable_state_update,
+            algorithm=_algorithm(problem),
+            longest=_longest(problem) if problem.form == "packed" else 0,
+        )
+    )
+
+
+@functools.cache
+def _kernel(specialisation: _Specialisation) -> DeviceKernel:
+    function = library().flashinfer_kernel(
+        module.load(specialisation.module),
+        specialisation.names,
+        specialisation.one_token_axis,
+        specialisation.dt_softplus,
+        specialisation.pad_slot_id,
+        specialisation.disable_state_update,
+        ALGORITHMS.index(specialisation.algorithm),
+        specialisation.longest,
+    )
+    return DeviceKernel(specialisation.target, function)
+
+
+def _module(problem: Problem) -> Module:
+    assert problem.capability is not None
+    dtypes = dict(problem.dtypes)
+    indices = [dtypes[name] for name in _TABLES if name in dtypes]
+    return Module(
+        state_dtype=dtypes["state"],
+        input_dtype=dtypes["x"],
+        weight_dtype=dtypes["dt"],
+        matrixA_dtype=dtypes["A"],
+        stateIndex_dtype=indices[0] if indices else "int32",
+        dim=problem.headdim,
+        dstate=problem.dstate,
+        ntokens_mtp=_longest(problem),
+        cu_seqlens_dtype=dtypes.get("cu_seqlens", "int32"),
+        num_accepted_tokens_dtype=dtypes.get("num_accepted_tokens", "int64"),
+        sm_major=problem.capability[0],
+        state_scale_dtype=dtypes.get("state_scale"),
+        philox_rounds=problem.options.config.philox_rounds if problem.stochastic_rounding else 0,
+    )
+
+
+def _longest(problem: Problem) -> int:
+    """Return how many tokens a sequence may have: packed, as many as the tables have columns, or as there are rows."""
+    if problem.form != "packed":
+        return max(problem.tokens, 1)
+    # Few sizes to compile for.
+    rows = 1 << max(problem.tokens - 1, 0).bit_length()
+    return min(rows, problem.columns) if problem.columns else rows
+
+
+def _by_token(problem: Problem) -> bool:
+    """Whether its kernels for many tokens run.
+
+    Those for one token write out of bounds for a pad among the destinations, read the scale of an int16 state at a pad,
+    and ignore counts and intermediate states.
+    """
+    reasons = ("dst_state_batch_indices", "num_accepted_tokens", "intermediate_states")
+    at_pads = "state_scale" in problem.names and "state_batch_indices" in problem.names
+    return problem.form != "single" or at_pads or any(name in problem.names for name in reasons)
+
+
+def _simple_alone(problem: Problem) -> str | None:
+    """Say what among its kernels for many tokens only the simple one does."""
+    needs = {
+        "destination slots": "dst_state_batch_indices",
+        "accepted token counts": "num_accepted_tokens",
+        "packed sequences": "cu_seqlens",
+        "int16 states": "state_scale",
+    }
+    return next((what for what, name in needs.items() if name in problem.names), None)
+
+
+def _algorithm(problem: Problem) -> str:
+    """Return the algorithm to ask FlashInfer for: its own choice, unless that could fall on a kernel that errs."""
+    asked = problem.options.config.algorithm
+    if asked != "auto":
+        return asked
+    if _by_token(problem):
+        return "simple" if _simple_alone(problem) else asked
+    return asked if problem.nheads // problem.ngroups in _HEADS_IN_A_GROUP else "simple"
+
+
+# --- What is refused ---
+
+
+def _lacks(problem: Problem) -> str | None:
+    return cannot(problem, Feature.TREES)
+
+
+def _wrong_sizes(problem: Problem) -> str | None:
+    heads, N = problem.nheads, problem.dstate
+    if problem.headdim not in _HEADDIMS:
+        return f"it takes headdim 64 or 128, and this is {problem.headdim}"
+    if N not in _DSTATES or ("state_scale" in problem.names and N % _INT16_STEP):
+        step = _INT16_STEP if "state_scale" in problem.names else _DSTATES.step
+        return f"it takes dstate from 64 to 256 in multiples of {step}, and this is {N}"
+    if _by_token(problem) and heads // problem.ngroups not in _HEADS_IN_A_GROUP:
+        return (
+            "its kernels for many tokens, which this call needs, take 1, 2, 4, 8, 16, 32 or 64 heads in a group, and "
+            f"these are {heads // problem.ngroups}"
+        )
+    if heads > _MOST_HEADS:
+        return f"it takes at most {_MOST_HEADS} heads, and these are {heads}"
+    if problem.slots < problem.sequences:
+        return f"it takes at least as many slots as sequences, and these are {problem.slots} and {problem.sequences}"
+    if not -(2**31) <= problem.options.pad_slot_id < 2**31:
+        return f"it takes a pad_slot_id of 32 bits, and this is {problem.options.pad_slot_id}"
+    return None
+
+
+def _wrong_dtypes(problem: Problem) -> str | None:
+    dtypes = dict(problem.dtypes)
+    if dtypes["state"] in ("int8", "float8_e4m3fn"):
+        return f"it takes quantised states of int16 alone, and this is {dtypes['state']}"
+    if problem.stochastic_rounding and dtypes["state"] != "float16":
+        return f"it rounds float16 states alone stochastically, and this is {dtypes['state']}"
+    for like, names in ALIKE.items():
+        unlike = [name for name in names if name in dtypes and dtypes[name] != dtypes.get(like, dtypes[name])]
+        if unlike:
+            return f"it takes {unlike[0]} in {like}'s dtype {dtypes[like]}, and this is {dtypes[unlike[0]]}"
+    return None
+
+
+def _wrong_layout(problem: Problem) -> str | None:
+    untied = [name for name in ("A", "dt", "D", "dt_bias") if name in problem.names and name not in problem.tied]
+    if untied:
+        return f"it takes {', '.join(untied)} as one number a head, and this call has one for each channel"
+    # Its kernels for one token store single elements, those for many store vectors.
+    vectors = (*_VECTORS, "out") if _by_token(problem) else _VECTORS
+    if unaligned := [name for name in vectors if name in problem.unaligned]:
+        return f"it takes {', '.join(unaligned)} at multiples of 16 bytes alone, and here some entries lie elsewhere"
+    dense = _DENSE if _by_token(problem) else (*_DENSE, "out")
+    if strided := [name for name in dense if name in problem.strided]:
+        return f"it takes {', '.join(strided)} without gaps alone, and here there are some"
+    return None
+
+
+def _wrong_intermediates(problem: Problem) -> str | None:
+    if "intermediate_states" not in problem.names:
+        return None
+    if not problem.options.disable_state_update:
+        return (
+            "where it stores intermediate states it leaves the state as it is (disable_state_update=True allows that)"
+        )
+    if problem.form == "packed":
+        return "with packed sequences it takes the steps of the intermediate states for the longest sequence's length"
+    if "intermediate_state_indices" in problem.names:
+        return "it would write out of bounds for an entry of intermediate_state_indices that stands for none"
+    if problem.entries < problem.slots:
+        return f"it takes an entry of intermediate states for each slot, not {problem.entries} for {problem.slots}"
+    return None
+
+
+def _wrong_tokens(problem: Problem) -> str | None:
+    if _longest(problem) <= _MOST_TOKENS:
+        return None
+    if problem.form == "packed":
+        return (
+            f"it must know that no sequence has more than {_MOST_TOKENS} tokens: from the columns of a slot "
+            f"table, here {problem.columns or 'none'}, or from the number of rows, here {problem.tokens}"
+        )
+    return f"it takes at most {_MOST_TOKENS} tokens in a call, and these are {problem.tokens}"
+
+
+def _wrong_algorithm(problem: Problem) -> str | None:
+    asked = problem.options.config.algorithm
+    assert problem.capability is not None
+    if asked in ("auto", "simple"):
+        return None
+    if _by_token(problem):
+        if problem.capability < (10, 0):
+            return f"its {asked} kernel for many tokens, which this call needs, runs from compute capability 10.0 on"
+        what = _simple_alone(problem)
+        return what and f"its {asked} kernel for many tokens, which this call needs, does not do {what}"
+    if problem.capability < (9, 0):
+        return f"its {asked} kernel runs from compute capability 9.0 on"
+    if asked == "horizontal" and "state_scale" in problem.names:
+        return "its horizontal kernel takes no int16 states"
+    if asked == "horizontal" and problem.nheads // problem.ngroups not in _HEADS_IN_A_GROUP:
+        return "its horizontal kernel takes 1, 2, 4, 8, 16, 32 or 64 heads in a group"
+    return None

@@ -1,0 +1,5 @@
+"""The triton backend: the project's own GPU kernels, for JAX and Torch arrays on NVIDIA GPUs."""
+
+from ssu_bridge.backends.triton.backend import load, missing, refusal, settings
+
+__all__ = ["load", "missing", "refusal", "settings"]

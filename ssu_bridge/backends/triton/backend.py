@@ -1,0 +1,61 @@
+"""The triton backend: the project's own GPU kernel, for JAX and Torch arrays on NVIDIA GPUs.
+
+Triton compiles it once for each specialisation; the native library launches it, without Python or Triton in a call.
+"""
+
+import functools
+import importlib.util
+
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.triton.compile import Specialisation, compile_step, specialise
+from ssu_bridge.backends.triton.disk_cache import cached
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.native import library
+
+# A tile is addressed in 32 bits inside a head.
+_MOST_ELEMENTS_OF_A_HEAD = 2**31
+
+
+def missing(framework: str) -> str | None:
+    """Triton is, where it is not installed; JAX arrays need more."""
+    if importlib.util.find_spec("triton") is None:
+        return 'Triton is not installed: pip install "ssu-bridge[cuda]"'
+    return missing_jax_ffi(framework)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Refuse other devices than NVIDIA GPUs, old ones among those, and what is not written yet."""
+    if reason := cannot_run_there(problem):
+        return reason
+    if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
+        return f"it takes heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
+    return cannot(problem, Feature.TREES)
+
+
+def settings(problem: Problem) -> str:
+    """Say which tile a program has."""
+    return str(tiles.tile(problem))
+
+
+def load(problem: Problem) -> DeviceKernel:
+    """Return the kernel for the problem's sizes and dtypes, whatever the number of sequences and slots."""
+    return _kernel(specialise(problem, tiles.tile(problem)))
+
+
+@functools.cache
+def _kernel(specialisation: Specialisation) -> DeviceKernel:
+    compiled = cached(specialisation.target, functools.partial(compile_step, specialisation))
+    function = library().cubin_kernel(
+        compiled.cubin,
+        compiled.name,
+        compiled.shared_bytes,
+        compiled.warps,
+        compiled.grid,
+        compiled.tensors,
+        compiled.in_place,
+        compiled.arguments,
+        compiled.scratch_pointers,
+        compiled.overlaps,
+    )
+    return DeviceKernel(specialisation.target, function)

@@ -1,0 +1,259 @@
+"""From a problem to a compiled kernel: what is compiled in, what the launcher passes, and Triton's compiler."""
+
+import dataclasses
+import enum
+import importlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ssu_bridge.backends.triton.tiles import Tile, is_plain
+from ssu_bridge.core.arguments import ARGUMENTS, INDICES, VECTOR_BYTES
+from ssu_bridge.core.problem import Problem
+
+# From this compute capability on, a kernel can start before those ahead of it are done.
+_OVERLAPPING = (9, 0)
+# A float8 state is handled as bytes, and a seed as the eight that it has in either dtype.
+_POINTERS = {
+    "float32": "*fp32",
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float8_e4m3fn": "*i8",
+    "int8": "*i8",
+    "int16": "*i16",
+    "int32": "*i32",
+    "int64": "*i64",
+    "uint32": "*i64",
+}
+_SEED_BYTES = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Specialisation:
+    """All that is compiled into a kernel, and which one. How many sequences, slots and tokens, and strides are not."""
+
+    kernel: str
+    capability: tuple[int, int]
+    nheads: int
+    headdim: int
+    dstate: int
+    ngroups: int
+    form: str
+    dtypes: tuple[tuple[str, str], ...]
+    results: tuple[str, ...]
+    tied: tuple[str, ...]
+    tables: tuple[str, ...]
+    dt_softplus: bool
+    pad_slot_id: int
+    philox_rounds: int
+    unaligned: tuple[str, ...]
+    tile: Tile
+
+    @property
+    def target(self) -> str:
+        """The specialisation spelt out."""
+        sizes = f"H{self.nheads},P{self.headdim},N{self.dstate},G{self.ngroups}"
+        arrays = ",".join(
+            f"{name}:{dtype}{'/head' if name in self.tied else ''}{'/token' if name in self.tables else ''}"
+            for name, dtype in self.dtypes
+        )
+        flags = f"softplus={self.dt_softplus:d};pad={self.pad_slot_id};unaligned={','.join(self.unaligned)}"
+        if "rand_seed" in dict(self.dtypes):
+            flags += f";rounds={self.philox_rounds}"
+        return (
+            f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
+            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps})"
+        )
+
+
+def specialise(problem: Problem, tile: Tile) -> Specialisation:
+    """Return what has to be compiled for a problem that runs on CUDA."""
+    assert problem.capability is not None
+    return Specialisation(
+        kernel="single_token" if is_plain(problem) else "many_tokens",
+        capability=problem.capability,
+        nheads=problem.nheads,
+        headdim=problem.headdim,
+        dstate=problem.dstate,
+        ngroups=problem.ngroups,
+        form=problem.form,
+        dtypes=tuple((name, dtype) for name, dtype in problem.dtypes if name != "out"),
+        results=problem.results,
+        tied=problem.tied,
+        tables=tuple(sorted(problem.tables)),
+        dt_softplus=problem.options.dt_softplus,
+        pad_slot_id=problem.options.pad_slot_id,
+        philox_rounds=problem.options.config.philox_rounds if "rand_seed" in problem.names else 0,
+        unaligned=tuple(sorted(problem.unaligned)),
+        tile=tile,
+    )
+
+
+class Kind(enum.IntEnum):
+    """What the launcher passes of a tensor, by its numbers."""
+
+    ADDRESS = 0
+    STRIDE = 1
+    SIZE = 2
+
+
+class Argument(NamedTuple):
+    """An argument of the kernel: what of which tensor and axis, and of what it is promised to be a multiple."""
+
+    kind: Kind
+    tensor: int
+    axis: int = 0
+    divisor: int = 1
+
+
+class Grid(NamedTuple):
+    """How many programs there are: so many for each entry of a tensor's first axis, ``less`` of them left out."""
+
+    programs: int
+    tensor: int
+    less: int
+
+
+class Compiled(NamedTuple):
+    """A compiled kernel, and what it takes to launch it."""
+
+    cubin: bytes
+    name: str
+    shared_bytes: int
+    warps: int
+    grid: Grid
+    # The inputs that the results after out are, by their numbers.
+    in_place: tuple[int, ...]
+    tensors: int
+    arguments: tuple[Argument, ...]
+    scratch_pointers: int
+    # It may be launched before the kernels ahead of it are done, and waits for them itself.
+    overlaps: bool
+    # The stages on the way, by Triton's names for them: "ttgir", "ptx".
+    text: dict[str, str]
+
+
+def compile_step(specialisation: Specialisation) -> Compiled:
+    """Compile the kernel, or take it from Triton's cache on disk. This needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = kernel_of(specialisation)
+    arguments, constants = runtime_arguments(specialisation), constant_arguments(specialisation)
+    passed = [arguments[name] for name in kernel.arg_names if name in arguments]
+    dtypes = _kernel_dtypes(specialisation)
+    signature, fixed, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name not in arguments:
+            signature[name], fixed[position,] = "constexpr", constants.get(name)
+            continue
+        signature[name] = _POINTERS[dtypes[name]] if arguments[name].kind is Kind.ADDRESS else "i64"
+        if arguments[name].divisor > 1:
+            attributes[position,] = [["tt.divisibility", arguments[name].divisor]]
+    major, minor = specialisation.capability
+    compiled = triton.compile(
+        ASTSource(kernel, signature, fixed, attributes),
+        target=GPUTarget("cuda", 10 * major + minor, 32),
+        # Fusion is written where it is wanted: left to the compiler, a tile's bits could differ from another's.
+        options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False},
+    )
+    return Compiled(
+        cubin=compiled.asm["cubin"],
+        name=compiled.metadata.name,
+        shared_bytes=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        grid=grid_of(specialisation),
+        in_place=tuple(list(dtypes).index(name) for name in specialisation.results if name != "out"),
+        tensors=len(specialisation.dtypes) + len(specialisation.results),
+        arguments=tuple(passed),
+        scratch_pointers=_scratch_pointers(compiled, len(passed)),
+        overlaps=constants["OVERLAP"],
+        text={stage: compiled.asm[stage] for stage in ("ttgir", "ptx")},
+    )
+
+
+def kernel_of(specialisation: Specialisation) -> Any:
+    """Return the Triton function that does what is asked for."""
+    module = importlib.import_module(f"ssu_bridge.backends.triton.kernels.{specialisation.kernel}")
+    return getattr(module, specialisation.kernel)
+
+
+def grid_of(specialisation: Specialisation) -> Grid:
+    """Return the grid: a program for each sequence, head and block of rows."""
+    programs = specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows)
+    packed = specialisation.form == "packed"
+    return Grid(programs, list(_kernel_dtypes(specialisation)).index("cu_seqlens" if packed else "x"), less=packed)
+
+
+def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
+    """Return what the launcher can pass, by the names of the kernels' arguments.
+
+    Tensors are counted as the kernel function takes them: the inputs, out, and then what is updated in place.
+    """
+    place = {name: i for i, name in enumerate(_kernel_dtypes(specialisation))}
+    result = {}
+    for name in place:
+        divisor = _divisor(specialisation, name)
+        result[name] = Argument(Kind.ADDRESS, place[name], divisor=divisor)
+        for axis, stride in enumerate(_strides(specialisation, name)):
+            if stride:
+                result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
+    token_axis = {"multi": 1, "packed": 0}
+    sizes = {"slots": ("state", 0), "entries": ("intermediate_states", 0), "steps": ("intermediate_states", 1)}
+    sizes |= {"tokens": ("x", token_axis[specialisation.form])} if specialisation.form in token_axis else {}
+    columns = {"state_batch_indices": "source_columns", "dst_state_batch_indices": "target_columns"}
+    sizes |= {columns[name]: (name, 1) for name in specialisation.tables}
+    for size, (name, axis) in sizes.items():
+        if name in place:
+            result[size] = Argument(Kind.SIZE, place[name], axis)
+    return result
+
+
+def _strides(specialisation: Specialisation, name: str) -> tuple[str, ...]:
+    """Return what the strides of an array's free axes are called in the kernels."""
+    free = ARGUMENTS[name].free
+    if free == "*":
+        by_form = {"single": ("stride",), "multi": ("stride", "token_stride"), "packed": ("token_stride",)}
+        return by_form[specialisation.form]
+    return ("stride", "token_stride")[: 2 if name in specialisation.tables else min(len(free), 1)]
+
+
+def _divisor(specialisation: Specialisation, name: str) -> int:
+    """Return of how many bytes an array's address is a multiple."""
+    if name == "rand_seed":
+        return _SEED_BYTES
+    single = name in (*specialisation.tied, *specialisation.unaligned) or ARGUMENTS[name].dtypes == INDICES
+    return 1 if single else VECTOR_BYTES
+
+
+def _elements(specialisation: Specialisation, name: str) -> int:
+    """Return of how many elements an array's strides are multiples."""
+    return max(1, _divisor(specialisation, name) // np.dtype(_kernel_dtypes(specialisation)[name]).itemsize)
+
+
+def _kernel_dtypes(specialisation: Specialisation) -> dict[str, str]:
+    dtypes = dict(specialisation.dtypes)
+    return {**dtypes, "out": dtypes["x"]}
+
+
+def constant_arguments(s: Specialisation) -> dict[str, Any]:
+    """Return what is compiled in, by the names of the kernels' arguments."""
+    tied = {f"TIED_{name.upper()}": name in s.tied for name in ("dt", "A", "D", "dt_bias")}
+    sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
+    blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
+    flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
+    state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
+    # Of single tokens there is but the first.
+    no_strides = {f"{name}_token_stride": 0 for name in ("x", "dt", "B", "C", "z", "out") if s.form == "single"}
+    return {**sizes, **tied, **blocks, **flags, **state, **no_strides}
+
+
+def _scratch_pointers(compiled: Any, passed: int) -> int:
+    """Return how many pointers to scratch memory Triton added at the end; the kernel uses none of it."""
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    added = entry[1].count(".param") - passed if entry else -1
+    if added not in (0, 1, 2) or compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+        raise RuntimeError(f"this version of Triton compiled a kernel with {added} arguments more than were expected")
+    return added

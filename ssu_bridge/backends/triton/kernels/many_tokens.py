@@ -1,0 +1,267 @@
+"""Tokens of a sequence one after the other: a program keeps a block of rows (headdim) of one head's state in registers.
+
+It does whatever ``update`` describes: T tokens or packed ones, tables with a column for each token, intermediate
+states, quantised ones, stochastic rounding. Each token is computed as the single-token kernel does it, with the same
+bits. Every index is checked before anything is loaded or stored by it.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ssu_bridge.backends.triton.kernels.common import (
+    by_row,
+    checked,
+    decay_of,
+    gated_output,
+    inside,
+    load,
+    slot_of,
+    time_step,
+)
+from ssu_bridge.backends.triton.kernels.rounding import (
+    random_words,
+    round_stochastically,
+    round_to_nearest,
+    row_scale,
+    widen,
+)
+
+
+@triton.jit
+def many_tokens(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    state_batch_indices,
+    dst_state_batch_indices,
+    num_accepted_tokens,
+    cu_seqlens,
+    intermediate_states,
+    intermediate_state_indices,
+    state_scale,
+    intermediate_state_scales,
+    rand_seed,
+    out,
+    slots,
+    tokens,
+    source_columns,
+    target_columns,
+    entries,
+    steps,
+    state_stride,
+    x_stride,
+    dt_stride,
+    B_stride,
+    C_stride,
+    z_stride,
+    state_batch_indices_stride,
+    dst_state_batch_indices_stride,
+    num_accepted_tokens_stride,
+    cu_seqlens_stride,
+    intermediate_states_stride,
+    intermediate_state_indices_stride,
+    state_scale_stride,
+    intermediate_state_scales_stride,
+    out_stride,
+    x_token_stride,
+    dt_token_stride,
+    B_token_stride,
+    C_token_stride,
+    z_token_stride,
+    state_batch_indices_token_stride,
+    dst_state_batch_indices_token_stride,
+    out_token_stride,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    TIED_DT: tl.constexpr,
+    TIED_A: tl.constexpr,
+    TIED_D: tl.constexpr,
+    TIED_DT_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    PAD: tl.constexpr,
+    STORED: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Advance ``state`` in place, and write ``out`` and the intermediate states. An absent array is None.
+
+    A ``stride`` leads from one sequence, slot or entry to the next, a ``token_stride`` from one token to the next;
+    packed arrays have only this one, and arrays of single tokens only that one. ``tokens`` is the number of tokens of a
+    sequence, or of all packed ones together; None for single ones. STORED is the dtype of the state, STORE_STATE
+    whether any state is stored in it, ROUNDS those of the random generator. The grid and OVERLAP are those of the
+    single-token kernel.
+    """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    program = tl.program_id(0)
+    sequence = (program // (H * blocks)).to(tl.int64)
+    head = program // blocks % H
+    rows = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    columns = tl.arange(0, BLOCK_N)
+    row_mask, column_mask = inside(rows, P, BLOCK_P), inside(columns, N, BLOCK_N)
+    tile_mask = row_mask[:, None] & column_mask[None, :]
+    tile = head.to(tl.int64) * (P * N) + (rows[:, None] * N + columns[None, :])
+    channels = head * P + rows
+    place = (channels, row_mask, tile, tile_mask)
+
+    first, length = _tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
+    if length <= 0:
+        return
+    x = _at_first(x, x_stride, x_token_stride, sequence, first)
+    dt = _at_first(dt, dt_stride, dt_token_stride, sequence, first)
+    B = _at_first(B, B_stride, B_token_stride, sequence, first)
+    C = _at_first(C, C_stride, C_token_stride, sequence, first)
+    z = z if z is None else _at_first(z, z_stride, z_token_stride, sequence, first)
+    out = _at_first(out, out_stride, out_token_stride, sequence, first)
+    seed = rand_seed if rand_seed is None else tl.load(rand_seed)
+
+    sources = state_batch_indices
+    if num_accepted_tokens is not None:
+        accepted = tl.load(num_accepted_tokens + sequence * num_accepted_tokens_stride).to(tl.int64)
+        column = tl.minimum(tl.maximum(accepted, 1), source_columns) - 1
+        sources += column * state_batch_indices_token_stride
+    source = slot_of(sources, state_batch_indices_stride, sequence, slots, PAD)
+    live = source >= 0
+    current = widen(tl.load(state + source * state_stride + tile, mask=tile_mask & live, other=0), STORED)
+    if state_scale is not None:
+        current *= load(state_scale + source * state_scale_stride + channels, row_mask & live)[:, None]
+
+    entry = source
+    if intermediate_state_indices is not None:
+        entry = tl.load(intermediate_state_indices + sequence * intermediate_state_indices_stride).to(tl.int64)
+    if intermediate_states is not None:
+        entry = checked(entry, entries, -1)
+
+    bias = dt_bias if dt_bias is None else by_row(dt_bias, head, rows, row_mask, P, TIED_DT_BIAS)
+    skip = D if D is None else by_row(D, head, rows, row_mask, P, TIED_D)
+    if TIED_A:
+        As = tl.load(A + head).to(tl.float32)
+    group = head // (H // G) * N + columns
+    x, B, C = x + channels, B + group, C + group
+    dt = dt + (head if TIED_DT else channels)
+    dt_mask = None if TIED_DT else row_mask
+    next_x, next_dt = tl.load(x, mask=row_mask), tl.load(dt, mask=dt_mask)
+    next_B, next_C = tl.load(B, mask=column_mask, other=0), tl.load(C, mask=column_mask, other=0)
+    for token in range(length):
+        xs, d = next_x.to(tl.float32), next_dt.to(tl.float32)
+        Bs, Cs = next_B.to(tl.float32), next_C.to(tl.float32)
+        # What the next token needs is asked for before this one is computed, so that it does not wait.
+        following = tl.minimum(token + 1, length - 1)
+        next_x = tl.load(x + following * x_token_stride, mask=row_mask)
+        next_dt = tl.load(dt + following * dt_token_stride, mask=dt_mask)
+        next_B = tl.load(B + following * B_token_stride, mask=column_mask, other=0)
+        next_C = tl.load(C + following * C_token_stride, mask=column_mask, other=0)
+
+        d = time_step(d, bias, SOFTPLUS)
+        if not TIED_A:
+            As = load(A + tile, tile_mask)
+        current = tl.fma(current, decay_of(As, d, BLOCK_P, BLOCK_N), (d * xs)[:, None] * Bs[None, :])
+
+        # The seed is loaded anew for each token. If it were not, what every token's random numbers begin with would be
+        # computed once, before the loop, and take more registers than there are.
+        if dst_state_batch_indices_token_stride is not None:
+            targets = dst_state_batch_indices + token * dst_state_batch_indices_token_stride
+            target = slot_of(targets, dst_state_batch_indices_stride, sequence, slots, PAD, token < target_columns)
+            scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
+            _store(
+                current, state + target * state_stride, scale, live & (target >= 0), place,
+                rand_seed if rand_seed is None else tl.load(rand_seed),
+                target * (H * P * N), token, 0, N, STORED, ROUNDS,
+            )  # fmt: skip
+        if intermediate_states is not None:
+            step = tl.cast(token, tl.int64)
+            target_states = intermediate_states + entry * intermediate_states_stride + step * (H * P * N)
+            scale = intermediate_state_scales
+            if scale is not None:
+                scale = scale + entry * intermediate_state_scales_stride + step * (H * P)
+            _store(
+                current, target_states, scale, live & (entry >= 0) & (token < steps), place,
+                rand_seed if rand_seed is None else tl.load(rand_seed),
+                entry * (H * P * N), token, 1, N, STORED, ROUNDS,
+            )  # fmt: skip
+
+        y = tl.sum(current * Cs[None, :], axis=1)
+        gate = z if z is None else load(z + token * z_token_stride + channels, row_mask)
+        y = gated_output(y, xs, skip, gate)
+        tl.store(out + token * out_token_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
+
+    if STORE_STATE and dst_state_batch_indices_token_stride is None:
+        target = source
+        if dst_state_batch_indices is not None:
+            target = slot_of(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
+        scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
+        _store(
+            current, state + target * state_stride, scale, live & (target >= 0), place,
+            seed, target * (H * P * N), length - 1, 0, N, STORED, ROUNDS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tokens_of(cu_seqlens, stride, sequence, tokens):
+    """Return a sequence's first row in packed arrays and its number of tokens, whatever cu_seqlens holds."""
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + sequence * stride).to(tl.int64)
+        end = tl.load(cu_seqlens + (sequence + 1) * stride).to(tl.int64)
+        first = tl.minimum(tl.maximum(first, 0), tokens)
+        end = tl.minimum(tl.maximum(end, 0), tokens)
+        return first, (end - first).to(tl.int32)
+    elif tokens is None:
+        return 0, 1
+    else:
+        return 0, tokens.to(tl.int32)
+
+
+@triton.jit
+def _at_first(pointer, stride, token_stride, sequence, first):
+    """Return where a sequence's first token is."""
+    if stride is None:
+        return pointer + first * token_stride
+    else:
+        return pointer + sequence * stride
+
+
+@triton.jit
+def _store(
+    current,
+    values,
+    scale,
+    wanted,
+    place,
+    seed,
+    first,
+    token,
+    last,
+    N: tl.constexpr,
+    STORED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Round a tile of a state to what is stored, and store it if that is ``wanted``.
+
+    It goes to a slot, or an entry and step, that begins at ``values`` and, of a quantised state, ``scale``. ``first``
+    is the number of the slot's first element, ``token`` and ``last`` are words of the random generator's counter.
+    """
+    channels, row_mask, tile, tile_mask = place
+    if scale is not None:
+        scales = row_scale(current, STORED)
+        tl.store(scale + channels, scales, mask=row_mask & wanted)
+        current = current * tl.div_rn(1.0, scales)[:, None]
+    if seed is None:
+        stored = round_to_nearest(current, STORED)
+    else:
+        words = random_words(seed, first, channels, token, last, N, tile.shape[1], ROUNDS)
+        stored = round_stochastically(current, words, STORED)
+    tl.store(values + tile, stored, mask=tile_mask & wanted)

@@ -1,0 +1,95 @@
+"""Which tile of the state a program of the Triton kernel updates, by the table in tiles.toml.
+
+Every tile for one set of sizes and dtypes must lie in the threads' registers in the same way along dstate, or the sum
+over it would be taken in another order and the result's bits would depend on the tile, and so on the batch. It does if
+each thread has at least one full vector, and rows are split between the warps always or never.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ssu_bridge.backends.measured import measured
+from ssu_bridge.core.arguments import VECTOR_BYTES
+from ssu_bridge.core.problem import Problem
+
+_THREADS = 32
+# Of a program whose rows are longer than what a warp's threads hold in one vector each.
+_WARPS_FOR_LONG_ROWS = 4
+
+
+class Tile(NamedTuple):
+    """What a program updates, rows (headdim) x columns (dstate, up to a power of two), and with how many warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
+
+
+def tile(problem: Problem) -> Tile:
+    """Return the tile that the configuration asks for, or else the table's.
+
+    Raises:
+        ValueError: the configuration asks for a tile that this problem cannot have.
+    """
+    columns = _power_of_two(problem.dstate)
+    asked = problem.options.config.triton_tile
+    if asked is not None:
+        least = least_rows(problem, asked[1])
+        if not least or asked[0] < least:
+            can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
+            raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {asked}")
+        return Tile(asked[0], columns, asked[1])
+    elements, warps = _table_entry(problem)
+    if not least_rows(problem, warps):
+        warps = _WARPS_FOR_LONG_ROWS
+    rows = max(1, min(elements // columns, _power_of_two(problem.headdim)))
+    while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
+        warps //= 2
+    return Tile(max(rows, least_rows(problem, warps)), columns, warps)
+
+
+def is_plain(problem: Problem) -> bool:
+    """Return whether a problem is one token for each sequence and nothing more, for which there is a kernel."""
+    more = {"intermediate_states", "state_scale", "rand_seed"}.intersection(problem.names)
+    return problem.form == "single" and not (problem.tables or more or problem.options.disable_state_update)
+
+
+def least_rows(problem: Problem, warps: int) -> int:
+    """Return how many rows a program of so many warps has at least; 0 if it must have another number of warps."""
+    columns, vector = _power_of_two(problem.dstate), _vector(problem)
+    if columns > _THREADS * vector and warps != _WARPS_FOR_LONG_ROWS:
+        return 0
+    return max(1, warps * _THREADS * vector // columns)
+
+
+def _vector(problem: Problem) -> int:
+    """Return how many elements of a row a thread holds side by side: what it loads at once of the state or of A."""
+    names = [name for name in ("state", "A") if name not in problem.tied]
+    sizes = {name: np.dtype(dtype).itemsize for name, dtype in problem.dtypes if name in names}
+    return max(
+        1 if name in problem.unaligned else math.gcd(VECTOR_BYTES // size, problem.dstate)
+        for name, size in sizes.items()
+    )
+
+
+def _table_entry(problem: Problem) -> tuple[int, int]:
+    table = measured("triton/tiles", problem.capability)
+    work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
+    stored = f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"
+    if not is_plain(problem):
+        table = table["many_tokens"]
+        if problem.stochastic_rounding:
+            each_token = "intermediate_states" in problem.names or "dst_state_batch_indices" in problem.tables
+            stored = "stochastic_steps" if each_token else "stochastic"
+    rows = table[stored]
+    return next((elements, warps) for most, elements, warps in rows if work <= most)
+
+
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

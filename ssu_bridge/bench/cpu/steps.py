@@ -1,0 +1,131 @@
+"""The benchmark of the cpu backend: against xla under jit, against a copy of the state, and the cost of a call."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssu_bridge import update
+from ssu_bridge.bench.jax_calls import eager_calls, ratios
+from ssu_bridge.bench.timing import Timing, interleaved
+from ssu_bridge.native import library
+from ssu_bridge.testing.cases import Case
+
+BATCHES = (1, 4, 16, 64)
+DTYPES = ("float32", "bfloat16")
+
+
+def main() -> None:
+    """Run the whole benchmark and print its tables."""
+    native = library()
+    print(f"cpu backend: {native.cpu_isa()}, {native.cpu_num_threads()} threads; jax {jax.__version__}")
+    print("times are medians with quartiles; the rows of a table were measured in turn, round after round\n")
+    _print_jit()
+    _print_jax_host()
+    _print_torch_host()
+
+
+def _decode_case(sequences: int, dtype: str) -> Case:
+    """A step of a large Mamba-2 model on a cache with twice the slots it needs, in random order."""
+    slots = np.random.default_rng(0).permutation(2 * sequences)[:sequences]
+    return Case(
+        f"batch {sequences}, {dtype}",
+        sequences=sequences,
+        slots=2 * sequences,
+        nheads=64,
+        headdim=64,
+        dstate=128,
+        ngroups=8,
+        dtypes={"state": dtype},
+        absent=("z",),
+        indices=tuple(map(int, slots)),
+    )
+
+
+def _jitted(case: Case, backend: str) -> Callable[[], object]:
+    """Return a function that runs one jitted step in place and waits for it."""
+    arrays = {name: jnp.array(array) for name, array in case.arrays(seed=0).items()}
+    state = [arrays.pop("state")]
+    step = jax.jit(functools.partial(update, **case.flags, backend=backend), donate_argnums=0)
+
+    def run() -> None:
+        out, state[0] = step(state[0], **arrays)
+        out.block_until_ready()
+        state[0].block_until_ready()
+
+    return run
+
+
+def _copy(nbytes: int, threads: int) -> Callable[[], object]:
+    """Return a function that copies so many bytes from one array to another with several threads."""
+    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
+    pool = ThreadPoolExecutor(threads)
+    parts = [slice(i * nbytes // threads, (i + 1) * nbytes // threads) for i in range(threads)]
+
+    def run() -> None:
+        list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+
+    return run
+
+
+def _print_jit() -> None:
+    print(
+        "one step under jit, slotted cache, H 64, P 64, N 128, G 8 (the copy reads and writes the states' bytes once)"
+    )
+    threads = library().cpu_num_threads()
+    print(f"{'':<20}{'cpu':<28}{'xla':<28}{f'copy, {threads} threads':<28}{'xla / cpu':>10}{'copy / cpu':>12}")
+    for dtype in DTYPES:
+        for batch in BATCHES:
+            case = _decode_case(batch, dtype)
+            state = case.arrays(seed=0)["state"]
+            functions = {backend: _jitted(case, backend) for backend in ("cpu", "xla")}
+            times = interleaved(functions | {"copy": _copy(state.nbytes // 2, threads)}, rounds=21)
+            cpu, xla, copy = times["cpu"], times["xla"], times["copy"]
+            print(
+                f"{case.name:<20}{cpu!s:<28}{xla!s:<28}{copy!s:<28}"
+                f"{xla.median / cpu.median:>10.1f}{copy.median / cpu.median:>12.2f}"
+            )
+    print()
+
+
+def _tiny_arrays() -> dict[str, Any]:
+    return Case("tiny", sequences=1, slots=1, nheads=2, headdim=4, dstate=8, ngroups=1, indices=(0,)).arrays(seed=0)
+
+
+def _print_jax_host() -> None:
+    calls, _ = eager_calls({name: jnp.array(array) for name, array in _tiny_arrays().items()})
+    times = interleaved(calls, rounds=200, seconds=0.004)
+    print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
+    for name, timing in times.items():
+        _print_row(name, timing)
+    print(f"  {ratios({name: timing.median for name, timing in times.items()})}\n")
+
+
+def _print_torch_host() -> None:
+    import torch
+
+    a = {name: torch.from_numpy(array) for name, array in _tiny_arrays().items()}
+    out = torch.empty_like(a["x"])
+
+    def call_update() -> None:
+        update(
+            a["state"], a["x"], a["dt"], a["A"], a["B"], a["C"],
+            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
+            out=out,
+        )  # fmt: skip
+
+    def call_add() -> None:
+        out.add_(a["x"])
+
+    times = interleaved({"update": call_update, "add_": call_add}, rounds=200, seconds=0.004)
+    print(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}")
+    _print_row("update", times["update"])
+    _print_row("Tensor.add_, for comparison", times["add_"])
+
+
+def _print_row(name: str, timing: Timing) -> None:
+    print(f"  {name:<54}{timing!s}")

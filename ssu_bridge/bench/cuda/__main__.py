@@ -1,0 +1,5 @@
+"""``python -m ssu_bridge.bench.cuda``."""
+
+from ssu_bridge.bench.cuda.command import main
+
+main()

@@ -1,0 +1,125 @@
+"""The triton backend under jax.jit, against the xla backend, and the host time of an eager call."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssu_bridge import update
+from ssu_bridge.bench.cuda.steps import LAYER
+from ssu_bridge.bench.jax_calls import eager_calls, ratios
+from ssu_bridge.bench.timing import Timing, microseconds, summary
+
+_H, _P, _N, _G = LAYER
+_LAYERS = 16
+_ITERATIONS = 30
+# The states of the caches are together about this large, so that none is found in the GPU's cache.
+_COLD_BYTES = 500 * 2**20
+
+
+def print_loops(batches: list[int]) -> None:
+    """Print the time of a step inside jit and lax.fori_loop, on a slotted cache that is donated."""
+    print(f"one step inside jax.jit and lax.fori_loop, whose body has {_LAYERS} in a row, each the next one's x,")
+    print("bfloat16, us: median (quartiles)")
+    print(f"{'':<34}{'triton':<26}{'xla':<28}{'ratio':>6}")
+    _print_loop("1, all layers on one slot", 1, 1)
+    for batch in batches:
+        caches = cold_caches(batch)
+        _print_loop(f"{batch}, {caches} caches in turn", batch, caches)
+    print()
+
+
+def _print_loop(label: str, batch: int, caches: int) -> None:
+    ours, xla = in_turn([loop(batch, caches, backend) for backend in ("triton", "xla")])
+    print(f"{label:<34}{microseconds(ours):<26}{microseconds(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
+
+
+def _arguments(batch: int, calls: int) -> dict[str, jax.Array]:
+    """Return the arrays of a step, and the slots of each call."""
+    keys = iter(jax.random.split(jax.random.key(0), 10))
+
+    def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jax.random.normal(next(keys), shape, dtype)
+
+    slots = jax.random.permutation(next(keys), batch * calls).astype("int32").reshape(calls, batch)
+    return {
+        "state": normal(batch * calls, _H, _P, _N),
+        "x": normal(batch, _H, _P),
+        "dt": normal(batch, _H),
+        "A": -jnp.exp(normal(_H, dtype=jnp.float32)),
+        "B": normal(batch, _G, _N),
+        "C": normal(batch, _G, _N),
+        "D": normal(_H),
+        "dt_bias": normal(_H),
+        "state_batch_indices": slots,
+    }
+
+
+def cold_caches(batch: int) -> int:
+    """Return how many caches of so many sequences to go through for none to be found in the GPU's cache."""
+    return min(_LAYERS, max(2, -(-_COLD_BYTES // (batch * _H * _P * _N * 2))))
+
+
+def loop(
+    batch: int, caches: int, backend: str, place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+) -> Callable[[], float]:
+    """Return a function that runs a jitted loop over steps, on so many caches in turn, and returns the time of a step.
+
+    ``place`` puts the arrays where they are to be.
+    """
+    arrays = place(_arguments(batch, caches))
+    carry = arrays.pop("state"), arrays.pop("x")
+    slots = arrays.pop("state_batch_indices")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(carry: Any, arrays: Any, slots: Any) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            state, x = carry
+            for layer in range(_LAYERS):
+                rows = slots[layer % caches]
+                x, state = update(state, x, **arrays, state_batch_indices=rows, dt_softplus=True, backend=backend)
+            return state, x
+
+        return jax.lax.fori_loop(0, _ITERATIONS, body, carry)
+
+    def run() -> float:
+        nonlocal carry
+        started = time.perf_counter()
+        carry = jax.block_until_ready(steps(carry, arrays, slots))  # type: ignore[no-untyped-call]
+        return (time.perf_counter() - started) / _ITERATIONS / _LAYERS
+
+    run()
+    return run
+
+
+def in_turn(loops: Sequence[Callable[[], float]], rounds: int = 9) -> list[Timing]:
+    """Run each in turn, round after round."""
+    samples = [[run() for run in loops] for _ in range(rounds)]
+    return [summary(of_one) for of_one in map(list, zip(*samples, strict=True))]
+
+
+def print_host() -> None:
+    """Print the host time of an eager call beside that of a trivial jitted function with as many arguments."""
+    arrays = _arguments(1, 1)
+    calls, states = eager_calls({**arrays, "state_batch_indices": arrays["state_batch_indices"][0]})
+    times = _host_times(calls, states)
+    print("host time of an eager JAX call, batch 1, nine arrays, state donated")
+    for name, timing in times.items():
+        print(f"  {name:<54}{timing!s}")
+    print(f"  {ratios({name: timing.median for name, timing in times.items()})}")
+
+
+def _host_times(functions: dict[str, Callable[[], Any]], states: list[Any]) -> dict[str, Timing]:
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(60):
+        for name, function in functions.items():
+            for state in states:
+                state.block_until_ready()
+            started = time.perf_counter()
+            for _ in range(50):
+                function()
+            samples[name].append((time.perf_counter() - started) / 50)
+    return {name: summary(values) for name, values in samples.items()}

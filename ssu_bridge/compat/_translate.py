@@ -1,0 +1,85 @@
+"""Functions with the names, arguments and rules of other packages, for Torch: only the import changes.
+
+Each translates its call into one of :func:`ssu_bridge.update`, whose backend is the one that is configured. What they
+add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, float arrays that lie in
+memory in any way, and an output of another float dtype than x.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+
+from ssu_bridge.api import update
+from ssu_bridge.core.arguments import FLOATS
+
+# Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
+_TOKENWISE = ("x", "dt", "B", "C", "z", "out")
+# How many axes the arguments have in a call of one token for each sequence, all heads and groups spelt out.
+_AXES = {"state": 4, "x": 3, "dt": 3, "A": 3, "B": 3, "C": 3, "D": 2, "z": 3, "dt_bias": 2, "out": 3}
+_FLOATS = {getattr(torch, name) for name in FLOATS}
+
+
+def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Give arguments of Mamba-1, and B and C of one group, the axis of heads or groups that they lack."""
+    result = dict(arguments)
+    for name, tensor in arguments.items():
+        if tensor is not None and name in _AXES and tensor.dim() == _AXES[name] - 1:
+            result[name] = tensor.unsqueeze(0 if name in ("A", "D", "dt_bias") else 1)
+    return result
+
+
+def step(arrays: dict[str, Any], **rest: Any) -> Any:
+    """Call ``update`` and return the output, wherever float arrays lie in memory and whatever float the output is.
+
+    Arrays that ``update`` would not take are copied, and what it wrote to a copy is copied back.
+    """
+    written = ("out",) if rest.get("disable_state_update") else ("out", "state")
+    given = {name: _taken(name, tensor, name in written) for name, tensor in arrays.items()}
+    if given["state"] is not arrays["state"]:
+        warnings.warn(
+            f"state: copied as a whole, because the axes behind the slots are not dense in memory "
+            f"(strides {tuple(arrays['state'].stride())})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    x, out = given["x"], given.get("out")
+    if out is not None and x.dtype != out.dtype and {x.dtype, out.dtype} <= _FLOATS:
+        given["x"], given["out"] = x.float(), out.float()
+    result = update(**given, **rest)[0]
+    for name in written:
+        if given.get(name) is not arrays.get(name):
+            arrays[name].copy_(given[name])
+    return result if out is None else arrays["out"]
+
+
+def rows(table: Any, sequences: int) -> Any:
+    """Return the rows of a table that belong to sequences, without those to spare."""
+    return None if table is None else table[:sequences]
+
+
+def _taken(name: str, tensor: Any, is_written: bool) -> Any:
+    """Return an argument as ``update`` takes it, or as it is where that will refuse it: what is written over itself."""
+    if not isinstance(tensor, torch.Tensor) or not _has_gaps(name, tensor):
+        return tensor
+    repeats = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor if is_written and repeats else tensor.contiguous()
+
+
+def _has_gaps(name: str, tensor: Any) -> bool:
+    if tensor.is_contiguous():
+        return False
+    axes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    if name in _TOKENWISE:
+        axes = axes[tensor.dim() - _AXES[name] + 1 :]
+    if name == "state":
+        axes = axes[1:]
+    repeated = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}.get(name, 0)
+    if repeated and not any(stride for _, stride in axes[-repeated:]):  # one number a head
+        axes = axes[:-repeated]
+    step = 1
+    for size, stride in reversed(axes):
+        if size > 1 and stride != step:
+            return True
+        step *= size
+    return False

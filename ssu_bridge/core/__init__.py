@@ -1,0 +1,1 @@
+"""What a call is, without any framework: its arguments, its description and the rules they follow."""

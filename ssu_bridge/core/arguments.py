@@ -1,0 +1,75 @@
+"""The table of the array arguments: order, shapes, dtypes, and which of them are written."""
+
+from typing import NamedTuple
+
+from ssu_bridge.core.rounding import LARGEST
+
+FLOATS = ("float32", "bfloat16", "float16")
+INDICES = ("int32", "int64")
+QUANTIZED = tuple(LARGEST)
+# A state of one of these can be rounded stochastically; float32 holds the result as it is, int16 all but so.
+ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+# The most that a thread of a GPU loads at once, and from multiples of it only.
+VECTOR_BYTES = 16
+
+
+class Argument(NamedTuple):
+    """What an array argument must look like.
+
+    ``shapes`` spells each allowed shape in the symbols of semantics: S slots, H nheads, P headdim, N dstate, G ngroups,
+    b sequences, W table columns, E and K entries and steps of the intermediate buffer, Q = b + 1; * stands for the
+    token axes (b; b T; or L packed rows). ``free`` of its leading axes (all of the token axes for *) may be strided.
+    """
+
+    shapes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    free: str = ""
+    written: bool = False
+
+
+# In the order in which kernels take them. A shape that lacks H or G stands for one that repeats along P, or for G = 1.
+ARGUMENTS: dict[str, Argument] = {
+    "state": Argument(("SHPN",), FLOATS + QUANTIZED, "S", written=True),
+    "x": Argument(("*HP",), FLOATS, "*"),
+    "dt": Argument(("*HP", "*H"), FLOATS, "*"),
+    "A": Argument(("HPN", "H"), FLOATS),
+    "B": Argument(("*GN", "*N"), FLOATS, "*"),
+    "C": Argument(("*GN", "*N"), FLOATS, "*"),
+    "D": Argument(("HP", "H"), FLOATS),
+    "z": Argument(("*HP",), FLOATS, "*"),
+    "dt_bias": Argument(("HP", "H"), FLOATS),
+    "state_batch_indices": Argument(("b", "bW"), INDICES, "bW"),
+    "dst_state_batch_indices": Argument(("b", "bV"), INDICES, "bV"),
+    "num_accepted_tokens": Argument(("b",), INDICES, "b"),
+    "cu_seqlens": Argument(("Q",), INDICES, "Q"),
+    "intermediate_states": Argument(("EKHPN",), FLOATS + QUANTIZED, "E", written=True),
+    "intermediate_state_indices": Argument(("b",), INDICES, "b"),
+    "parent_tokens": Argument(("bT",), INDICES, "bT"),
+    "state_scale": Argument(("SHP",), ("float32",), "S", written=True),
+    "intermediate_state_scales": Argument(("EKHP",), ("float32",), "E", written=True),
+    "rand_seed": Argument(("", "1", "2"), ("int64", "uint32")),
+    "out": Argument(("*HP",), FLOATS, "*", written=True),
+}
+REQUIRED = ("state", "x", "dt", "A", "B", "C")
+# What disable_state_update leaves alone.
+STATE = ("state", "state_scale")
+# These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.
+TIED_AXES = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
+# The names of the sizes that the symbols stand for.
+SIZES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
+
+TOKEN_AXES = {"single": "b", "multi": "bT", "packed": "L"}
+
+
+def patterns(name: str, form: str, heads_axis: bool) -> tuple[str, ...]:
+    """Return the shapes that an array may have in a call, in symbols."""
+    shapes = [shape.replace("*", TOKEN_AXES[form]) for shape in ARGUMENTS[name].shapes]
+    if not heads_axis:
+        # Without heads nothing can be tied to one; what is left after H is taken out stands once.
+        shapes = [shape.replace("H", "") for shape in shapes if not shape.endswith("H")]
+    return tuple(shapes)
+
+
+def pattern_of(name: str, form: str, heads_axis: bool, count: int) -> str:
+    """Return the one of them that has so many axes."""
+    return next(pattern for pattern in patterns(name, form, heads_axis) if len(pattern) == count)

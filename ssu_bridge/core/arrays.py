@@ -1,0 +1,43 @@
+"""Arrays of any framework: whose they are and what they are.
+
+Nothing here imports a framework: an array of one can only arrive where that framework has been imported already.
+"""
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ArrayInfo(NamedTuple):
+    """What :class:`ssu_bridge.core.problem.Problem` needs to know of one array.
+
+    Attributes:
+        shape: its sizes.
+        dtype: its dtype by NumPy's name, "bfloat16" and "float8_e4m3fn" included.
+        strides: in elements; None for a dense row-major array.
+        device: of any spelling, as long as two arrays on one device have the same. None: not placed yet.
+        writeable: whether it may be written in place.
+        aligned: whether it begins at a multiple of the bytes that a GPU loads at once, as every fresh array does.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...] | None = None
+    device: str | None = None
+    writeable: bool = True
+    aligned: bool = True
+
+
+def framework_of(array: object) -> str | None:
+    """Return "jax" (tracers and references too), "torch" or "numpy" for an array of one, None for anything else."""
+    if isinstance(array, np.ndarray):
+        # Neither is what kernels and JAX take it for: a mask would be ignored, a matrix has axes of its own mind.
+        return None if isinstance(array, np.ma.MaskedArray | np.matrix) else "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch"
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, jax.Array | jax.Ref):
+        return "jax"
+    return None

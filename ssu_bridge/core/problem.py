@@ -1,0 +1,123 @@
+"""Problem: the one description of a call, without its arrays."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ssu_bridge.config import SSUConfig, replaced
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, pattern_of
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of a call that are not arrays, checked."""
+
+    dt_softplus: bool
+    pad_slot_id: int
+    disable_state_update: bool
+    donate: bool
+    check_indices: bool
+    config: SSUConfig
+
+
+def options_of(
+    dt_softplus: Any,
+    pad_slot_id: Any,
+    disable_state_update: Any,
+    donate: Any,
+    check_indices: Any,
+    backend: Any,
+    algorithm: Any,
+    config: SSUConfig,
+) -> Options:
+    """Check the arguments of a call that are not arrays, and put the configuration in force with them.
+
+    Raises:
+        ValueError, TypeError: one is wrong; the message names it, what was expected and what came.
+    """
+    flags = {"dt_softplus": dt_softplus, "disable_state_update": disable_state_update}
+    for name, flag in {**flags, "donate": donate, "check_indices": check_indices}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a Python bool, got {_came(flag)}")
+    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int | np.integer):
+        raise TypeError(f"pad_slot_id: expected a Python int, got {_came(pad_slot_id)}")
+    if not -(2**63) <= pad_slot_id < 2**63:
+        raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad_slot_id}")
+    in_force = replaced(config, backend, algorithm)
+    return Options(dt_softplus, int(pad_slot_id), disable_state_update, donate, check_indices, in_force)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One call of ``update`` without its arrays: what a backend needs to refuse it or to load a kernel for it.
+
+    Attributes:
+        framework: "jax", "torch" or "numpy".
+        platform: "cpu", "cuda" or what else the framework calls it; None while JAX traces and has not lowered.
+        capability: of a CUDA device, such as (9, 0).
+        traced: JAX is tracing, so there are no values.
+        form: "single" token, x (b, H, P); "multi", x (b, T, H, P); or "packed", x (rows, H, P) and cu_seqlens.
+        sequences, tokens, slots, nheads, headdim, dstate, ngroups: sizes; tokens is the number of packed rows when
+            packed. A state without a head axis has nheads = ngroups = 1.
+        heads_axis: the arrays have an axis of heads.
+        dtypes: (name, dtype) of every array that was given, in the order of ``ARGUMENTS``.
+        tied: names of the parameters that are one number a head.
+        tables: names of the slot tables that have a column for each token. How many columns they have, how many steps
+            the intermediate states, a kernel reads from the arrays: a token past the last one stores nothing there.
+        columns: how many columns the slot tables have, the fewest of them; 0 without tables.
+        entries: how many entries the intermediate states have.
+        stochastic_rounding: the state is to be rounded stochastically, by ``options.config.philox_rounds`` rounds of
+            Philox with the key in ``rand_seed``: 8 bytes, the low word first, whatever its dtype and shape.
+        unaligned: names of the arrays, out included, that do not lie so that all that a kernel reads of them in
+            vectors begins at a multiple of VECTOR_BYTES.
+        strided: names of the arrays that have gaps between their entries.
+        options: the arguments that are not arrays.
+    """
+
+    framework: str
+    platform: str | None
+    capability: tuple[int, int] | None = None
+    traced: bool = False
+    form: str
+    sequences: int
+    tokens: int
+    slots: int
+    nheads: int
+    headdim: int
+    dstate: int
+    ngroups: int
+    heads_axis: bool
+    dtypes: tuple[tuple[str, str], ...]
+    tied: tuple[str, ...]
+    tables: tuple[str, ...]
+    columns: int
+    entries: int
+    stochastic_rounding: bool
+    unaligned: tuple[str, ...]
+    strided: tuple[str, ...]
+    options: Options
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays that were given, in the order in which kernels take them, without ``out``."""
+        return tuple(name for name, _ in self.dtypes if name != "out")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What the call computes, in the order in which kernels take it: "out", then the arrays it writes in place."""
+        kept = STATE if self.options.disable_state_update else ()
+        return ("out", *(name for name in self.names if ARGUMENTS[name].written and name not in kept))
+
+    def axes(self, name: str, count: int) -> str:
+        """Return the symbols of an array's axes, as ``ARGUMENTS`` has them, for an array of so many."""
+        return pattern_of(name, self.form, self.heads_axis, count)
+
+    def on(self, platform: str, capability: tuple[int, int] | None = None) -> "Problem":
+        """Return the same problem on a platform."""
+        return dataclasses.replace(self, platform=platform, capability=capability)
+
+
+def _came(value: object) -> str:
+    """Say what came where a Python scalar was expected; tracers print badly, so those by their type alone."""
+    return repr(value) if isinstance(value, (int, float, str, type(None), np.generic)) else type(value).__name__

@@ -1,0 +1,145 @@
+"""Shapes and strides of a call's arrays against the table of arguments."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ssu_bridge.core.arguments import ARGUMENTS, SIZES, TIED_AXES, TOKEN_AXES, VECTOR_BYTES, pattern_of, patterns
+from ssu_bridge.core.arrays import ArrayInfo
+
+
+class Shapes:
+    """Matches the arrays' shapes against ``ARGUMENTS``, learning the sizes on the way."""
+
+    def __init__(self, arrays: Mapping[str, ArrayInfo]):
+        state, x = arrays["state"], arrays["x"]
+        if len(state.shape) not in (3, 4):
+            raise ValueError(
+                f"state: expected shape (slots, nheads, headdim, dstate) or (slots, headdim, dstate), got {state.shape}"
+            )
+        self.heads_axis = len(state.shape) == 4
+        self.state_shape = state.shape
+        self.state_axes = "slots, nheads, headdim, dstate" if self.heads_axis else "slots, headdim, dstate"
+        self.indexed = "state_batch_indices" in arrays
+        self.sizes: dict[str, int] = {} if self.heads_axis else {"H": 1, "G": 1}
+        extra = len(x.shape) - (len(state.shape) - 1)
+        if extra not in (0, 1):
+            raise ValueError(
+                f"x: expected {len(state.shape) - 1} axes, or {len(state.shape)} for several tokens, got shape "
+                f"{x.shape}, beside a state of ({self.state_axes}) {state.shape}"
+            )
+        if "cu_seqlens" in arrays:
+            if extra:
+                raise ValueError(f"cu_seqlens: expected None with x of shape (sequences, tokens, ...), {x.shape}")
+            if len(arrays["cu_seqlens"].shape) != 1 or arrays["cu_seqlens"].shape[0] < 1:
+                raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {arrays['cu_seqlens'].shape}")
+            self.form = "packed"
+            self.sizes["b"] = arrays["cu_seqlens"].shape[0] - 1
+        else:
+            self.form = "multi" if extra else "single"
+        self.token_axes = TOKEN_AXES[self.form]
+        self.sizes["Q"] = self.sizes.get("b", x.shape[0]) + 1
+
+    def match(self, name: str, info: ArrayInfo) -> None:
+        """Check an array's shape, and learn the sizes that it fixes."""
+        patterns = self._patterns(name)
+        for pattern in patterns:
+            if self._fits(pattern, info.shape):
+                self.sizes.update(
+                    (symbol, n) for symbol, n in zip(pattern, info.shape, strict=True) if not symbol.isdigit()
+                )
+                if name in ("B", "C") and len(pattern) == len(self.token_axes) + 1:
+                    self.sizes["G"] = 1
+                return
+        expected = " or ".join(map(self._spell, patterns))
+        beside = "" if name == "state" else f", beside a state of ({self.state_axes}) {self.state_shape}"
+        raise ValueError(f"{name}: expected shape {expected}, got {info.shape}{beside}")
+
+    def check_sizes(self) -> None:
+        """Check the sizes that the shapes have fixed, against each other."""
+        size = self.sizes
+        for symbol in "HPNG":
+            if size[symbol] < 1:
+                raise ValueError(f"{'B' if symbol == 'G' else 'state'}: expected {SIZES[symbol]} of at least 1, got 0")
+        if size["H"] % size["G"]:
+            raise ValueError(f"B: expected ngroups to divide nheads = {size['H']}, got ngroups = {size['G']}")
+        if not self.indexed and size["S"] < size["b"]:
+            raise ValueError(
+                f"state: expected at least {size['b']} slots, one for each sequence, because state_batch_indices is "
+                f"None; got {size['S']}"
+            )
+        tokens = size.get("T", 1)
+        for symbol, name in (("W", "state_batch_indices"), ("V", "dst_state_batch_indices")):
+            if size.get(symbol, tokens) < tokens:
+                raise ValueError(f"{name}: expected at least {tokens} columns, one a token, got {size[symbol]}")
+        if size.get("K", tokens) < tokens:
+            raise ValueError(f"intermediate_states: expected at least {tokens} steps, one a token, got {size['K']}")
+
+    def is_tied(self, name: str, info: ArrayInfo) -> bool:
+        """Return whether a parameter is one number a head."""
+        if len(info.shape) < len(self._patterns(name)[0]):
+            return True
+        tied = TIED_AXES[name]
+        return self.heads_axis and info.strides is not None and not any(info.strides[-tied:])
+
+    def check_strides(self, name: str, info: ArrayInfo, tied: bool) -> None:
+        """Check that an array is dense along the axes that may not be strided."""
+        if info.strides is None:
+            return
+        pattern, inner = self._inner(name, info)
+        # Behind the free axes: dense, but for the trailing axes of a tied view, which repeat one element.
+        repeated = TIED_AXES[name] if tied and len(pattern) == len(self._patterns(name)[0]) else 0
+        dense, step = [0] * repeated, 1
+        for n in reversed(info.shape[len(info.shape) - inner : len(info.shape) - repeated]):
+            dense.insert(0, step)
+            step *= n
+        axes = list(zip(info.shape, info.strides, strict=True))
+        behind = zip(axes[len(axes) - inner :], dense, strict=True)
+        if any(n > 1 and stride != expected for (n, stride), expected in behind):
+            raise ValueError(
+                f"{name}: expected {self._spell(pattern[len(pattern) - inner :])} to be dense in memory "
+                f"(strides {tuple(dense)}), got strides {info.strides}; make it contiguous"
+            )
+        if ARGUMENTS[name].written:
+            for n, stride in sorted(axes[: len(axes) - inner], key=lambda axis: abs(axis[1])):
+                if n > 1 and abs(stride) < step:
+                    raise ValueError(
+                        f"{name}: expected memory that does not overlap itself, got strides {info.strides}"
+                    )
+                step = max(step, n * abs(stride))
+
+    def is_aligned(self, name: str, info: ArrayInfo) -> bool:
+        """Return whether each vector that a kernel loads of an array begins at a multiple of VECTOR_BYTES."""
+        if not info.aligned:
+            return False
+        _, inner = self._inner(name, info)
+        size, step = np.dtype(info.dtype).itemsize, 1
+        for axis in reversed(range(len(info.shape))):
+            # The stride of a single entry means nothing: as if dense, so that it has the kernel that several have.
+            stride = step if info.strides is None or info.shape[axis] == 1 else info.strides[axis]
+            if axis < len(info.shape) - inner and stride * size % VECTOR_BYTES:
+                return False
+            step *= info.shape[axis]
+        return True
+
+    def _inner(self, name: str, info: ArrayInfo) -> tuple[str, int]:
+        """Return the pattern of an array and how many of its last axes must be dense."""
+        pattern = self.pattern(name, len(info.shape))
+        return pattern, len(pattern.lstrip(ARGUMENTS[name].free.replace("*", self.token_axes)))
+
+    def pattern(self, name: str, count: int) -> str:
+        """Return the symbols of an array's axes, for an array of so many."""
+        return pattern_of(name, self.form, self.heads_axis, count)
+
+    def _patterns(self, name: str) -> tuple[str, ...]:
+        return patterns(name, self.form, self.heads_axis)
+
+    def _fits(self, pattern: str, shape: tuple[int, ...]) -> bool:
+        if len(pattern) != len(shape):
+            return False
+        return all(n == (int(s) if s.isdigit() else self.sizes.get(s, n)) for s, n in zip(pattern, shape, strict=True))
+
+    def _spell(self, pattern: str) -> str:
+        """Write a shape out as sizes where they are known: (4, 64, dstate=128) says too little, (4, 64, 128) enough."""
+        sizes = [s if s.isdigit() else str(self.sizes.get(s, SIZES.get(s, ">=1"))) for s in pattern]
+        return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"

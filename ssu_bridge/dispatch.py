@@ -1,0 +1,132 @@
+"""The table of backends, and the choice of one for a Problem before anything is launched."""
+
+import importlib
+import logging
+from typing import Any, NamedTuple
+
+from ssu_bridge.backends.base import BackendModule, Feature, Kernel, features
+from ssu_bridge.backends.measured import measured
+from ssu_bridge.config import Backend
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
+
+# What auto asks, in this order but for what was measured; the reference is for checking and is never taken unasked.
+AUTOMATIC = (Backend.TRITON, Backend.FLASHINFER, Backend.CPU, Backend.XLA)
+BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
+
+_log = logging.getLogger("ssu_bridge")
+_logged: set[tuple[Backend, str]] = set()
+
+
+class Answer(NamedTuple):
+    """What a backend says to a Problem: ``refusal`` is None where it would run it, else the reason in a sentence.
+
+    ``settings`` says how it would run it, where it had to choose.
+    """
+
+    backend: Backend
+    refusal: str | None
+    settings: str = ""
+
+
+class Choice(NamedTuple):
+    """The backend taken for a Problem (None: all refuse), and the answer of every backend that was asked."""
+
+    problem: Problem
+    backend: Backend | None
+    answers: tuple[Answer, ...]
+
+    def error(self) -> UnsupportedError | BackendNotAvailableError:
+        """Return what to raise when no backend was taken."""
+        asked = self.problem.options.config.backend
+        reasons = "; ".join(f"{answer.backend}: {answer.refusal}" for answer in self.answers if answer.refusal)
+        if asked is Backend.AUTO:
+            return UnsupportedError(f"no backend can do this call. {reasons}")
+        if missing := module(asked).missing(self.problem.framework):
+            return BackendNotAvailableError(f"backend {asked!s}: {missing}")
+        able = [str(name) for name in BACKENDS if name is not asked and answer(name, self.problem).refusal is None]
+        instead = f"backend={' or '.join(map(repr, able))} can do it" if able else "no other backend can do it either"
+        return UnsupportedError(f"backend {reasons}; {instead}")
+
+
+class Explanation(NamedTuple):
+    """What :func:`ssu_bridge.explain` returns: a choice for each platform that the call could run on."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend taken on the first platform: that of the arrays, or while JAX traces the process's default."""
+        return self.choices[0].backend
+
+    def __str__(self) -> str:
+        lines = []
+        for choice in self.choices:
+            lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
+            for backend, refusal, settings in choice.answers:
+                able = "taken, the first here that can" if backend is choice.backend else "can too"
+                verdict = able + (settings and f" ({settings})") if refusal is None else f"refuses: {refusal}"
+                lines.append(f"  {backend:<12}{verdict}")
+        return "\n".join(lines)
+
+
+def module(backend: Backend) -> BackendModule:
+    """Return the module of a backend. Importing one imports no framework."""
+    return importlib.import_module(f"ssu_bridge.backends.{backend}")
+
+
+def answer(backend: Backend, problem: Problem) -> Answer:
+    """Ask one backend whether it would run a Problem."""
+    asked = module(backend)
+    refusal = asked.missing(problem.framework) or asked.refusal(problem)
+    return Answer(backend, refusal, "" if refusal else asked.settings(problem))
+
+
+def consider_problem(problem: Problem) -> Choice:
+    """Ask the backends that the configuration allows, and take the first that does not refuse; raise nothing."""
+    asked = problem.options.config.backend
+    names = _automatic(problem) if asked is Backend.AUTO else (asked,)
+    answers = tuple(answer(name, problem) for name in names)
+    return Choice(problem, next((a.backend for a in answers if a.refusal is None), None), answers)
+
+
+def _automatic(problem: Problem) -> tuple[Backend, ...]:
+    """Return the backends that auto asks: on a GPU, first the one that was measured to be the fastest."""
+    if problem.platform != "cuda" or {*features(problem)} - {Feature.TOKENS, Feature.PACKED}:
+        return AUTOMATIC
+    tables = measured("auto_order", problem.capability)
+    faster = [name for name, rows in tables.items() if any(_is_about(row, problem) for row in rows)]
+    return tuple(sorted(AUTOMATIC, key=lambda backend: backend not in faster))
+
+
+def _is_about(row: dict[str, Any], problem: Problem) -> bool:
+    """Whether a measurement is about calls like this one."""
+    tokens = -(-problem.tokens // max(problem.sequences, 1)) if problem.form == "packed" else problem.tokens
+    elements = problem.sequences * problem.nheads * problem.headdim * problem.dstate
+    ranges = ((tokens, row["tokens"]), (elements, row["elements"]))
+    same = row["form"] == problem.form and row["state"] == dict(problem.dtypes)["state"]
+    return same and all(least <= value <= most for value, (least, most) in ranges)
+
+
+def load(problem: Problem) -> Kernel:
+    """Return the kernel for a Problem, of the backend taken for it, ready to be launched.
+
+    Raises:
+        UnsupportedError: the backend asked for refuses it, or under ``auto`` every backend does.
+        BackendNotAvailableError: the backend asked for is not installed.
+    """
+    choice = consider_problem(problem)
+    if choice.backend is None:
+        raise choice.error()
+    for passed in choice.answers:
+        if passed.backend is choice.backend:
+            break
+        _log_once(passed, choice.backend)
+    return module(choice.backend).load(problem)
+
+
+def _log_once(passed: Answer, taken: Backend) -> None:
+    key = (passed.backend, passed.refusal or "")
+    if key not in _logged:
+        _logged.add(key)
+        _log.info("backend %s passed over for %s: %s", passed.backend, taken, passed.refusal)

@@ -1,0 +1,121 @@
+"""Exported programs: which of their calls JAX is to allow, and having the kernels that they call in another process."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.export import DisabledSafetyCheck, Exported
+
+from ssu_bridge.backends.base import DeviceKernel
+from ssu_bridge.core.arguments import SIZES
+from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.problem import Problem
+from ssu_bridge.core.validate import axes, describe
+from ssu_bridge.dispatch import consider_problem, load
+from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax.ffi_targets import parse, register, registered, spell
+from ssu_bridge.frontends.jax.metadata import platforms
+
+# Types of a program's text, by NumPy's names.
+_DTYPES = {
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "f8E4M3FN": "float8_e4m3fn",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "ui32": "uint32",
+}
+
+# Stands for a size that a program leaves open. A call may have as many slots, entries, columns and steps.
+_OPEN = 2**62
+# As few as fit beside any numbers of those that are not left open.
+_FEWEST = {"b": 1, "Q": 2, "T": 1, "L": 1}
+
+
+class Checks(Sequence[Any]):
+    """The calls to allow: of all kernels that are registered when JAX looks, after it has lowered a program."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(DisabledSafetyCheck.custom_call, registered())
+
+    def __len__(self) -> int:
+        return len(registered())
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+
+def prepare(exported: Exported) -> tuple[str, ...]:
+    """Load and register every kernel that a program calls; return their names."""
+    if not isinstance(exported, Exported):
+        raise TypeError(f"exported: expected a jax.export.Exported, got {type(exported).__name__}")
+    here = platforms()
+    if not set(exported.platforms) & set(here):
+        raise UnsupportedError(
+            f"the program was exported for {', '.join(exported.platforms)}, and this process has {', '.join(here)}"
+        )
+    prepared = []
+    for target, kinds in _calls(exported.mlir_module()):
+        problem = _problem(target, kinds)
+        able = [problem.on(name, here[name]) for name in exported.platforms if name in here]
+        choices = [consider_problem(on_platform) for on_platform in able]
+        if all(choice.backend is None for choice in choices) and set(exported.platforms) <= set(here):
+            raise choices[0].error()
+        # Of a program for several platforms, what is not for one of this process is left out.
+        for choice in choices:
+            if choice.backend is not None:
+                _prepare(target, choice.problem)
+                prepared.append(target)
+    return tuple(dict.fromkeys(prepared))
+
+
+def _prepare(target: str, problem: Problem) -> None:
+    kernel = load(problem)
+    assert isinstance(kernel, DeviceKernel)
+    if (here := spell(kernel, problem)) != target:
+        raise UnsupportedError(
+            f"the program calls {target}; this device and version of ssu_bridge have {here}; export it again here"
+        )
+    assert problem.platform is not None
+    register(kernel, problem, problem.platform)
+
+
+def _calls(program: str) -> Iterator[tuple[str, list[ArrayInfo]]]:
+    """Yield the target of each call of a kernel in a program's text, and what its operands are."""
+    for target, operands in re.findall(r'custom_call @"(ssu_bridge\.[^"]*)".*? : \((.*?)\) ->', program):
+        yield target, [_info(kind) for kind in re.findall(r"tensor<([^>]*)>", operands)]
+
+
+def _info(kind: str) -> ArrayInfo:
+    *shape, dtype = kind.split("x")
+    return ArrayInfo(tuple(_OPEN if n == "?" else int(n) for n in shape), _DTYPES[dtype])
+
+
+def _problem(target: str, kinds: list[ArrayInfo]) -> Problem:
+    call = parse(target)
+    if call is None:
+        raise UnsupportedError(
+            f"the program calls {target}, which this version of ssu_bridge does not know; export it again"
+        )
+    # Operands behind the arrays tell XLA the shapes of the results, where sizes are left open.
+    arrays = _closed(dict(zip(call.names, kinds[: len(call.names)], strict=True)))
+    return describe(arrays, call.options, framework="jax", platform=None, traced=True)
+
+
+def _closed(arrays: dict[str, ArrayInfo]) -> dict[str, ArrayInfo]:
+    """Put numbers where a program leaves sizes open that a kernel reads in each call."""
+    closed = {}
+    for name, symbols in axes(arrays).items():
+        sizes = list(zip(symbols, arrays[name].shape, strict=True))
+        for symbol, size in sizes:
+            if size == _OPEN and symbol in "HPNG":
+                raise UnsupportedError(
+                    f"{name}: the program leaves {SIZES[symbol]} open, and a kernel is for one {SIZES[symbol]}; export "
+                    "it for a number, with symbols for numbers of sequences, tokens, slots and entries alone"
+                )
+        shape = tuple(_FEWEST.get(symbol, _OPEN) if size == _OPEN else size for symbol, size in sizes)
+        closed[name] = arrays[name]._replace(shape=shape)
+    return closed

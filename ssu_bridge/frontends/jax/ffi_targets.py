@@ -1,0 +1,102 @@
+"""The table of XLA FFI targets: one for each distinct kernel and platform, registered at its first lowering."""
+
+import re
+import threading
+from typing import Any, NamedTuple
+
+from ssu_bridge.backends.base import DeviceKernel
+from ssu_bridge.config import Backend, SSUConfig
+from ssu_bridge.core.problem import Options, Problem, options_of
+
+# What jax-tvm-ffi has room for in a process.
+CAPACITY = 1024
+# JAX's name for a lowering platform and jax-tvm-ffi's.
+_PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
+
+_lock = threading.Lock()
+# Held here, because XLA calls them as long as the process lives.
+_functions: dict[tuple[str, str], Any] = {}
+# The names of those that are kernels.
+_kernels: dict[str, None] = {}
+
+
+def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
+    """Register a kernel for a platform if it is not yet, and return the name that a program calls it by.
+
+    Raises:
+        RuntimeError: the process has as many kernels registered as jax-tvm-ffi has room for.
+    """
+    name = spell(kernel, problem)
+    register_function(name, kernel.function, platform, in_graphs=True)
+    with _lock:
+        _kernels[name] = None
+    return name
+
+
+def register_function(name: str, function: Any, platform: str, in_graphs: bool) -> None:
+    """Register a TVM-FFI function under a name if it is not yet. XLA may put it into CUDA graphs, if ``in_graphs``."""
+    import jax_tvm_ffi  # the xla backend works without it
+
+    key = (name, platform)
+    with _lock:
+        if key not in _functions:
+            if jax_tvm_ffi.registered_count() >= CAPACITY:
+                raise RuntimeError(
+                    f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds. One "
+                    "is registered for each distinct set of optional arguments and flags: are they varied without need?"
+                )
+            allow = in_graphs and platform == "cuda"
+            jax_tvm_ffi.register_ffi_target(name, function, platform=_PLATFORMS[platform], allow_cuda_graph=allow)
+            _functions[key] = function
+
+
+def registered() -> list[str]:
+    """Return the names of all targets that are kernels."""
+    with _lock:
+        return [*_kernels]
+
+
+# A target's name is that of the kernel, and in brackets what of the call is compiled into it: enough, with the types of
+# the operands in a program, to describe the call again.
+
+
+def spell(kernel: DeviceKernel, problem: Problem) -> str:
+    """Return the name of a target."""
+    options, config = problem.options, problem.options.config
+    fields = {
+        "arrays": ",".join(problem.names),
+        "softplus": int(options.dt_softplus),
+        "pad": options.pad_slot_id,
+        "update": int(not options.disable_state_update),
+        "rounds": config.philox_rounds if problem.stochastic_rounding else 0,
+        # Said only where it is asked for.
+        "algorithm": "" if config.algorithm == "auto" else config.algorithm,
+        "tile": ",".join(map(str, config.triton_tile or ())),
+    }
+    return f"{kernel.target}[{';'.join(f'{name}={value}' for name, value in fields.items() if value != '')}]"
+
+
+class Call(NamedTuple):
+    """What a target's name says of a call: the arrays in their order, and the options."""
+
+    names: tuple[str, ...]
+    options: Options
+
+
+def parse(target: str) -> Call | None:
+    """Return what the name of a target says; None if it is none of ours, or of a version that spelt it otherwise."""
+    match = re.fullmatch(r"ssu_bridge\.(\w+)\(.*\)\[(.*)\]", target)
+    if match is None:
+        return None
+    fields = dict(field.partition("=")[::2] for field in match[2].split(";"))
+    try:
+        config = SSUConfig(
+            backend=Backend.parse(match[1]),
+            algorithm=fields.get("algorithm", "auto"),
+            philox_rounds=int(fields["rounds"]),
+            triton_tile=tuple(map(int, fields["tile"].split(","))) if "tile" in fields else None,  # type: ignore[arg-type]
+        )
+        flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
+        return Call(tuple(fields["arrays"].split(",")), options_of(*flags, None, None, config))
+    except (KeyError, ValueError):
+        return None

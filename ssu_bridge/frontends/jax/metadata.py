@@ -1,0 +1,147 @@
+"""What the JAX frontend knows of arrays: their metadata, where they lie, and what can be wrong with them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.problem import Options, Problem
+from ssu_bridge.core.validate import describe
+from ssu_bridge.frontends.base import Arrays, named, require_one_framework
+
+# What a call can write in place.
+WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written and name != "out")
+_SLOTS = ("state_batch_indices", "dst_state_batch_indices")
+_COUNTS = ("num_accepted_tokens", "cu_seqlens")
+
+
+def described(options: Options, arrays: dict[str, Any]) -> Problem:
+    """Check a call, traced or not, and return its Problem on no platform yet."""
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays.values())
+    infos = {name: _info(name, array) for name, array in arrays.items()}
+    return describe(infos, options, framework="jax", platform=None, traced=traced)
+
+
+def _info(name: str, array: Any) -> ArrayInfo:
+    if isinstance(array, int):
+        raise TypeError(f"{name}: expected a uint32[2] array or a jax.random.key, got int {array}")
+    if _is_key(array):
+        data = jax.random.key_data(array)
+        if name != "rand_seed" or data.shape != (2,):
+            raise TypeError(f"{name}: expected {ARGUMENTS[name].dtypes[-1]} numbers, got keys of {array.dtype}")
+        array = data
+    # NumPy arrays come as they are; JAX takes them in these dtypes.
+    return ArrayInfo(array.shape, jax.dtypes.canonicalize_dtype(array.dtype).name)
+
+
+def platforms() -> dict[str, tuple[int, int] | None]:
+    """Return the platforms of this process, the default first, each with the capability of its first device."""
+    platforms = dict([platform_of(jax.devices()[0])])
+    try:
+        return platforms | dict([platform_of(jax.devices("cpu")[0])])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return platforms
+
+
+def several_devices() -> bool:
+    """Say whether the process has more than one device of some platform."""
+    return any(len(jax.devices(name)) > 1 for name in platforms())
+
+
+def platform_of(device: Any) -> tuple[str, tuple[int, int] | None]:
+    """Return a device's platform by the name that lowering has for it, and its compute capability."""
+    if device.platform != "gpu":
+        return device.platform, None
+    major, dot, minor = str(device.compute_capability).partition(".")
+    return ("cuda", (int(major), int(minor))) if dot else ("rocm", None)
+
+
+def is_viewed(error: Exception) -> bool:
+    """Return whether XLA, on a GPU, refused to donate an array because somebody else still views its memory."""
+    return "external reference" in str(error)
+
+
+def words(seed: Any) -> Any:
+    """Return the two words of a key."""
+    return jax.random.key_data(seed) if _is_key(seed) else seed
+
+
+def _is_key(array: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined]
+
+
+def narrowed(arrays: Arrays, pad_slot_id: int) -> Arrays:
+    """Keep NumPy's int64 from losing the high 32 bits in JAX, which would make it another sequence's slot.
+
+    An index that 32 bits cannot hold becomes a pad, a count the largest or smallest that they can.
+    """
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return arrays
+    narrow = np.iinfo(np.int32)
+    pad = pad_slot_id if narrow.min <= pad_slot_id <= narrow.max else -1
+    result = list(arrays)
+    for i, (name, array) in enumerate(zip(ARGUMENTS, arrays, strict=False)):
+        if type(array) is not np.ndarray or array.dtype != np.int64:
+            continue
+        inside = (array >= narrow.min) & (array <= narrow.max)
+        beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in _SLOTS else -1
+        result[i] = np.where(inside, array, beyond).astype(np.int32)
+    return tuple(result)
+
+
+def address(array: Any) -> Any:
+    """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
+    try:
+        return array.unsafe_buffer_pointer()
+    except (RuntimeError, AttributeError, jax.errors.JAXTypeError):
+        if isinstance(array, jax.core.Tracer):
+            return None
+        return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
+def refuse_out(out: Any) -> None:
+    """Raise the error for an ``out`` that was given."""
+    if out is not None:
+        raise TypeError("out: expected None with JAX arrays, whose results are always new arrays; got an array")
+
+
+def require_live(arrays: Arrays) -> None:
+    """Raise the error for an array that was deleted."""
+    for name, array in named(arrays).items():
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer) and array.is_deleted():
+            raise ValueError(
+                f"{name}: expected a live array, got one that was deleted (donated to an earlier call); go on with the "
+                "state that update returned"
+            )
+
+
+def explain_failure(arrays: Arrays) -> None:
+    """Raise the error that names the argument, if an argument is why a call failed."""
+    require_one_framework(arrays)
+    require_live(arrays)
+    given = named(arrays)
+    committed = {}
+    for name, array in given.items():
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            continue
+        for written in given:
+            if written != name and written in WRITTEN and array is given[written]:
+                what = "the state" if written == "state" else written
+                raise ValueError(f"{name}: expected an array of its own, got {what}, which is given up for the new one")
+        if array.committed:
+            committed[name] = array
+    for name, array in committed.items():
+        first, other = next(iter(committed.items()))
+        if array.devices() != other.devices():
+            raise ValueError(
+                f"{name}: expected an array on {_spell(other.devices())}, where {first} is, "
+                f"got one on {_spell(array.devices())}"
+            )
+
+
+def _spell(devices: Any) -> str:
+    return ", ".join(sorted(map(str, devices)))

@@ -1,0 +1,80 @@
+"""Tracing a call: it is checked here, and becomes the primitive or, for the xla backend, jax.numpy."""
+
+from typing import Any
+
+import jax
+
+from ssu_bridge.backends.base import TracedKernel
+from ssu_bridge.config import Backend
+from ssu_bridge.core.arguments import STATE
+from ssu_bridge.core.problem import Options
+from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.dispatch import consider_problem, load
+from ssu_bridge.frontends.base import Arrays, named, require_one_framework, returned
+from ssu_bridge.frontends.jax.metadata import described, narrowed, platforms, refuse_out, require_live, words
+from ssu_bridge.frontends.jax.sharding.explicit import explicit_mesh, on_explicit_shards
+from ssu_bridge.frontends.jax.sharding.shards import shard_seed
+from ssu_bridge.frontends.jax.step_primitive import bind, vary_alike, varying
+
+
+def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
+    """Return what ``update`` does, for arrays of which some are traced."""
+    require_one_framework(arrays)
+    require_live(arrays)
+    refuse_out(out)
+    return with_given(arrays, trace(options, *narrowed(arrays, options.pad_slot_id)))
+
+
+def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
+    """Return what ``update`` does, but None for what the program does not return: :func:`with_given` puts it there.
+
+    That is a state that is only read, which the program would have to copy, and a ``jax.Ref``, which is written here.
+
+    Args:
+        options: of the call.
+        *positional: the arrays.
+    """
+    given = named(positional)
+    arrays = {name: array[...] if isinstance(array, jax.Ref) else array for name, array in given.items()}
+    problem = described(options, arrays)
+    if "rand_seed" in arrays:
+        arrays["rand_seed"] = words(arrays["rand_seed"])
+    choices = [consider_problem(problem.on(*platform)) for platform in platforms().items()]
+    if all(choice.backend is None for choice in choices):
+        raise choices[0].error()
+    mesh = explicit_mesh(arrays.values())
+    results = _run(options, arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, _run)
+    after = dict(zip(problem.results, results, strict=True))
+    for name, result in after.items():
+        if isinstance(given.get(name), jax.Ref):
+            # Not [...]: under vmap JAX puts the mapped axis of a value where the reference has it for an index only.
+            given[name][:] = result
+            after[name] = None
+    kept = dict.fromkeys(STATE) if options.disable_state_update else {}
+    return returned({**{name: kept.get(name, array) for name, array in arrays.items()}, **after})
+
+
+def _run(options: Options, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    problem = described(options, arrays)
+    if options.config.backend is Backend.XLA:
+        # Traced in place rather than behind the primitive, it can be differentiated.
+        kernel = load(problem.on(*next(iter(platforms().items()))))
+        assert isinstance(kernel, TracedKernel)
+        return kernel.function(dict(zip(arrays, vary_alike(arrays.values()), strict=True)))
+    if "rand_seed" in arrays:
+        # What varies with any operand is stored as a state of its own, also where the one that is read does not vary.
+        own = frozenset[Any]().union(*(varying(jax.typeof(array)) for array in arrays.values()))
+        own -= varying(jax.typeof(arrays["rand_seed"]))
+        arrays = {**arrays, "rand_seed": shard_seed(arrays["rand_seed"], own)}
+    return tuple(bind(arrays, problem))
+
+
+def with_given(arrays: Arrays, results: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put what was given to a call where :func:`trace` returns None for it."""
+    return results[0], *map(_with_given, results[1:], returned({**named(arrays), "out": None})[1:])
+
+
+def _with_given(result: Any, array: Any) -> Any:
+    if isinstance(result, QuantizedState):
+        return QuantizedState(*map(_with_given, result, array))
+    return array if result is None else result

@@ -1,0 +1,5 @@
+"""The Torch frontend: tensors go to the kernel as they are, through DLPack's C exchange."""
+
+from ssu_bridge.frontends.torch.frontend import consider, from_host, launcher, seeded, to_host
+
+__all__ = ["consider", "from_host", "launcher", "seeded", "to_host"]

@@ -1,0 +1,80 @@
+"""``update`` under ``torch.compile``: an operator that says what it changes, so that nobody has to look into it.
+
+A graph can be traced once ``warm_up``, or ``update`` itself, was called with the same flags: before, finding the
+frontend is part of the call, and ``torch.compile`` cannot trace an import.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ssu_bridge.config import SSUConfig, get_config
+from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.problem import Options
+from ssu_bridge.frontends.base import Arrays, launcher_of, named, returned
+
+# The configuration that is in force while the graph is traced is the graph's. This is all that
+# torch.compiler.assume_constant_result does, but for importing the compiler, which takes two seconds.
+get_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written)
+
+
+def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
+    """Put the step into the graph that is being traced."""
+    x = arrays[1]
+    result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    config = options.config
+    _step(
+        *itertools.islice(itertools.chain(arrays, itertools.repeat(None)), len(ARGUMENTS) - 1),
+        result,
+        options.dt_softplus,
+        options.pad_slot_id,
+        options.disable_state_update,
+        str(config.backend),
+        config.algorithm,
+        config.philox_rounds,
+        config.triton_tile or (),
+    )
+    return returned(named(arrays, result))
+
+
+@torch.library.custom_op("ssu_bridge::update", mutates_args=_WRITTEN)
+def _step(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state_batch_indices: torch.Tensor | None,
+    dst_state_batch_indices: torch.Tensor | None,
+    num_accepted_tokens: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    intermediate_states: torch.Tensor | None,
+    intermediate_state_indices: torch.Tensor | None,
+    parent_tokens: torch.Tensor | None,
+    state_scale: torch.Tensor | None,
+    intermediate_state_scales: torch.Tensor | None,
+    rand_seed: torch.Tensor | None,
+    out: torch.Tensor,
+    dt_softplus: bool,
+    pad_slot_id: int,
+    disable_state_update: bool,
+    backend: str,
+    algorithm: str,
+    philox_rounds: int,
+    triton_tile: Sequence[int],
+) -> None:
+    tile = (triton_tile[0], triton_tile[1]) if triton_tile else None
+    config = SSUConfig(backend=backend, algorithm=algorithm, philox_rounds=philox_rounds, triton_tile=tile)  # type: ignore[arg-type]
+    options = Options(dt_softplus, pad_slot_id, disable_state_update, True, False, config)
+    slots = (state_batch_indices, dst_state_batch_indices)
+    several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
+    arrays = (state, x, dt, A, B, C, D, z, dt_bias, *slots, *several, state_scale, intermediate_state_scales, rand_seed)
+    launcher_of(arrays, out, options)(arrays, out)

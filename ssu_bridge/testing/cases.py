@@ -1,0 +1,363 @@
+"""The named problems that the tests, ``check`` and the benchmarks share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (gives NumPy the dtype "bfloat16")
+import numpy as np
+
+from ssu_bridge.core.quantized import SCALES, QuantizedState, paired
+from ssu_bridge.core.rounding import LARGEST
+
+_PAD, _LOWEST, _HIGHEST = -1, -(2**31), 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem: its sizes, its dtypes and which optional arguments it has.
+
+    Attributes:
+        name: what it is called.
+        sequences, slots, headdim, dstate, ngroups: sizes.
+        nheads: 0 for arrays without an axis of heads (Mamba-1).
+        dtypes: of arrays that are not float32 (indices: int32), by name; "*" for every float array but the state.
+        tied: A, dt, D and dt_bias are one number a head; else those named in ``untied`` alone are not.
+        absent: optional arguments that are not given.
+        indices, destinations: the slot tables, of one number a sequence or of a tuple of numbers; None for absent.
+        pad_slot_id, dt_softplus, disable_state_update: as in ``update``.
+        group_axis: B and C have an axis of groups.
+        tokens: of each sequence, on an axis of their own; None for one token without it.
+        cu_seqlens: with it, ``tokens`` is the number of packed rows.
+        accepted: the accepted token counts; None for absent.
+        steps: of the intermediate states, 0 for none; they have an entry for each slot, and ``spare_entries`` more.
+        entries: the entries of the sequences; None for absent.
+        seed: of stochastic rounding; None for absent.
+    """
+
+    name: str
+    sequences: int = 3
+    slots: int = 6
+    nheads: int = 4
+    headdim: int = 16
+    dstate: int = 32
+    ngroups: int = 2
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    untied: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    indices: tuple[Any, ...] | None = (4, 0, 2)
+    destinations: tuple[Any, ...] | None = None
+    pad_slot_id: int = _PAD
+    dt_softplus: bool = True
+    disable_state_update: bool = False
+    group_axis: bool = True
+    tokens: int | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    accepted: tuple[int, ...] | None = None
+    steps: int = 0
+    spare_entries: int = 0
+    entries: tuple[int, ...] | None = None
+    seed: int | None = None
+
+    def arrays(self, seed: int) -> dict[str, np.ndarray]:
+        """Draw the arrays, by the names that kernels have for them."""
+        rng = np.random.default_rng(seed)
+        N = self.dstate
+        rows: tuple[int, ...] = (self.sequences,) if self.tokens is None else (self.sequences, self.tokens)
+        if self.cu_seqlens is not None:
+            rows = rows[1:]
+        heads = (self.nheads,) if self.nheads else ()
+        channels = (*heads, self.headdim)
+        groups = (self.ngroups,) if self.group_axis else ()
+        shapes = {
+            "state": (self.slots, *channels, N),
+            "x": (*rows, *channels),
+            "dt": (*rows, *self._channels("dt")),
+            "A": self._channels("A", N),
+            "B": (*rows, *groups, N),
+            "C": (*rows, *groups, N),
+            "D": self._channels("D"),
+            "z": (*rows, *channels),
+            "dt_bias": self._channels("dt_bias"),
+        }
+        if self.steps:
+            shapes["intermediate_states"] = (self.slots + self.spare_entries, self.steps, *channels, N)
+        values = {n: rng.standard_normal(shape) for n, shape in shapes.items() if n not in self.absent}
+        values["A"] = -np.exp(values["A"])
+        # dt + dt_bias where softplus is tiny, where it is the identity, and in between.
+        extremes = rng.choice([0.0, -25.0, 22.0], shapes["dt"], p=[0.9, 0.05, 0.05])
+        values["dt"] = values["dt"] + extremes if self.dt_softplus else np.abs(values["dt"]) * 0.1
+        if "dt_bias" in values and not self.dt_softplus:
+            values["dt_bias"] = np.abs(values["dt_bias"]) * 0.1
+        others = self.dtypes.get("*", "float32")
+        default = {n: "float32" if n in SCALES else others for n in values}
+        dtypes = {n: self.dtypes.get("state" if n in SCALES else n, default[n]) for n in values}
+        result: dict[str, np.ndarray] = {}
+        for name, value in values.items():
+            if dtypes[name] in LARGEST:
+                pair = QuantizedState.quantize(value.astype("float32"), dtypes[name])
+                result[name], result[SCALES[name]] = pair
+            else:
+                result[name] = value.astype(dtypes[name])
+        tables = {
+            "state_batch_indices": self.indices,
+            "dst_state_batch_indices": self.destinations,
+            "num_accepted_tokens": self.accepted,
+            "cu_seqlens": self.cu_seqlens,
+            "intermediate_state_indices": self.entries,
+        }
+        for name, table in tables.items():
+            if table is not None:
+                result[name] = np.array(table, self.dtypes.get(name, "int32"))
+        if self.seed is not None:
+            result["rand_seed"] = np.array(self.seed, "int64")
+        return result
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The arguments of ``update`` that are not arrays."""
+        flags = {"dt_softplus": self.dt_softplus, "pad_slot_id": self.pad_slot_id}
+        return flags | ({"disable_state_update": True} if self.disable_state_update else {})
+
+    def _channels(self, name: str, *state_axis: int) -> tuple[int, ...]:
+        """Return the shape of a parameter: one number a head where it is tied."""
+        if self.nheads and name not in self.untied:
+            return (self.nheads,)
+        heads = (self.nheads,) if self.nheads else ()
+        return (*heads, self.headdim, *state_axis)
+
+
+def arguments(arrays: Mapping[str, np.ndarray], framework: str, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """Return a case's arrays as the arguments of ``update`` in a framework.
+
+    Args:
+        arrays: what :meth:`Case.arrays` returned.
+        framework: "jax", "torch" or "numpy": JAX takes another seed than the others.
+        convert: makes an array of the framework.
+    """
+    given = dict(arrays)
+    if framework == "jax" and "rand_seed" in given and given["rand_seed"].dtype == "int64":
+        given["rand_seed"] = given["rand_seed"].reshape(1).view("uint32")
+    return paired({name: convert(array) for name, array in given.items()})
+
+
+_ALL_UNTIED = ("A", "dt", "D", "dt_bias")
+
+CASES: tuple[Case, ...] = (
+    Case("mamba2"),
+    Case("mamba2, no slots", indices=None, sequences=6),
+    Case("mamba2, spare slots, no indices", indices=None),
+    Case("one sequence", sequences=1, indices=(3,)),
+    Case("no sequences", sequences=0, indices=()),
+    Case("no slots at all", slots=0, indices=(0, _PAD, 7)),
+    Case("untied", untied=_ALL_UNTIED),
+    Case("untied A", untied=("A",)),
+    Case("untied dt", untied=("dt",)),
+    Case("untied D and dt_bias", untied=("D", "dt_bias")),
+    Case("mamba1", nheads=0, ngroups=1, headdim=48, dstate=16, group_axis=False),
+    Case("mamba1, group axis", nheads=0, ngroups=1, headdim=48, dstate=16),
+    Case("mamba1, bfloat16", nheads=0, ngroups=1, headdim=48, dstate=16, dtypes={"state": "bfloat16", "*": "bfloat16"}),
+    Case("one group", ngroups=1),
+    Case("one group, no axis", ngroups=1, group_axis=False),
+    Case("a group a head", ngroups=4),
+    Case("no softplus", dt_softplus=False),
+    Case("bare", absent=("D", "z", "dt_bias"), dt_softplus=False, indices=None),
+    Case("no D", absent=("D",)),
+    Case("no z", absent=("z",)),
+    Case("no dt_bias", absent=("dt_bias",)),
+    Case("odd sizes", nheads=3, ngroups=1, headdim=7, dstate=19),
+    Case(
+        "odd sizes, untied, float16",
+        nheads=3,
+        ngroups=3,
+        headdim=5,
+        dstate=33,
+        untied=_ALL_UNTIED,
+        dtypes={"state": "float16"},
+    ),
+    Case("size one", nheads=1, ngroups=1, headdim=1, dstate=1),
+    *(Case(f"{dtype} state", dtypes={"state": dtype}) for dtype in ("bfloat16", "float16")),
+    *(
+        Case(f"{dtype} all but A", dtypes={"state": dtype, "*": dtype, "A": "float32"})
+        for dtype in ("bfloat16", "float16")
+    ),
+    *(
+        Case(f"{dtype} all", dtypes={"state": dtype, "*": dtype}, untied=_ALL_UNTIED)
+        for dtype in ("bfloat16", "float16")
+    ),
+    Case("bfloat16 x, float32 B and C", dtypes={"x": "bfloat16", "z": "bfloat16"}),
+    Case("float16 x, bfloat16 state", dtypes={"x": "float16", "state": "bfloat16"}),
+    *(Case(f"bfloat16 {name} alone", dtypes={name: "bfloat16"}) for name in ("dt", "A", "B", "C", "D", "z", "dt_bias")),
+    *(
+        Case(f"float16 {name} alone", dtypes={name: "float16"}, untied=_ALL_UNTIED)
+        for name in ("dt", "A", "B", "C", "D", "z", "dt_bias")
+    ),
+    Case("pads", indices=(_PAD, 5, _PAD)),
+    Case("pad id inside the slots", indices=(0, 5, 2), pad_slot_id=0),
+    Case("pad id beyond int32", indices=(0, 5, 2), pad_slot_id=2**40),
+    Case("indices out of range", indices=(6, _LOWEST, _HIGHEST)),
+    Case("int64 indices", indices=(5, -(2**63), 2**63 - 1), dtypes={"state_batch_indices": "int64"}),
+    Case("destinations", indices=(4, 0, 2), destinations=(1, 0, 5)),
+    Case("destinations, pads in both", indices=(4, _PAD, 2), destinations=(_PAD, 1, 3)),
+    Case("destinations out of range", indices=(4, 0, 2), destinations=(6, _HIGHEST, _LOWEST)),
+    Case(
+        "destinations without indices",
+        indices=None,
+        destinations=(3, 4, 5),
+        dtypes={"dst_state_batch_indices": "int64"},
+    ),
+    Case("mamba2-130m", sequences=2, slots=3, nheads=24, headdim=64, dstate=128, ngroups=1, indices=(2, 0)),
+    Case(
+        "mamba2-130m, bfloat16",
+        sequences=2,
+        slots=3,
+        nheads=24,
+        headdim=64,
+        dstate=128,
+        ngroups=1,
+        indices=(2, 0),
+        dtypes={"state": "bfloat16", "*": "bfloat16", "A": "float32"},
+    ),
+    Case(
+        "nemotron-h-8b",
+        sequences=2,
+        slots=3,
+        nheads=128,
+        headdim=64,
+        dstate=128,
+        ngroups=8,
+        indices=(1, 2),
+        dtypes={"state": "bfloat16", "*": "bfloat16", "A": "float32"},
+    ),
+    Case(
+        "mamba-130m",
+        sequences=2,
+        slots=3,
+        nheads=0,
+        ngroups=1,
+        headdim=1536,
+        dstate=16,
+        group_axis=False,
+        indices=(2, 0),
+    ),
+    # --- Several tokens ---
+    Case("tokens", tokens=4),
+    Case("tokens, one", tokens=1),
+    Case("tokens, none", tokens=0),
+    Case("tokens, no slots", tokens=3, indices=None),
+    Case("tokens, untied, no group axis", tokens=3, untied=_ALL_UNTIED, ngroups=1, group_axis=False),
+    Case("tokens, bare", tokens=2, absent=("D", "z", "dt_bias"), dt_softplus=False),
+    Case("tokens, mamba1", tokens=3, nheads=0, ngroups=1, headdim=48, dstate=16, group_axis=False),
+    Case("tokens, odd sizes", tokens=5, nheads=3, ngroups=1, headdim=7, dstate=19),
+    *(Case(f"tokens, {dtype}", tokens=4, dtypes={"state": dtype, "*": dtype}) for dtype in ("bfloat16", "float16")),
+    Case("tokens, pads", tokens=3, indices=(_PAD, 5, _HIGHEST)),
+    Case("tokens, destinations", tokens=3, destinations=(1, 0, _PAD)),
+    Case("tokens, a destination each", tokens=2, slots=9, indices=(4, 0, 2), destinations=((1, 3), (0, _PAD), (5, 6))),
+    Case("tokens, a wide table", tokens=2, slots=9, indices=(4, 0, 8), destinations=((1, 3, 0), (9, 7, 4), (5, 6, 1))),
+    Case("tokens, one slot again and again", tokens=3, destinations=((4, 4, 4), (0, 5, 0), (1, 1, 2))),
+    Case("one token, tables", indices=((4, 9), (0, 1), (2, 3)), destinations=((1,), (_LOWEST,), (5,))),
+    Case(
+        "accepted",
+        tokens=2,
+        slots=9,
+        indices=((4, 1), (0, 8), (2, 3)),
+        destinations=((4, 1), (0, 8), (2, 3)),
+        accepted=(2, 1, 0),
+    ),
+    Case(
+        "accepted out of range",
+        tokens=2,
+        slots=9,
+        indices=((4, 1), (0, 8), (2, 3)),
+        accepted=(-(2**63), 2**63 - 1, 3),
+        dtypes={"num_accepted_tokens": "int64"},
+    ),
+    # --- Packed ---
+    Case("packed", tokens=9, cu_seqlens=(0, 4, 5, 9)),
+    Case("packed, empty sequences", tokens=5, cu_seqlens=(0, 0, 5, 5)),
+    Case("packed, no rows", tokens=0, cu_seqlens=(0, 0, 0, 0)),
+    Case("packed, no sequences", tokens=3, sequences=0, indices=(), cu_seqlens=(0,)),
+    Case("packed, rows of nobody", tokens=9, cu_seqlens=(2, 3, 5, 7), dtypes={"cu_seqlens": "int64"}),
+    Case("packed, no slots, bfloat16", tokens=6, cu_seqlens=(0, 1, 3, 6), indices=None, dtypes={"state": "bfloat16"}),
+    Case("packed, mamba1", tokens=6, cu_seqlens=(0, 1, 3, 6), nheads=0, ngroups=1, headdim=24, group_axis=False),
+    Case("packed, decreasing", tokens=9, cu_seqlens=(6, 2, 2, _HIGHEST)),
+    Case("packed, ends of the range", tokens=4, cu_seqlens=(_LOWEST, _HIGHEST, 1, _LOWEST)),
+    Case(
+        "packed, tables and accepted",
+        tokens=7,
+        slots=12,
+        cu_seqlens=(0, 3, 3, 7),
+        indices=((4, 1, 6, 7), (0, 8, 9, 10), (2, 3, 5, 11)),
+        destinations=((4, 1, 6, 7), (0, 8, 9, 10), (2, 3, _PAD, 11)),
+        accepted=(3, 1, 4),
+    ),
+    Case(
+        "packed, longer than the table",
+        tokens=6,
+        cu_seqlens=(0, 4, 5, 6),
+        indices=(4, 0, 2),
+        destinations=((4, 1), (0, 3), (2, 5)),
+        steps=0,
+    ),
+    # --- Intermediate states ---
+    Case("intermediates", tokens=3, steps=3),
+    Case("intermediates, one token", steps=2),
+    Case("intermediates of a packed call", tokens=6, cu_seqlens=(0, 3, 3, 6), steps=2, entries=(1, 3, 0)),
+    Case("intermediates, own entries", tokens=2, steps=4, entries=(2, 6, 7), spare_entries=2),
+    Case("intermediates, no slots", tokens=2, steps=2, indices=None),
+    Case(
+        "intermediates, pads and entries out of range", tokens=2, steps=2, indices=(_PAD, 1, 2), entries=(3, _LOWEST, 6)
+    ),
+    Case("intermediates, no update", tokens=3, steps=3, disable_state_update=True, dtypes={"state": "bfloat16"}),
+    Case("no update", disable_state_update=True),
+    Case("no update, tokens", tokens=3, disable_state_update=True),
+    Case(
+        "intermediates, mamba1, float16", tokens=2, steps=2, nheads=0, ngroups=1, headdim=8, dtypes={"state": "float16"}
+    ),
+    # --- Quantised ---
+    *(
+        case
+        for dtype in LARGEST
+        for case in (
+            Case(f"{dtype} state", dtypes={"state": dtype}),
+            Case(
+                f"{dtype} state, bfloat16", dtypes={"state": dtype, "*": "bfloat16", "A": "float32"}, untied=_ALL_UNTIED
+            ),
+            Case(f"{dtype} state, tokens", dtypes={"state": dtype}, tokens=3, destinations=(1, 0, _PAD)),
+            Case(f"{dtype} state, intermediates", dtypes={"state": dtype}, tokens=3, steps=3, entries=(5, 1, 6)),
+            Case(f"{dtype} state, no update", dtypes={"state": dtype}, tokens=2, steps=2, disable_state_update=True),
+        )
+    ),
+    Case("int8 state, mamba1", dtypes={"state": "int8"}, nheads=0, ngroups=1, headdim=24, dstate=16, group_axis=False),
+    Case("int16 state, pads", dtypes={"state": "int16"}, indices=(_PAD, 5, 9)),
+    Case(
+        "int8 state, a destination each",
+        dtypes={"state": "int8"},
+        slots=9,
+        tokens=4,
+        cu_seqlens=(0, 2, 3, 4),
+        destinations=((1, 3), (0, _PAD), (5, 6)),
+    ),
+    # --- Stochastic rounding ---
+    *(
+        case
+        for dtype in ("float16", "bfloat16", "int8", "float8_e4m3fn")
+        for case in (
+            Case(f"stochastic {dtype}", dtypes={"state": dtype}, seed=2**62 + 12345),
+            Case(f"stochastic {dtype}, tokens", dtypes={"state": dtype}, tokens=3, steps=3, seed=-(2**63)),
+        )
+    ),
+    Case(
+        "stochastic float16, odd sizes", dtypes={"state": "float16"}, nheads=3, ngroups=1, headdim=5, dstate=7, seed=0
+    ),
+    Case("stochastic bfloat16, destinations", dtypes={"state": "bfloat16"}, destinations=(1, _PAD, 5), seed=7),
+    Case(
+        "stochastic int8, packed",
+        dtypes={"state": "int8"},
+        slots=9,
+        tokens=4,
+        cu_seqlens=(0, 2, 3, 4),
+        destinations=((1, 3), (0, _PAD), (5, 6)),
+        seed=2**63 - 1,
+    ),
+)
