@@ -19,7 +19,7 @@ bench: .venv/installed
 # On a machine with a GPU: calls of Torch's whose index tables hold anything touch no memory but their arrays'.
 memcheck: .venv/installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-	  $(BIN)/python -m pytest -m gpu -k no_index_reaches tests/test_indices.py
+	  $(BIN)/python -m pytest -m gpu -k no_index_reaches tests/core/test_indices.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

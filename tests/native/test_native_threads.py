@@ -1,11 +1,13 @@
 """The native CPU kernel on several threads and from several callers: the same bits as alone."""
 
-import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from native import F32, problem, run, run_script, same_bits
+
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 
 THREADS_SCRIPT = """
 import hashlib, sys
@@ -22,7 +24,7 @@ for state in (np.float32, BF16):
 def test_threads_do_not_change_the_bits():
     printed = set()
     for threads in (1, 4):
-        script = THREADS_SCRIPT.format(tests=os.path.dirname(__file__), threads=threads)
+        script = THREADS_SCRIPT.format(tests=HELPERS, threads=threads)
         result = run_script(script, SSU_BRIDGE_NUM_THREADS=str(threads))
         assert result.returncode == 0, result.stderr
         printed.add(result.stdout)
@@ -64,7 +66,7 @@ assert all(map(same_bits, run(problems[0]), wanted[0]))
 
 
 def test_many_callers_and_fork():
-    script = CONCURRENT_SCRIPT.format(tests=os.path.dirname(__file__))
+    script = CONCURRENT_SCRIPT.format(tests=HELPERS)
     result = run_script(script, SSU_BRIDGE_NUM_THREADS="4")
     assert result.returncode == 0, result.stderr
 

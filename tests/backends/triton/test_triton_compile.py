@@ -22,6 +22,8 @@ from ssu_bridge.backends.triton import tiles  # noqa: E402
 from ssu_bridge.backends.triton.compile import compile_step, specialise  # noqa: E402
 from ssu_bridge.bench.cuda.tune import Row, _replaced, _section  # noqa: E402
 
+HELPERS = str(Path(__file__).parents[2] / "helpers")
+
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -270,14 +272,14 @@ def test_tuning_rewrites_only_its_gpu():
 
 INTERPRET = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_triton_compile import interpreted_cases
 interpreted_cases()
 """
 
 
 def test_the_interpreter_agrees_with_the_reference():
-    script = INTERPRET.format(tests=os.path.dirname(__file__))
+    script = INTERPRET.format(tests=[HELPERS, str(Path(__file__).parent)])
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -2,10 +2,10 @@
 
 import jax
 import pytest
+from contract import assert_step
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from modes import GPU_PAIRS, PAIRS, int64_as_it_is
-from test_contract import assert_step
 
 from ssu_bridge.core.arguments import ROUNDABLE
 from ssu_bridge.core.rounding import LARGEST

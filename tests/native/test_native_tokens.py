@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from native import (
 )
 
 from ssu_bridge.native import library
+
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 
 STATES = (F32, BF16, F16, INT16, INT8, FP8)
 EXTREMES = {np.int32: (-(2**31), -7, 2**31 - 1), np.int64: (-(2**63), -(2**31) - 7, 2**32, 2**63 - 1)}
@@ -289,7 +292,7 @@ def digest():
 
 
 def test_threads_do_not_change_the_bits():
-    script = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_native_tokens import digest; print(digest())"
+    script = f"import sys; sys.path[:0] = {[HELPERS, os.path.dirname(__file__)]!r}; from test_native_tokens import digest; print(digest())"
     results = [run_script(script, SSU_BRIDGE_NUM_THREADS=str(threads)) for threads in (1, 2, 5)]
     assert all(result.returncode == 0 for result in results), [result.stderr for result in results]
     assert len({result.stdout for result in results}) == 1

@@ -14,7 +14,7 @@ from modes import bits
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "share_state.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "share_state.py"
 CASE = Case("shared", headdim=8, dstate=16)
 
 

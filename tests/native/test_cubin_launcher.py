@@ -15,6 +15,8 @@ from ssu_bridge.native import library
 ADDRESS, STRIDE, SIZE = range(3)
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
+HELPERS = str(Path(__file__).parents[1] / "helpers")
+
 
 def view(array, strides=None):
     strides = strides or tuple(s // array.itemsize for s in array.strides)
@@ -146,14 +148,14 @@ def driver(tmp_path_factory):
     if not COMPILER:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).with_name("fake_cuda.cc")
+    source = Path(__file__).parents[1] / "helpers" / "fake_cuda.cc"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
     return folder
 
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from test_cubin_launcher import *
 state, x = np.zeros((6, 4), "float32"), np.zeros((3, 8), "float32")
 s, t, none = OnDevice(state), OnDevice(x), OnDevice(x[:0])
@@ -174,7 +176,9 @@ def run_with_driver(code, driver_folder, **env):
         "FAKE_CUDA_VERSION": "12030",
     }
     environment |= env
-    script = SCRIPT.format(tests=os.path.dirname(__file__), code=code if code != "None" else "step(s(), t(), s())")
+    script = SCRIPT.format(
+        tests=[HELPERS, os.path.dirname(__file__)], code=code if code != "None" else "step(s(), t(), s())"
+    )
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
@@ -268,15 +272,15 @@ def test_a_result_with_other_memory_gets_the_elements_and_is_updated_there(drive
 
 
 def test_an_error_of_that_copy_has_its_name(driver):
-    code = "step(s(), t(), OnDevice(state.copy())())"
+    code = "other = OnDevice(state.copy()); step(s(), t(), other())"
     result = run_with_driver(code, driver, FAKE_CUDA_FAILS="cuMemcpyDtoDAsync")
     assert "RuntimeError: cuMemcpyDtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
     assert "launch" not in result.stdout
 
 
 def test_nothing_is_launched_for_results_unlike_their_inputs_or_on_two_devices(driver):
-    for other in ("none()", "OnDevice(state[1:])()"):
-        result = run_with_driver(f"step(s(), t(), {other})", driver)
+    for other in ("none", "OnDevice(state[1:])"):
+        result = run_with_driver(f"other = {other}; step(s(), t(), other())", driver)
         assert "ValueError: a result is neither the memory of the input that is updated in place" in result.stdout
         assert "launch" not in result.stdout
         assert "copy" not in result.stdout

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from contract import assert_step
 from flashinfer_calls import (
     BARE,
     CASE,
@@ -23,7 +24,6 @@ from flashinfer_calls import (
     tokens,
 )
 from modes import GPU_MODES, bits, int64_as_it_is, poisoned, step, to_host, to_mode
-from test_contract import assert_step
 
 import ssu_bridge
 from ssu_bridge.backends import flashinfer
