@@ -8,7 +8,7 @@ import importlib.util
 
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
 from ssu_bridge.backends.triton import tiles
-from ssu_bridge.backends.triton.compile import Specialisation, compile_step, specialise
+from ssu_bridge.backends.triton.compile import Specialisation, compile_step, launch_of, runtime_arguments, specialise
 from ssu_bridge.backends.triton.disk_cache import cached
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
@@ -43,19 +43,20 @@ def load(problem: Problem) -> DeviceKernel:
     return _kernel(specialise(problem, tiles.tile(problem)))
 
 
-@functools.cache
+@functools.cache  # a process has as many kernels as it has targets, of which there is room for 1,024
 def _kernel(specialisation: Specialisation) -> DeviceKernel:
-    compiled = cached(specialisation.target, functools.partial(compile_step, specialisation))
+    arguments, launch = runtime_arguments(specialisation), launch_of(specialisation)
+    compiled = cached(specialisation, functools.partial(compile_step, specialisation))
     function = library().cubin_kernel(
         compiled.cubin,
         compiled.name,
         compiled.shared_bytes,
         compiled.warps,
-        compiled.grid,
-        compiled.tensors,
-        compiled.in_place,
-        compiled.arguments,
+        launch.grid,
+        launch.tensors,
+        launch.in_place,
+        tuple(arguments[name] for name in compiled.passed),
         compiled.scratch_pointers,
-        compiled.overlaps,
+        launch.overlaps,
     )
     return DeviceKernel(specialisation.target, function)

@@ -115,21 +115,27 @@ class Grid(NamedTuple):
     less: int
 
 
+class Launch(NamedTuple):
+    """How a kernel is launched. It follows from the specialisation alone, and so is never stored."""
+
+    grid: Grid
+    # The inputs that the results after out are, by their numbers.
+    in_place: tuple[int, ...]
+    tensors: int
+    # It may be launched before the kernels ahead of it are done, and waits for them itself.
+    overlaps: bool
+
+
 class Compiled(NamedTuple):
-    """A compiled kernel, and what it takes to launch it."""
+    """What Triton makes of a specialisation."""
 
     cubin: bytes
     name: str
     shared_bytes: int
     warps: int
-    grid: Grid
-    # The inputs that the results after out are, by their numbers.
-    in_place: tuple[int, ...]
-    tensors: int
-    arguments: tuple[Argument, ...]
+    # The kernel's run-time arguments in order, by their names in ``runtime_arguments``.
+    passed: tuple[str, ...]
     scratch_pointers: int
-    # It may be launched before the kernels ahead of it are done, and waits for them itself.
-    overlaps: bool
     # The stages on the way, by Triton's names for them: "ttgir", "ptx".
     text: dict[str, str]
 
@@ -142,7 +148,7 @@ def compile_step(specialisation: Specialisation) -> Compiled:
 
     kernel = kernel_of(specialisation)
     arguments, constants = runtime_arguments(specialisation), constant_arguments(specialisation)
-    passed = [arguments[name] for name in kernel.arg_names if name in arguments]
+    passed = tuple(name for name in kernel.arg_names if name in arguments)
     dtypes = _kernel_dtypes(specialisation)
     signature, fixed, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
@@ -164,20 +170,33 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         name=compiled.metadata.name,
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
-        grid=grid_of(specialisation),
-        in_place=tuple(list(dtypes).index(name) for name in specialisation.results if name != "out"),
-        tensors=len(specialisation.dtypes) + len(specialisation.results),
-        arguments=tuple(passed),
+        passed=passed,
         scratch_pointers=_scratch_pointers(compiled, len(passed)),
-        overlaps=constants["OVERLAP"],
         text={stage: compiled.asm[stage] for stage in ("ttgir", "ptx")},
     )
+
+
+def identity(specialisation: Specialisation) -> str:
+    """Return all that a kernel's code and the order of its arguments depend on, besides source files and Triton."""
+    constants, arguments = constant_arguments(specialisation), runtime_arguments(specialisation)
+    return repr((specialisation, sorted(constants.items()), sorted(arguments.items()), launch_of(specialisation)))
 
 
 def kernel_of(specialisation: Specialisation) -> Any:
     """Return the Triton function that does what is asked for."""
     module = importlib.import_module(f"ssu_bridge.backends.triton.kernels.{specialisation.kernel}")
     return getattr(module, specialisation.kernel)
+
+
+def launch_of(specialisation: Specialisation) -> Launch:
+    """Return how the kernel of a specialisation is launched."""
+    names = list(_kernel_dtypes(specialisation))
+    return Launch(
+        grid=grid_of(specialisation),
+        in_place=tuple(names.index(name) for name in specialisation.results if name != "out"),
+        tensors=len(specialisation.dtypes) + len(specialisation.results),
+        overlaps=specialisation.capability >= _OVERLAPPING,
+    )
 
 
 def grid_of(specialisation: Specialisation) -> Grid:

@@ -1,26 +1,31 @@
-"""Compiled kernels on disk: found again as they were, by another process too, and never a wrong one."""
+"""Compiled kernels on disk: found again as they were, by another process too, and never a wrong or foreign one."""
 
+import dataclasses
+import json
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 
+from ssu_bridge.api import explain
+from ssu_bridge.backends.triton import compile as triton_compile
 from ssu_bridge.backends.triton import disk_cache
-from ssu_bridge.backends.triton.compile import Argument, Compiled, Grid, Kind
+from ssu_bridge.backends.triton.compile import Compiled, specialise
 from ssu_bridge.backends.triton.disk_cache import cached, directory
+from ssu_bridge.backends.triton.tiles import tile
+from ssu_bridge.cases import CASES
 
+PROBLEM = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))
+KERNEL = specialise(PROBLEM, tile(PROBLEM))
 COMPILED = Compiled(
-    cubin=bytes(range(256)),
+    cubin=b"\x7fELF" + bytes(range(256)),
     name="kernel",
     shared_bytes=1024,
     warps=4,
-    grid=Grid(24, 1, 0),
-    in_place=(0,),
-    tensors=5,
-    arguments=(Argument(Kind.ADDRESS, 0, 0, 16), Argument(Kind.STRIDE, 3, 1, 8)),
+    passed=("state", "x", "state_stride"),
     scratch_pointers=2,
-    overlaps=True,
     text={"ptx": "..."},
 )
 
@@ -35,39 +40,151 @@ def refuse():
     raise AssertionError("compiled again")
 
 
-def test_a_kernel_is_found_again():
-    assert cached("target", lambda: COMPILED) is COMPILED
-    assert cached("target", refuse) == COMPILED._replace(text={})
+def spoil(folder, change):
+    """Change the text of the one kernel in the cache, its digest included."""
+    (file,) = folder.iterdir()
+    text = change(file.read_text().partition("\n")[2])
+    file.write_text(f"{disk_cache._digest(text)}\n{text}")
 
 
-def test_other_targets_and_other_settings_of_triton_are_other_kernels(monkeypatch):
-    cached("target", lambda: COMPILED)
-    other = COMPILED._replace(cubin=b"other")
-    assert cached("another target", lambda: other).cubin == b"other"
+def with_field(**fields):
+    return lambda text: json.dumps({**json.loads(text), **fields})
+
+
+def test_a_kernel_is_found_again(folder):
+    assert cached(KERNEL, lambda: COMPILED) is COMPILED
+    assert cached(KERNEL, refuse) == COMPILED._replace(text={})
+    assert os.stat(folder).st_mode & 0o777 == 0o700
+
+
+def test_another_specialisation_is_another_kernel():
+    cached(KERNEL, lambda: COMPILED)
+    for field, value in {"pad_slot_id": 3, "unaligned": ("x",), "capability": (8, 0)}.items():
+        other = COMPILED._replace(name=field)
+        assert cached(dataclasses.replace(KERNEL, **{field: value}), lambda other=other: other).name == field
+
+
+# What the order and the meaning of a kernel's arguments come from, each changed as a later version could.
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        (triton_compile, "VECTOR_BYTES", 32),
+        (triton_compile, "_OVERLAPPING", (12, 0)),
+        (triton_compile, "ARGUMENTS", {"dt": None}),
+        (triton_compile, "_SEED_BYTES", 4),
+        (disk_cache, "_source_hash", lambda: "of other files"),
+    ],
+)
+def test_what_the_launch_depends_on_is_in_the_key(monkeypatch, module, name, value):
+    seeded = dataclasses.replace(KERNEL, dtypes=(*KERNEL.dtypes, ("rand_seed", "int64")))
+    before = disk_cache._key(seeded)
+    if name == "ARGUMENTS":
+        x = module.ARGUMENTS["x"]._replace(free="")
+        value = {**module.ARGUMENTS, "x": x}
+    monkeypatch.setattr(module, name, value)
+    assert disk_cache._key(seeded) != before
+
+
+def test_what_the_user_tells_triton_is_in_the_key(monkeypatch):
+    before = disk_cache._key(KERNEL)
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
-    assert cached("target", lambda: other).cubin == b"other"
-    monkeypatch.setattr(disk_cache, "_source_hash", lambda: "of another kernel")
-    assert cached("target", lambda: COMPILED).cubin == COMPILED.cubin
+    assert disk_cache._key(KERNEL) != before
+
+
+def test_the_source_of_every_kernel_is_hashed(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    (package / "kernels").mkdir(parents=True)
+    for file in ("compile.py", "kernels/a.py", "kernels/b.py"):
+        (package / file).write_text("pass\n")
+    monkeypatch.setattr(disk_cache.resources, "files", lambda _: package)
+    hashes = {disk_cache._source_hash.__wrapped__()}
+    for file in ("compile.py", "kernels/a.py", "kernels/b.py"):
+        (package / file).write_text("changed\n")
+        hashes.add(disk_cache._source_hash.__wrapped__())
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("text", ("", "{", "[]", "{}", "null", "3", "[" * 100_000, '{"cubin": "?"}'))
+def test_a_file_that_is_no_kernel_is_replaced(folder, caplog, text):
+    cached(KERNEL, lambda: COMPILED)
+    spoil(folder, lambda _: text)
+    with caplog.at_level(logging.WARNING):
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
+    assert "compiled anew" in caplog.text
+    assert cached(KERNEL, refuse).cubin == COMPILED.cubin
 
 
 @pytest.mark.parametrize(
-    "text", ("", "{", "[]", "{}", "null", "3", '{"cubin": "?", "arguments": []}', '{"cubin": "", "arguments": []}')
+    "change",
+    [
+        {"cubin": ""},
+        {"cubin": "AAAA"},
+        {"cubin": 3},
+        {"name": None},
+        {"shared_bytes": "0"},
+        {"warps": 4.0},
+        {"warps": True},
+        {"passed": "state"},
+        {"passed": ["nothing of this call"]},
+        {"scratch_pointers": [2]},
+        {"more": 1},
+    ],
 )
-def test_a_file_that_is_no_kernel_is_replaced(folder, caplog, text):
-    cached("target", lambda: COMPILED)
-    (file,) = folder.iterdir()
-    file.write_text(text)
+def test_every_field_is_checked(folder, caplog, change):
+    cached(KERNEL, lambda: COMPILED)
+    spoil(folder, with_field(**change))
     with caplog.at_level(logging.WARNING):
-        assert cached("target", lambda: COMPILED) is COMPILED
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
     assert "compiled anew" in caplog.text
-    assert cached("target", refuse).cubin == COMPILED.cubin
+
+
+@pytest.mark.parametrize("change", (lambda t: t[:-1], lambda t: t[: len(t) // 2], lambda t: t.replace("1024", "2048")))
+def test_a_shortened_or_changed_file_is_replaced(folder, caplog, change):
+    cached(KERNEL, lambda: COMPILED)
+    (file,) = folder.iterdir()
+    assert change(file.read_text()) != file.read_text()
+    file.write_text(change(file.read_text()))
+    with caplog.at_level(logging.WARNING):
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
+    assert "compiled anew" in caplog.text
+    assert cached(KERNEL, refuse).cubin == COMPILED.cubin
 
 
 def test_a_folder_that_cannot_be_written_is_said(folder, caplog):
     folder.write_text("a file where the folder would be")
     with caplog.at_level(logging.WARNING):
-        assert cached("target", lambda: COMPILED) is COMPILED
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
     assert "cannot be kept" in caplog.text
+
+
+def test_nothing_is_left_behind_where_a_file_cannot_be_put(folder, caplog):
+    folder.mkdir(mode=0o700)
+    (folder / f"{disk_cache._key(KERNEL)}.json").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
+    assert "cannot be kept" in caplog.text
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("mode", (0o720, 0o702, 0o777))
+def test_a_folder_that_another_user_can_write_is_not_used(folder, caplog, mode):
+    cached(KERNEL, lambda: COMPILED)
+    folder.chmod(mode)
+    other = COMPILED._replace(name="compiled anew")
+    with caplog.at_level(logging.WARNING):
+        assert cached(KERNEL, lambda: other) is other
+    assert "nobody else can write" in caplog.text
+    folder.chmod(0o755)
+    assert cached(KERNEL, refuse).name == COMPILED.name
+
+
+def test_a_folder_of_another_user_is_not_used(folder, caplog, monkeypatch):
+    cached(KERNEL, lambda: COMPILED)
+    monkeypatch.setattr(disk_cache.os, "getuid", lambda: os.stat(folder).st_uid + 1)
+    other = COMPILED._replace(name="compiled anew")
+    with caplog.at_level(logging.WARNING):
+        assert cached(KERNEL, lambda: other) is other
+    assert "nobody else can write" in caplog.text
 
 
 def test_a_user_without_a_home_compiles_each_time(monkeypatch, caplog):
@@ -78,27 +195,34 @@ def test_a_user_without_a_home_compiles_each_time(monkeypatch, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(disk_cache.Path, "home", no_home)
     with caplog.at_level(logging.WARNING):
-        assert cached("target", lambda: COMPILED) is COMPILED
+        assert cached(KERNEL, lambda: COMPILED) is COMPILED
     assert "SSU_BRIDGE_CACHE_DIR" in caplog.text
 
 
-def test_the_default_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.delenv("SSU_BRIDGE_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert directory() == tmp_path / "ssu_bridge"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+def test_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SSU_BRIDGE_CACHE_DIR", "~/kernels")
+    assert directory() == tmp_path / "kernels"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSU_BRIDGE_CACHE_DIR", "here")
+    assert directory() == tmp_path / "here"
+    monkeypatch.delenv("SSU_BRIDGE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert directory() == tmp_path / "xdg" / "ssu_bridge"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert directory() == tmp_path / ".cache" / "ssu_bridge"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert directory() == tmp_path / ".cache" / "ssu_bridge"
 
 
 def test_a_kernel_that_is_kept_needs_no_triton():
     program = """
 import sys
-from ssu_bridge.backends.triton import _kernel
+from ssu_bridge.api import explain
+from ssu_bridge.backends.triton.backend import _kernel
 from ssu_bridge.backends.triton.compile import specialise
 from ssu_bridge.backends.triton.tiles import tile
 from ssu_bridge.cases import CASES
-from ssu_bridge.update import explain
 problem = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))
 print(_kernel(specialise(problem, tile(problem))).target)
 print("triton" in sys.modules)

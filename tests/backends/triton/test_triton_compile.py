@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from ssu_bridge import using  # noqa: E402
 from ssu_bridge.backends import triton as backend  # noqa: E402
 from ssu_bridge.backends.triton import tiles  # noqa: E402
-from ssu_bridge.backends.triton.compile import compile_step, specialise  # noqa: E402
+from ssu_bridge.backends.triton.compile import compile_step, launch_of, specialise  # noqa: E402
 from ssu_bridge.bench.cuda.tune import Row, _replaced, _section  # noqa: E402
 
 HELPERS = str(Path(__file__).parents[2] / "helpers")
@@ -42,10 +42,14 @@ def problem_of(case, capability=(9, 0), **flags):
     return explain(**given, **case.flags, **flags).choices[0].problem.on("cuda", capability)
 
 
-def compiled(case, capability=(9, 0), tile=None):
+def specialisation(case, capability=(9, 0), tile=None):
     with using(triton_tile=tile):
         problem = problem_of(case, capability)
-    return compile_step(specialise(problem, tiles.tile(problem)))
+    return specialise(problem, tiles.tile(problem))
+
+
+def compiled(case, capability=(9, 0), tile=None):
+    return compile_step(specialisation(case, capability, tile))
 
 
 def layer(dtype="float32", other="bfloat16", **changes):
@@ -123,7 +127,7 @@ def test_the_state_is_loaded_and_stored_16_bytes_at_a_time(dtype):
         case = layer(dtype, other="float32" if dtype == "float32" else "bfloat16")
         kernel = compiled(case, tile=tile)
         ptx = kernel.text["ptx"]
-        rows = -(-case.nheads * case.headdim // kernel.grid.programs)
+        rows = -(-case.nheads * case.headdim // launch_of(specialisation(case, tile=tile)).grid.programs)
         vectors = rows * case.dstate * np.dtype(case.arrays(0)["state"].dtype).itemsize // 16 // (32 * kernel.warps)
         assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
         # Nothing but the output, an element a row, and with it nothing of the state, is stored in smaller pieces.
@@ -135,10 +139,10 @@ def test_it_waits_for_other_kernels_before_it_touches_memory():
     kernel = compiled(layer())
     ptx = kernel.text["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.global", ptx).start()
-    assert kernel.overlaps
+    assert launch_of(specialisation(layer())).overlaps
     old = compiled(layer(), (8, 0))
     assert "griddepcontrol" not in old.text["ptx"]
-    assert not old.overlaps
+    assert not launch_of(specialisation(layer(), (8, 0))).overlaps
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -338,7 +342,7 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 from ssu_bridge.backends import triton
 from ssu_bridge.cases import CASES
-from ssu_bridge.update import explain
+from ssu_bridge.api import explain
 print(triton.load(explain(**CASES[0].arrays(0)).choices[0].problem.on("cuda", (9, 0))).target)
 """
 
