@@ -27,7 +27,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # Where pip's torch is a build with CUDA, this installs gigabytes of it; any build of Torch's CPU version will do.
-.venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*)
+.venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/*/*.*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=..."'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

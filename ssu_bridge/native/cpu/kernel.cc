@@ -1,0 +1,226 @@
+#include "cpu/kernel.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/tables.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/float_environment.h"
+#include "cpu/tensor_reader.h"
+#include "cpu/thread_pool.h"
+
+namespace ssu_bridge {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// How the state is cut, in elements: a step takes about as long for each of them whatever their type. An item, with its
+// operands, stays in the first-level cache, also where it is there a second time in float32; a chunk is what a thread
+// takes at a time, in about 6 us.
+constexpr int64_t kItemElements = 8 << 10;
+constexpr int64_t kTiledItemElements = 4 << 10;
+constexpr int64_t kChunkElements = 64 << 10;
+// Waking a sleeping thread takes 5 to 50 us, in which the caller steps up to half a million elements. Idle workers do
+// not spin: that was no faster where it was measured, and takes cores from XLA's own threads.
+constexpr int64_t kElementsWorthWaking = 768 << 10;
+constexpr int64_t kElementsPerThread = 128 << 10;
+// A processor wakes its 512-bit units in about a microsecond, too long for what AVX2 does in two.
+constexpr int64_t kElementsWorthWideVectors = 16 << 10;
+// What an element costs that needs an exponential of its own, and what it costs more to round it to a row's scale or by
+// a random word.
+constexpr int64_t kUntiedCost = 4;
+constexpr int64_t kRoundingCost = 4;
+constexpr int kUsualRounds = 10;
+
+// Scratch that stays with the thread, so that a call allocates nothing once its thread has met the size.
+void* thread_scratch(size_t bytes) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local size_t size = 0;
+  constexpr size_t kAlignment = 64;
+  if (size < bytes + kAlignment) {
+    memory.reset(new char[bytes + kAlignment]);
+    size = bytes + kAlignment;
+  }
+  uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
+  return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+class StepWork final : public ChunkedWork {
+ public:
+  StepWork(const StepArguments& arguments, StepFunction step, int64_t items, int64_t items_per_chunk)
+      : arguments_(arguments), step_(step), items_(items), items_per_chunk_(items_per_chunk) {}
+
+  void run_chunk(int64_t chunk) noexcept override {
+    FloatEnvironment ieee;
+    int64_t first = chunk * items_per_chunk_;
+    int64_t last = std::min(items_, first + items_per_chunk_);
+    step_(arguments_, first, last, thread_scratch(scratch_bytes(arguments_)));
+  }
+
+ private:
+  const StepArguments& arguments_;
+  const StepFunction step_;
+  const int64_t items_;
+  const int64_t items_per_chunk_;
+};
+
+// How many tokens there are, and how many the longest sequence has.
+struct TokenCounts {
+  int64_t all, most;
+};
+
+TokenCounts count_tokens(const StepArguments& a) {
+  if (!a.sequence_starts.data) return {a.sequences * a.tokens, a.tokens};
+  TokenCounts counts = {0, 0};
+  for (int64_t i = 0; i < a.sequences; ++i) {
+    int64_t count = tokens_of(a, i).count;
+    counts.all += count;
+    counts.most = std::max(counts.most, count);
+  }
+  return counts;
+}
+
+int64_t cost_of_element(const StepArguments& a) {
+  int64_t cost = a.A.column_stride != 0 ? kUntiedCost : 1;
+  return a.random.is_used || is_quantised(a.state.type) ? cost + kRoundingCost : cost;
+}
+
+int threads_for(const StepArguments& a, int64_t tokens) {
+  int64_t elements = tokens * a.heads * a.rows * a.columns * cost_of_element(a);
+  if (elements < kElementsWorthWaking) return 1;
+  return static_cast<int>(std::min<int64_t>(thread_count(), elements / kElementsPerThread));
+}
+
+void run_step(StepArguments& a, StepFunction step) {
+  if (a.sequences == 0 || a.heads == 0 || a.rows == 0) return;
+  TokenCounts tokens = count_tokens(a);
+  if (tokens.all == 0) return;
+  int64_t columns = std::max<int64_t>(1, a.columns);
+  int64_t elements = a.is_direct ? kItemElements : kTiledItemElements;
+  int64_t rows = std::clamp<int64_t>(elements / columns / 16 * 16, 16, kMaxRowsPerItem);
+  a.rows_per_item = std::min(rows, a.rows);
+  a.blocks_per_head = (a.rows + a.rows_per_item - 1) / a.rows_per_item;
+
+  int64_t items = a.sequences * a.heads * a.blocks_per_head;
+  int64_t item_elements = a.rows_per_item * columns * tokens.most;
+  int threads = threads_for(a, tokens.all);
+  int64_t items_per_chunk = threads == 1 ? items : std::max<int64_t>(1, kChunkElements / item_elements);
+  StepWork work(a, step, items, items_per_chunk);
+  run_chunks(work, (items + items_per_chunk - 1) / items_per_chunk, threads);
+}
+
+class CpuKernel {
+ public:
+  CpuKernel(std::vector<Argument> inputs, std::vector<Argument> written, bool softplus, int64_t pad_slot, int rounds,
+            const VariantPair& steps)
+      : inputs_(std::move(inputs)),
+        written_(std::move(written)),
+        softplus_(softplus),
+        updates_state_(!written_.empty() && written_.front() == Argument::kState),
+        pad_slot_(pad_slot),
+        rounds_(rounds),
+        steps_(steps) {}
+
+  void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
+    int inputs = static_cast<int>(inputs_.size());
+    int written = static_cast<int>(written_.size());
+    if (arguments.size() != inputs + 1 + written)
+      TVM_FFI_THROW(ValueError) << "expected " << inputs << " inputs, out and " << written << " written in place, got "
+                                << arguments.size() << " arguments";
+    CallTensors tensors;
+    for (int i = 0; i < inputs; ++i) tensors.inputs[static_cast<int>(inputs_[i])] = arguments[i].cast<DLTensor*>();
+    tensors.out = arguments[inputs].cast<DLTensor*>();
+    for (int i = 0; i < written; ++i) check_in_place(tensors, written_[i], arguments[inputs + 1 + i].cast<DLTensor*>());
+
+    StepArguments step_arguments;
+    step_arguments.softplus = softplus_;
+    step_arguments.pad_slot = pad_slot_;
+    step_arguments.updates_state = updates_state_;
+    step_arguments.random.rounds = rounds_;
+    read_tensors(tensors, step_arguments);
+    run_step(step_arguments, step_for(step_arguments));
+  }
+
+ private:
+  static void check_in_place(const CallTensors& tensors, Argument argument, const DLTensor* result) {
+    const DLTensor* input = tensors[argument];
+    if (result->data != input->data || result->byte_offset != input->byte_offset)
+      TVM_FFI_THROW(ValueError) << "the result " << kArgumentNames[static_cast<int>(argument)]
+                                << " must be the memory of the input of that name: the step works in place";
+  }
+
+  // By the size of one sequence, not of the batch, so that a sequence's result does not depend on its company.
+  StepFunction step_for(const StepArguments& a) const {
+    return a.heads * a.rows * a.columns < kElementsWorthWideVectors ? steps_.small : steps_.large;
+  }
+
+  std::vector<Argument> inputs_;
+  std::vector<Argument> written_;
+  bool softplus_;
+  bool updates_state_;
+  int64_t pad_slot_;
+  int rounds_;
+  VariantPair steps_;
+};
+
+// The position of each name among kArgumentNames; they must ascend and hold the required ones.
+std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
+  std::vector<Argument> arguments;
+  int next = 0;
+  for (const ffi::String& name : names) {
+    int found = next;
+    while (found < kArguments && name != kArgumentNames[found]) ++found;
+    if (found == kArguments)
+      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name)
+                                << "' is unknown, twice there or out of order";
+    arguments.push_back(static_cast<Argument>(found));
+    next = found + 1;
+  }
+  for (int i = 0; i < kRequiredArguments; ++i)
+    if (i >= static_cast<int>(arguments.size()) || static_cast<int>(arguments[i]) != i)
+      TVM_FFI_THROW(ValueError) << "argument_names: '" << kArgumentNames[i] << "' is missing";
+  return arguments;
+}
+
+bool holds(const std::vector<Argument>& arguments, Argument argument) {
+  return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
+}
+
+// What is written besides out. That follows from the inputs but for whether the state is updated.
+std::vector<Argument> parse_results(const ffi::Array<ffi::String>& names, const std::vector<Argument>& inputs) {
+  bool updates_state = names.size() > 1 && names[1] == kArgumentNames[static_cast<int>(Argument::kState)];
+  std::vector<Argument> written;
+  for (Argument argument :
+       {Argument::kState, Argument::kIntermediates, Argument::kScales, Argument::kIntermediateScales}) {
+    bool is_of_state = argument == Argument::kState || argument == Argument::kScales;
+    if (holds(inputs, argument) && (updates_state || !is_of_state)) written.push_back(argument);
+  }
+  std::string expected = "out", given;
+  for (Argument argument : written) expected += std::string(", ") + kArgumentNames[static_cast<int>(argument)];
+  for (const ffi::String& name : names) given += (given.empty() ? "" : ", ") + std::string(name);
+  if (given != expected)
+    TVM_FFI_THROW(ValueError) << "result_names: expected " << expected << ", got " << given;
+  return written;
+}
+
+int parse_rounds(int64_t rounds) {
+  if (rounds < 0 || rounds > INT32_MAX)
+    TVM_FFI_THROW(ValueError) << "philox_rounds: expected a number from 0 to 2**31 - 1, got " << rounds;
+  return rounds == 0 ? kUsualRounds : static_cast<int>(rounds);
+}
+
+}  // namespace
+
+ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ffi::String> result_names,
+                              bool dt_softplus, int64_t pad_slot_id, int64_t philox_rounds, ffi::String isa) {
+  thread_count();  // so that a wrong setting is reported here
+  std::vector<Argument> inputs = parse_names(argument_names);
+  std::vector<Argument> written = parse_results(result_names, inputs);
+  return ffi::Function::FromPacked(CpuKernel(std::move(inputs), std::move(written), dt_softplus, pad_slot_id,
+                                             parse_rounds(philox_rounds), find_variants(isa)));
+}
+
+}  // namespace ssu_bridge

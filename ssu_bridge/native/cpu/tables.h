@@ -1,0 +1,72 @@
+// Which tokens, slots and entries the index tables name for a sequence. Any value may stand in a table: none of them
+// leads outside the memory that it is meant for.
+//
+// Static and free of the standard library for the reason that cpu_step.h gives.
+#ifndef SSU_BRIDGE_CPU_TABLES_H_
+#define SSU_BRIDGE_CPU_TABLES_H_
+
+#include "cpu/step.h"
+
+namespace ssu_bridge {
+
+constexpr int64_t kNone = -1;
+
+static inline int64_t index_in(const IndexTable& table, int64_t row, int64_t column) {
+  int64_t offset = row * table.stride + column * table.column_stride;
+  return table.is_64_bit ? static_cast<const int64_t*>(table.data)[offset]
+                         : static_cast<const int32_t*>(table.data)[offset];
+}
+
+static inline int64_t bounded(int64_t value, int64_t least, int64_t most) {
+  return value < least ? least : value > most ? most : value;
+}
+
+// The tokens of a sequence, counted along the token axis of x.
+struct TokenRange {
+  int64_t first, count;
+};
+
+static inline TokenRange tokens_of(const StepArguments& a, int64_t sequence) {
+  if (!a.sequence_starts.data) return {0, a.tokens};
+  int64_t first = bounded(index_in(a.sequence_starts, sequence, 0), 0, a.tokens);
+  int64_t end = bounded(index_in(a.sequence_starts, sequence + 1, 0), first, a.tokens);
+  return {first, end - first};
+}
+
+// The slot that a column of a table names, or kNone for a pad. A column that the table does not have is one.
+static inline int64_t slot_in(const StepArguments& a, const IndexTable& table, int64_t sequence, int64_t column) {
+  if (column >= table.columns) return kNone;
+  int64_t slot = index_in(table, sequence, column);
+  return slot == a.pad_slot || slot < 0 || slot >= a.state.entries ? kNone : slot;
+}
+
+// The slot that a sequence starts from, or kNone.
+static inline int64_t read_slot(const StepArguments& a, int64_t sequence) {
+  if (!a.read_slots.data) return sequence;
+  int64_t column = 0;
+  if (a.accepted_tokens.data) {
+    int64_t accepted = index_in(a.accepted_tokens, sequence, 0);
+    column = bounded(accepted, 1, a.read_slots.columns < 1 ? 1 : a.read_slots.columns) - 1;
+  }
+  return slot_in(a, a.read_slots, sequence, column);
+}
+
+// The slot for the state after a token of a sequence that read `source`, or kNone where it is not stored in a slot.
+static inline int64_t write_slot(const StepArguments& a, int64_t sequence, int64_t source, int64_t token,
+                                 bool is_last) {
+  if (source == kNone || !a.updates_state) return kNone;
+  if (a.write_slots.data && a.write_slots.has_columns) return slot_in(a, a.write_slots, sequence, token);
+  if (!is_last) return kNone;
+  return a.write_slots.data ? slot_in(a, a.write_slots, sequence, 0) : source;
+}
+
+// The entry of the intermediate states for the state after a token, or kNone.
+static inline int64_t intermediate_entry(const StepArguments& a, int64_t sequence, int64_t source, int64_t token) {
+  if (source == kNone || !a.intermediates.data || token >= a.intermediates.steps) return kNone;
+  int64_t entry = a.intermediate_entries.data ? index_in(a.intermediate_entries, sequence, 0) : source;
+  return entry < 0 || entry >= a.intermediates.entries ? kNone : entry;
+}
+
+}  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_TABLES_H_

@@ -1,0 +1,229 @@
+#include "flashinfer/adapter.h"
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/tensors.h"
+#include "flashinfer/strided_view.h"
+
+namespace ssu_bridge {
+namespace {
+
+namespace ffi = tvm::ffi;
+
+// What FlashInfer numbers its kernels.
+enum Algorithm : int64_t { kAuto, kSimple, kVertical, kHorizontal };
+constexpr const char* kAlgorithmNames[] = {"auto", "simple", "vertical", "horizontal"};
+// What its bulk copies need of an address.
+constexpr uint64_t kBulkCopyBytes = 128;
+
+// The positions of its arguments that are not arrays.
+constexpr int kArguments = 24;
+constexpr int kSoftplus = 9;
+constexpr int kPadSlot = 12;
+constexpr int kNoUpdate = 15;
+constexpr int kCacheSteps = 20;
+constexpr int kAlgorithm = 23;
+
+// An argument of FlashInfer that is an array. `axes` has a letter for each: * the token axes, S the slots, b the
+// sequences, K the steps of the intermediate states, H, P, N, G the sizes of these names; in small letters they repeat.
+// "=" stands for the axes that the array has and "1" for a single int64. `bulk` marks what bulk copies may read.
+struct Parameter {
+  const char* name;
+  int position;
+  const char* axes;
+  bool bulk = false;
+};
+
+constexpr Parameter kParameters[] = {
+    {"state", 0, "SHPN", true},
+    {"x", 1, "*HP", true},
+    {"dt", 2, "*Hp"},
+    {"A", 3, "Hpn"},
+    {"B", 4, "*GN", true},
+    {"C", 5, "*GN", true},
+    {"D", 6, "Hp"},
+    {"z", 7, "*HP", true},
+    {"dt_bias", 8, "Hp"},
+    {"state_batch_indices", 10, "="},
+    {"dst_state_batch_indices", 11, "="},
+    {"state_scale", 13, "SHP", true},
+    {"out", 14, "*HP"},
+    {"intermediate_states", 16, "="},
+    {"intermediate_state_indices", 17, "="},
+    {"intermediate_state_scales", 18, "bKHP"},
+    {"rand_seed", 19, "1"},
+    {"cu_seqlens", 21, "="},
+    {"num_accepted_tokens", 22, "="},
+};
+constexpr int kParameterCount = sizeof(kParameters) / sizeof(Parameter);
+// Their places in the table.
+constexpr int kState = 0, kX = 1, kDt = 2, kB = 4, kD = 6, kIntermediateStates = 13, kSequenceEnds = 17;
+
+int place_of(const std::string& name) {
+  for (int i = 0; i < kParameterCount; ++i)
+    if (name == kParameters[i].name) return i;
+  TVM_FFI_THROW(ValueError) << "FlashInfer takes no array " << name;
+  return -1;
+}
+
+// The tensors of a call by their places; null for one that is absent.
+struct Tensors {
+  const DLTensor* given[kParameterCount] = {};
+
+  const DLTensor* operator[](int place) const { return given[place]; }
+};
+
+// The sizes of one call.
+class Sizes {
+ public:
+  explicit Sizes(const Tensors& tensors) : tensors_(tensors) {
+    const DLTensor &state = *tensors[kState], &x = *tensors[kX], &B = *tensors[kB];
+    if (state.ndim != 4 || x.ndim < 3 || B.ndim < x.ndim - 1)
+      TVM_FFI_THROW(ValueError) << "expected state (slots, nheads, headdim, dstate), and x and B with heads or groups";
+    token_axes = x.ndim - 2;
+    groups_ = B.ndim == x.ndim ? B.shape[token_axes] : 1;
+    const DLTensor* ends = tensors[kSequenceEnds];
+    sequences_ = ends ? ends->shape[0] - 1 : x.shape[0];
+    empty = sequences_ < 1;
+    for (int i = 0; i < token_axes; ++i) empty = empty || x.shape[i] == 0;
+  }
+
+  Axis axis(char letter) const {
+    const DLTensor& state = *tensors_[kState];
+    switch (letter) {
+      case 'H': return {state.shape[1], false};
+      case 'P': return {state.shape[2], false};
+      case 'p': return {state.shape[2], true};
+      case 'N': return {state.shape[3], false};
+      case 'n': return {state.shape[3], true};
+      case 'G': return {groups_, false};
+      case 'b': return {sequences_, false};
+      default: return {steps(), false};
+    }
+  }
+
+  int64_t steps() const {
+    const DLTensor* buffer = tensors_[kIntermediateStates];
+    return buffer ? buffer->shape[1] : 0;
+  }
+
+  int token_axes;
+  bool empty;
+
+ private:
+  const Tensors& tensors_;
+  int64_t groups_;
+  int64_t sequences_;
+};
+
+class FlashInferKernel {
+ public:
+  FlashInferKernel(ffi::Function function, const ffi::Array<ffi::String>& names, bool one_token_axis, bool dt_softplus,
+                   int64_t pad_slot_id, bool disable_state_update, int64_t algorithm, int64_t longest)
+      : function_(std::move(function)),
+        one_token_axis_(one_token_axis),
+        dt_softplus_(dt_softplus),
+        pad_slot_id_(pad_slot_id),
+        disable_state_update_(disable_state_update),
+        algorithm_(algorithm),
+        longest_(longest) {
+    if (algorithm < kAuto || algorithm > kHorizontal) TVM_FFI_THROW(ValueError) << "algorithm: expected 0 to 3";
+    for (const ffi::String& name : names) order_.push_back(place_of(name));
+  }
+
+  void operator()(ffi::PackedArgs given, ffi::Any*) const {
+    Tensors tensors = read(given);
+    Sizes sizes(tensors);
+    if (sizes.empty) return;
+    StridedView views[kParameterCount];
+    ffi::AnyView arguments[kArguments];  // None, unless set
+    for (int i = 0; i < kParameterCount; ++i)
+      if (tensors[i]) arguments[kParameters[i].position] = view(*tensors[i], kParameters[i].axes, sizes, views[i]);
+    if (!tensors[kD]) {
+      const Axis axes[] = {sizes.axis('H'), sizes.axis('p')};
+      arguments[kParameters[kD].position] = views[kD].null(*tensors[kDt], axes, 2);
+    }
+    arguments[kSoftplus] = dt_softplus_;
+    arguments[kPadSlot] = pad_slot_id_;
+    arguments[kNoUpdate] = disable_state_update_;
+    arguments[kCacheSteps] = longest_ ? longest_ : sizes.steps();
+    arguments[kAlgorithm] = algorithm(tensors);
+    ffi::Any result;
+    function_.CallPacked(arguments, kArguments, &result);
+  }
+
+ private:
+  Tensors read(ffi::PackedArgs given) const {
+    if (given.size() != static_cast<int>(order_.size()))
+      TVM_FFI_THROW(ValueError) << "expected " << order_.size() << " tensors, got " << given.size();
+    Tensors tensors;
+    for (int i = 0; i < given.size(); ++i) {
+      const DLTensor*& tensor = tensors.given[order_[i]];
+      const DLTensor* another = given[i].cast<DLTensor*>();
+      if (tensor) move_to_result(tensor, another);
+      tensor = another;
+    }
+    for (int required : {kState, kX, kDt, kB})
+      if (!tensors[required]) TVM_FFI_THROW(ValueError) << kParameters[required].name << " is missing";
+    return tensors;
+  }
+
+  DLTensor* view(const DLTensor& tensor, const char* axes, const Sizes& sizes, StridedView& result) const {
+    if (*axes == '=') return result.view(tensor, tensor.ndim, nullptr, 0);
+    if (*axes == '1') return result.view_as_one(tensor, DLDataType{kDLInt, 64, 1});
+    Axis inner[StridedView::kMaxAxes];
+    int outer = 0, count = 0;
+    if (*axes == '*') {
+      outer = sizes.token_axes;
+      if (one_token_axis_) inner[count++] = {1, false};
+      ++axes;
+    } else if (*axes == 'S') {
+      outer = 1;
+      ++axes;
+    }
+    for (; *axes; ++axes) inner[count++] = sizes.axis(*axes);
+    return result.view(tensor, outer, inner, count);
+  }
+
+  // FlashInfer's kernels besides the simple one read with bulk copies.
+  int64_t algorithm(const Tensors& tensors) const {
+    for (int i = 0; i < kParameterCount; ++i) {
+      const DLTensor* tensor = tensors[i];
+      if (!kParameters[i].bulk || !tensor || algorithm_ == kSimple) continue;
+      uint64_t address = reinterpret_cast<uint64_t>(tensor->data) + tensor->byte_offset;
+      if (address % kBulkCopyBytes == 0) continue;
+      if (algorithm_ == kAuto) return kSimple;
+      TVM_FFI_THROW(ValueError) << kParameters[i].name << ": expected memory that begins at a multiple of "
+                                << kBulkCopyBytes << " bytes, which FlashInfer's " << kAlgorithmNames[algorithm_]
+                                << " kernel needs, got address " << address
+                                << "; algorithm=\"auto\" takes another kernel";
+    }
+    return algorithm_;
+  }
+
+  ffi::Function function_;
+  // For each tensor of a call, its place in kParameters.
+  std::vector<int> order_;
+  bool one_token_axis_;
+  bool dt_softplus_;
+  int64_t pad_slot_id_;
+  bool disable_state_update_;
+  int64_t algorithm_;
+  int64_t longest_;
+};
+
+}  // namespace
+
+ffi::Function make_flashinfer_kernel(ffi::Function function, ffi::Array<ffi::String> names, bool one_token_axis,
+                                     bool dt_softplus, int64_t pad_slot_id, bool disable_state_update,
+                                     int64_t algorithm, int64_t longest) {
+  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), names, one_token_axis, dt_softplus,
+                                                    pad_slot_id, disable_state_update, algorithm, longest));
+}
+
+}  // namespace ssu_bridge
