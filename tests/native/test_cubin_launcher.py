@@ -262,7 +262,8 @@ def test_an_error_of_the_driver_has_its_name(driver, call):
 def test_a_result_with_other_memory_gets_the_elements_and_is_updated_there(driver):
     code = """state[:] = np.arange(24).reshape(6, 4)
     other, before = np.empty_like(state), state.copy()
-    kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), OnDevice(other)())
+    result = OnDevice(other)
+    kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), result())
     assert (other == before).all() and (state == before).all()
     state = other  # whose address the last line says"""
     lines = run_with_driver(code, driver).stdout.splitlines()
