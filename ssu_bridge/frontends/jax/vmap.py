@@ -97,8 +97,6 @@ def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) ->
     call = jnp.repeat(jnp.arange(size), problem.sequences)
     read = read_slots(jnp, problem, result)
     own = jnp.tile(jnp.arange(problem.sequences), size) if read is None else read
-    if read is None and (problem.form == "packed" or not stride == problem.slots == problem.sequences):
-        result[_READ] = own
     if "intermediate_states" in arrays:
         count = arrays["intermediate_states"].shape[1]
         # Without a table, the entries are the slots; that still holds if there are as many.
@@ -108,6 +106,8 @@ def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) ->
     for name in (_READ, _WRITE):
         if name in result:
             result[name] = _moved(slots(jnp, problem, result[name]), call, stride)
+    if read is None and (problem.form == "packed" or not stride == problem.slots == problem.sequences):
+        result[_READ] = _moved(own, call, stride)  # made here: the caller's pad_slot_id is not meant for it
     if problem.form == "packed":
         result = {name: _with_gaps(table, size) for name, table in result.items()}
         result[_EDGES] = _edges(arrays[_EDGES], problem.tokens)

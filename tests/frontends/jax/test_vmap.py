@@ -128,6 +128,38 @@ def test_packed_sequences_that_share_rows():
     assert "cond[" in str(jax.make_jaxpr(step)(stacked(calls, mapped)))
 
 
+SMALL = {"sequences": 2, "slots": 3, "nheads": 2, "ngroups": 1, "headdim": 2, "dstate": 4}
+TABLES = {
+    "none": {},
+    "none, state kept": {"disable_state_update": True},
+    "none, as many slots": {"slots": 2},
+    "none, as many slots, state kept": {"slots": 2, "disable_state_update": True},
+    "packed": {"tokens": 3, "cu_seqlens": (0, 2, 3)},
+    "slots": {"indices": (2, 0)},
+    "destinations": {"destinations": (2, 0)},
+    "both": {"indices": (0, 1), "destinations": (2, 0)},
+    "columns": {"tokens": 2, "indices": ((0, 2), (2, 1)), "destinations": ((0, 2), (3, 1)), "accepted": (1, 2)},
+    "columns of none": {"tokens": 2, "destinations": ((2, 0), (0, 1))},
+    "entries": {"tokens": 2, "steps": 2, "entries": (2, 0)},
+    "entries by slot": {"tokens": 2, "steps": 2, "indices": (2, 0)},
+    "entries by sequence": {"tokens": 2, "steps": 2, "spare_entries": 1},
+    "all that packed has": {"tokens": 3, "cu_seqlens": (0, 2, 3), "indices": (2, 0), "steps": 2, "entries": (0, 2)},
+}
+
+
+@pytest.mark.parametrize("backend", ANY_TABLE)
+@pytest.mark.parametrize("pad", range(-2, SMALL["slots"] + 1))
+@pytest.mark.parametrize("tables", TABLES)
+def test_every_pad_beside_every_table(tables, pad, backend):
+    """Numbers that the fold makes up for tables that were not given are not the caller's, and never his pad."""
+    case = Case(tables, **{**SMALL, "indices": None, **TABLES[tables]}, pad_slot_id=pad)
+    calls = [as_jax(arrays) for arrays in drawn(case)]
+    mapped = {name: 0 for name in calls[0] if name not in SHARED}
+    if case.disable_state_update:
+        del mapped["state"]
+    assert_loop(case, calls, mapped, backend=backend)
+
+
 CASE = Case("vmap", headdim=64, dstate=64, destinations=(1, -1, 5))  # which FlashInfer takes
 
 
