@@ -219,8 +219,10 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
     if "dt_bias" in arrays:
         dt = dt + by_channel("dt_bias")
     if problem.options.dt_softplus:
-        # Above 20 the exponential is not needed, and must not overflow in the branch that is not taken either.
-        dt = jnp.where(dt > 20, dt, jnp.log1p(jnp.exp(jnp.minimum(dt, 20))))
+        # Above 20 the exponential is not needed, and must not overflow in the branch that is not taken either. Not
+        # by jnp.minimum, which passes half of a gradient on where its arguments are equal.
+        large = dt > 20
+        dt = jnp.where(large, dt, jnp.log1p(jnp.exp(jnp.where(large, 0, dt))))
     A = A[:, None, None] if A.ndim < old.ndim - 1 else A
     new = old * jnp.exp(A * dt[..., None]) + (dt * x)[..., None] * by_head("B")
     out = jnp.sum(new * by_head("C"), axis=-1)
