@@ -11,6 +11,9 @@ from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
 from ssu_bridge.dispatch import Explanation, load
 from ssu_bridge.frontends.base import Arrays, Launch, frontend_of, launcher_of
 
+# The default of intermediate_stride.
+_EVERY_TOKEN = 1
+
 
 def update(
     state: Any,
@@ -31,7 +34,9 @@ def update(
     cu_seqlens: Any = None,
     intermediate_states: Any = None,
     intermediate_state_indices: Any = None,
+    intermediate_stride: int = _EVERY_TOKEN,
     parent_tokens: Any = None,
+    has_initial_state: Any = None,
     disable_state_update: bool = False,
     rand_seed: Any = None,
     out: Any = None,
@@ -74,9 +79,18 @@ def update(
         num_accepted_tokens: (b,), the column of ``state_batch_indices`` to start from, plus 1.
         cu_seqlens: (b + 1,), where the sequences begin and end among the rows of x.
         intermediate_states: (E, steps, H, P, N), of the state's dtype, or a QuantizedState: where the state after each
-            token goes, updated in place.
+            token goes, or after every k-th one, updated in place.
         intermediate_state_indices: (b,), the entry of each sequence in it. None: the slot that it starts from.
-        parent_tokens: (b, T), for trees of draft tokens, which every backend refuses for now.
+        intermediate_stride: k >= 1: step i of the intermediate states gets the state after token (i+1)*k - 1, counted
+            from the first token that the call has of a sequence. They have at least T // k steps.
+        parent_tokens: (b, T), or (rows,) with ``cu_seqlens``: trees of draft tokens. Entry t names the token of the
+            same sequence whose state token t continues; a number outside 0..t-1 stands for the state that the sequence
+            starts from. -1, 0, 1, ... is a chain. A tree has no last state: its states go to a
+            ``dst_state_batch_indices`` with a column for each token and to intermediate states, and the slot that the
+            sequence starts from is only read. At most 64 tokens; packed rows of a sequence behind its 64th belong to
+            no sequence.
+        has_initial_state: (b,) bool: False makes a sequence start from zeros, whatever its slot holds, and still store
+            there. None: all True.
         disable_state_update: read the state and leave it.
         rand_seed: round the state stochastically. Torch, NumPy: an int, or one int64 in an array. JAX: a uint32[2]
             array or a key of it. Configured without a seed, Torch and NumPy draw one in each call.
@@ -107,25 +121,26 @@ def update(
     pairs: tuple[Any, ...] = ()
     if not (
         num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
-        and parent_tokens is rand_seed is None
+        and parent_tokens is has_initial_state is rand_seed is None
         and type(state) is not QuantizedState
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
-        arrays = (*arrays, *several, None, None, rand_seed)
+        arrays = (*arrays, *several, has_initial_state, None, None, rand_seed)
+        disable_state_update = _keeps_state(parent_tokens, dst_state_batch_indices, disable_state_update)
         if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
             pairs, arrays = (state, intermediate_states), _split_quantized(arrays)
     # What _kind returns, written out, because it is looked up in every call.
     kind: tuple[Any, ...]
     softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
     kind = (type(arrays[0]), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
-    if not (donate is True and disable_state_update is check_indices is False):
-        rare = (disable_state_update, donate, check_indices)
+    if not (donate is True and disable_state_update is check_indices is False and intermediate_stride is _EVERY_TOKEN):
+        rare = (disable_state_update, donate, check_indices, intermediate_stride)
         kind += (*rare, *map(type, rare))
     try:
         launch = _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm)
-        launch = launcher_of(arrays, out, options_of(*flags, config))
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
+        launch = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
         if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
             _launchers.clear()
         _launchers[kind] = launch
@@ -150,10 +165,16 @@ def _kind(state: Any, flags: tuple[Any, ...], config: SSUConfig) -> tuple[Any, .
 
     ``state`` is an array, of a quantised one the values.
     """
-    dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, backend, algorithm = flags
+    dt_softplus, pad_slot_id, *rare, backend, algorithm = flags
     usual = (type(state), dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
-    rare = (disable_state_update, donate, check_indices)
-    return usual if rare == (False, True, False) and {*map(type, rare)} == {bool} else (*usual, *rare, *map(type, rare))
+    is_usual = rare == [False, True, False, 1] and [*map(type, rare)] == [bool, bool, bool, int]
+    return usual if is_usual else (*usual, *rare, *map(type, rare))
+
+
+def _keeps_state(parent_tokens: Any, dst_state_batch_indices: Any, disable_state_update: Any) -> Any:
+    """Return the flag for a call: a tree has no last state, and writes to slots by destinations alone."""
+    is_tree = parent_tokens is not None and dst_state_batch_indices is None
+    return True if is_tree and disable_state_update is False else disable_state_update
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
@@ -212,6 +233,8 @@ def _bound(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, tuple[Any, ...]]:
     bound = inspect.signature(update).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
+    tree = (given["parent_tokens"], given["dst_state_batch_indices"])
+    given["disable_state_update"] = _keeps_state(*tree, given["disable_state_update"])
     arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS if name != "out"))
     return arrays, given["out"], tuple(given[n] for n in inspect.signature(options_of).parameters if n in given)
 

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-ALGORITHMS = ("auto", "simple", "vertical", "horizontal")
+# How several tokens of a sequence are computed: one after the other, or in chunks by products of matrices.
+FORMS = ("loop", "matrix")
+# FlashInfer's kernels.
+FLASHINFER_ALGORITHMS = ("simple", "vertical", "horizontal")
+ALGORITHMS = ("auto", *FORMS, *FLASHINFER_ALGORITHMS)
 
 
 class Backend(enum.StrEnum):
@@ -48,8 +52,10 @@ class SSUConfig:
 
     Attributes:
         backend: a :class:`Backend` or its name in any case.
-        algorithm: FlashInfer's choice of kernel: auto, simple, vertical or horizontal. The other backends have one
-            kernel each and ignore it.
+        algorithm: how several tokens in one call are computed: "loop" (one after the other), "matrix" (in chunks, by
+            products of matrices) or "auto" (the faster of those that the backend has); a backend that lacks the one
+            selected refuses the call. "simple", "vertical" and "horizontal" select FlashInfer's kernel, and the other
+            backends ignore them.
         stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
         philox_rounds: rounds of the Philox generator; 0 means 10.
         strict_in_place: raise :class:`NotInPlaceError` where an eager JAX call could not update the state in place,
@@ -128,7 +134,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=str.lower,
         choices=ALGORITHMS,
         default=default.algorithm,
-        help="FlashInfer's choice of kernel; the other backends have one each",
+        help="how several tokens are computed (loop, matrix), or FlashInfer's kernel (simple, vertical, horizontal)",
     )
     group.add_argument(
         "--enable-mamba-cache-stochastic-rounding",

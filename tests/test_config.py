@@ -38,7 +38,7 @@ def test_names_are_parsed_whatever_their_case():
         (
             {"algorithm": "fast"},
             ValueError,
-            "algorithm: expected one of auto, simple, vertical, horizontal; got 'fast'",
+            "algorithm: expected one of auto, loop, matrix, simple, vertical, horizontal; got 'fast'",
         ),
         ({"algorithm": None}, ValueError, "algorithm: .*got None"),
         ({"philox_rounds": True}, ValueError, "philox_rounds: expected an int >= 0"),

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from ssu_bridge.config import FORMS
 from ssu_bridge.core.problem import Problem
 
 
@@ -84,6 +85,8 @@ class Feature(enum.StrEnum):
     QUANTIZED = "quantised states"
     STOCHASTIC = "stochastic rounding"
     TREES = "trees of draft tokens (parent_tokens)"
+    FRESH = "sequences that start from zeros (has_initial_state)"
+    STRIDE = "the states after every k-th token (intermediate_stride)"
 
 
 def features(problem: Problem) -> tuple[Feature, ...]:
@@ -98,6 +101,8 @@ def features(problem: Problem) -> tuple[Feature, ...]:
         Feature.QUANTIZED: "state_scale" in problem.names,
         Feature.STOCHASTIC: problem.stochastic_rounding,
         Feature.TREES: "parent_tokens" in problem.names,
+        Feature.FRESH: "has_initial_state" in problem.names,
+        Feature.STRIDE: problem.options.intermediate_stride > 1,
     }
     return tuple(feature for feature, is_asked in asked.items() if is_asked)
 
@@ -106,3 +111,12 @@ def cannot(problem: Problem, *lacking: Feature) -> str | None:
     """Refuse the features that a backend lacks."""
     asked = [str(feature) for feature in features(problem) if feature in lacking]
     return f"it cannot do {', '.join(asked)}" if asked else None
+
+
+def lacks_form(problem: Problem, *forms: str) -> str | None:
+    """Refuse the form in which to compute several tokens that was selected by name, if a backend has others alone."""
+    selected = problem.options.config.algorithm
+    # A symbolic number of tokens is neither. One token satisfies every form.
+    if selected not in FORMS or selected in forms or problem.tokens in (0, 1):
+        return None
+    return f'it lacks the {selected} form of several tokens (algorithm="{selected}")'

@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, missing_jax_ffi
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -16,7 +16,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse other devices than the CPU, and trees."""
     if problem.platform != "cpu":
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
-    return cannot(problem, Feature.TREES)
+    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.backends.base import Feature, HostKernel, cannot
+from ssu_bridge.backends.base import HostKernel
 from ssu_bridge.core import rounding
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.quantized import SCALES
@@ -53,10 +53,8 @@ def missing(framework: str) -> str | None:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse tracing, where there are no values to copy, and trees."""
-    if problem.traced:
-        return "it computes on the host and so cannot be traced by JAX"
-    return cannot(problem, Feature.TREES)
+    """Refuse tracing, where there are no values to copy."""
+    return "it computes on the host and so cannot be traced by JAX" if problem.traced else None
 
 
 def settings(problem: Problem) -> str:
@@ -107,18 +105,22 @@ def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: boo
     out, out_bounds, rows = np.zeros((count, *shape[:2])), np.zeros((count, *shape[:2])), np.zeros(count, bool)
     kept: dict[str, list[Any]] = {"state": [], "intermediate_states": []}
     for sequence in range(b):
-        state, bounds = step.initial(plan.reads[sequence]), np.zeros(shape)
-        for token in range(plan.lengths[sequence]):
+        # The states after each token, and last, where -1 finds it, the one that the sequence starts from.
+        count = plan.lengths[sequence]
+        after = [None] * count + [(step.initial(plan.loads[sequence]), np.zeros(shape))]
+        for token in range(count):
             row = plan.starts[sequence] + token
             rows[row] = True
+            state, bounds = after[plan.parents[sequence, token]]
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as everywhere
                 out[row], out_bounds[row], state, bounds = step.token(row, state, bounds)
             slot, entry = plan.slots[sequence, token], plan.entries[sequence, token]
             if slot >= 0:
                 kept["state"].append(((slot,), state, bounds, step.words(slot, token, 0)))
             if entry >= 0:
-                kept["intermediate_states"].append(((entry, token), state, bounds, step.words(entry, token, 1)))
-            state = single(state).astype(np.float64)
+                place = (entry, plan.steps[token])
+                kept["intermediate_states"].append((place, state, bounds, step.words(entry, token, 1)))
+            after[token] = single(state).astype(np.float64), bounds
     stores = {name: _stacked(kept[name], name, shape) for name in kept if name in problem.results}
     return Exact(out, out_bounds, rows, stores)
 

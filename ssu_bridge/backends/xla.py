@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
-from ssu_bridge.backends.base import Feature, TracedKernel, cannot
+from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import read_slots, slots
 
@@ -18,7 +18,8 @@ def refusal(problem: Problem) -> str | None:
     """Refuse arrays that are not JAX's, and states that are not simply rounded."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC, Feature.TREES)
+    lacking = (Feature.QUANTIZED, Feature.STOCHASTIC, Feature.TREES, Feature.FRESH, Feature.STRIDE)
+    return cannot(problem, *lacking) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:

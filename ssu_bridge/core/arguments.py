@@ -6,6 +6,7 @@ from ssu_bridge.core.rounding import LARGEST
 
 FLOATS = ("float32", "bfloat16", "float16")
 INDICES = ("int32", "int64")
+BOOLS = ("bool",)
 QUANTIZED = tuple(LARGEST)
 # A state of one of these can be rounded stochastically; float32 holds the result as it is, int16 all but so.
 ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
@@ -44,13 +45,18 @@ ARGUMENTS: dict[str, Argument] = {
     "cu_seqlens": Argument(("Q",), INDICES, "Q"),
     "intermediate_states": Argument(("EKHPN",), FLOATS + QUANTIZED, "E", written=True),
     "intermediate_state_indices": Argument(("b",), INDICES, "b"),
-    "parent_tokens": Argument(("bT",), INDICES, "bT"),
+    "parent_tokens": Argument(("*",), INDICES, "*"),
+    "has_initial_state": Argument(("b",), BOOLS, "b"),
     "state_scale": Argument(("SHP",), ("float32",), "S", written=True),
     "intermediate_state_scales": Argument(("EKHP",), ("float32",), "E", written=True),
     "rand_seed": Argument(("", "1", "2"), ("int64", "uint32")),
     "out": Argument(("*HP",), FLOATS, "*", written=True),
 }
 REQUIRED = ("state", "x", "dt", "A", "B", "C")
+# What says where each sequence or token reads and stores, in numbers or bools.
+TABLES = tuple(name for name, argument in ARGUMENTS.items() if argument.dtypes in (INDICES, BOOLS))
+# The most tokens of a sequence that parent_tokens makes a tree of.
+MOST_TOKENS_OF_A_TREE = 64
 # What disable_state_update leaves alone.
 STATE = ("state", "state_scale")
 # These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.

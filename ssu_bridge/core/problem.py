@@ -18,6 +18,7 @@ class Options:
     disable_state_update: bool
     donate: bool
     check_indices: bool
+    intermediate_stride: int
     config: SSUConfig
 
 
@@ -27,6 +28,7 @@ def options_of(
     disable_state_update: Any,
     donate: Any,
     check_indices: Any,
+    intermediate_stride: Any,
     backend: Any,
     algorithm: Any,
     config: SSUConfig,
@@ -40,12 +42,16 @@ def options_of(
     for name, flag in {**flags, "donate": donate, "check_indices": check_indices}.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a Python bool, got {_came(flag)}")
-    if isinstance(pad_slot_id, bool) or not isinstance(pad_slot_id, int | np.integer):
-        raise TypeError(f"pad_slot_id: expected a Python int, got {_came(pad_slot_id)}")
+    for name, number in {"pad_slot_id": pad_slot_id, "intermediate_stride": intermediate_stride}.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise TypeError(f"{name}: expected a Python int, got {_came(number)}")
+    if not 1 <= intermediate_stride < 2**31:
+        raise ValueError(f"intermediate_stride: expected an int from 1 to 2**31 - 1, got {intermediate_stride}")
     if not -(2**63) <= pad_slot_id < 2**63:
         raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad_slot_id}")
     in_force = replaced(config, backend, algorithm)
-    return Options(dt_softplus, int(pad_slot_id), disable_state_update, donate, check_indices, in_force)
+    pad, stride = int(pad_slot_id), int(intermediate_stride)
+    return Options(dt_softplus, pad, disable_state_update, donate, check_indices, stride, in_force)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

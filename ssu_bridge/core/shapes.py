@@ -55,8 +55,8 @@ class Shapes:
         beside = "" if name == "state" else f", beside a state of ({self.state_axes}) {self.state_shape}"
         raise ValueError(f"{name}: expected shape {expected}, got {info.shape}{beside}")
 
-    def check_sizes(self) -> None:
-        """Check the sizes that the shapes have fixed, against each other."""
+    def check_sizes(self, stride: int) -> None:
+        """Check the sizes that the shapes have fixed, against each other; ``stride`` is that of intermediate states."""
         size = self.sizes
         for symbol in "HPNG":
             if size[symbol] < 1:
@@ -72,8 +72,10 @@ class Shapes:
         for symbol, name in (("W", "state_batch_indices"), ("V", "dst_state_batch_indices")):
             if size.get(symbol, tokens) < tokens:
                 raise ValueError(f"{name}: expected at least {tokens} columns, one a token, got {size[symbol]}")
-        if size.get("K", tokens) < tokens:
-            raise ValueError(f"intermediate_states: expected at least {tokens} steps, one a token, got {size['K']}")
+        steps = tokens // stride
+        if size.get("K", steps) < steps:
+            each = "a token" if stride == 1 else f"for every {stride} tokens"
+            raise ValueError(f"intermediate_states: expected at least {steps} steps, one {each}, got {size['K']}")
 
     def is_tied(self, name: str, info: ArrayInfo) -> bool:
         """Return whether a parameter is one number a head."""

@@ -3,20 +3,13 @@
 ``slots`` and ``read_slots`` take the namespace that they compute in, which may be ``jax.numpy`` too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.problem import Problem
-
-TABLES = (
-    "state_batch_indices",
-    "dst_state_batch_indices",
-    "num_accepted_tokens",
-    "cu_seqlens",
-    "intermediate_state_indices",
-)
 
 
 def slots(xp: Any, problem: Problem, indices: Any) -> Any:
@@ -45,16 +38,22 @@ class Routes(NamedTuple):
     Attributes:
         starts: (b,), the first of each sequence's rows among all rows of tokens.
         lengths: (b,), how many rows it has.
-        reads: (b,), the slot that it starts from.
+        reads: (b,), the slot that it reads.
+        loads: the same, but -1 where it starts from zeros whatever the slot holds.
         slots: (b, most tokens of a sequence), the slot that its state goes to after each token.
-        entries: the same, of the intermediate states; the step is the token.
+        entries: the same, of the intermediate states.
+        steps: (most tokens of a sequence,), the step there.
+        parents: (b, most tokens of a sequence), the token whose state each token continues.
     """
 
     starts: np.ndarray
     lengths: np.ndarray
     reads: np.ndarray
+    loads: np.ndarray
     slots: np.ndarray
     entries: np.ndarray
+    steps: np.ndarray
+    parents: np.ndarray
 
 
 def routes(problem: Problem, arrays: Mapping[str, Any]) -> Routes:
@@ -86,11 +85,32 @@ def routes(problem: Problem, arrays: Mapping[str, Any]) -> Routes:
 
     count, steps = arrays["intermediate_states"].shape[:2] if "intermediate_states" in arrays else (0, 0)
     entry = arrays.get("intermediate_state_indices", reads).astype(np.int64)[:, None]
-    valid_entries = valid & (entry >= 0) & (entry < count) & (tokens < steps)
+    stride = problem.options.intermediate_stride
+    step = np.where((tokens + 1) % stride == 0, tokens // stride, -1)
+    valid_entries = valid & (entry >= 0) & (entry < count) & (step >= 0) & (step < steps)
 
     stores = (reads >= 0)[:, None]  # a sequence without a slot to start from stores nothing anywhere
     stores_to = np.where(stores & valid_slots, stores_to, -1)
-    return Routes(starts, lengths, reads, stores_to, np.where(stores & valid_entries, entry, -1))
+    entries = np.where(stores & valid_entries, entry, -1)
+    loads = np.where(arrays.get("has_initial_state", True), reads, -1)
+    return Routes(starts, lengths, reads, loads, stores_to, entries, step, _parents(arrays, starts, lengths))
+
+
+def _parents(arrays: Mapping[str, Any], starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the token whose state each token continues, -1 for the state that the sequence starts from."""
+    tokens = np.arange(max(lengths, default=0))
+    chain = np.repeat(tokens[None] - 1, len(lengths), axis=0)
+    for sequence, named in enumerate(_named_parents(arrays, starts, lengths)):
+        earlier = (named >= 0) & (named < tokens[: len(named)])
+        chain[sequence, : len(named)] = np.where(earlier, named, -1)
+    return chain
+
+
+def _named_parents(arrays: Mapping[str, Any], starts: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the numbers that parent_tokens has for each sequence; nothing without parent_tokens."""
+    if "parent_tokens" in arrays:
+        rows = arrays["parent_tokens"].astype(np.int64).reshape(-1)
+        yield from (rows[start : start + length] for start, length in zip(starts, lengths, strict=True))
 
 
 def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +118,8 @@ def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.n
     if problem.form != "packed":
         return np.arange(b) * problem.tokens, np.full(b, problem.tokens)
     edges = np.clip(arrays["cu_seqlens"].astype(np.int64), 0, problem.tokens)
-    return edges[:-1], np.maximum(edges[1:] - edges[:-1], 0)
+    most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else problem.tokens
+    return edges[:-1], np.clip(edges[1:] - edges[:-1], 0, most)
 
 
 def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
@@ -121,17 +142,29 @@ def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
     _require("cu_seqlens", arrays, lambda c: (c >= 0) & (c <= problem.tokens), f"0..{problem.tokens}")
     _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) >= 0, "no less than the one before")
     plan = routes(problem, arrays)
-    reads = np.where(plan.lengths > 0, plan.reads, -1)  # an empty sequence reads nothing
+    if "parent_tokens" in arrays:
+        most = MOST_TOKENS_OF_A_TREE
+        _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) <= most, f"at most {most} tokens in a tree")
+        _require_parents(arrays, plan)
     if "dst_state_batch_indices" in problem.tables:
-        _require_room("dst_state_batch_indices", arrays["dst_state_batch_indices"].shape[1], plan)
+        _require_room("dst_state_batch_indices", arrays["dst_state_batch_indices"].shape[1], plan.lengths)
     if "intermediate_states" in arrays:
         entries, steps = arrays["intermediate_states"].shape[:2]
         _require("intermediate_state_indices", arrays, lambda i: (i >= 0) & (i < entries), f"0..{entries - 1}")
         if "intermediate_state_indices" not in arrays:
-            _require_entries(entries, reads)
-        _require_room("intermediate_states", steps, plan)
-    _require_apart("intermediate_states", "an entry", plan.entries, np.full_like(reads, -1))
-    _require_apart("state", "a slot", plan.slots, reads)
+            _require_entries(entries, np.where(plan.lengths > 0, plan.reads, -1))
+        _require_room("intermediate_states", steps, plan.lengths, problem.options.intermediate_stride)
+    _require_apart("intermediate_states", "an entry", plan.entries, np.full_like(plan.reads, -1))
+    _require_apart("state", "a slot", plan.slots, np.where(plan.lengths > 0, plan.loads, -1))  # an empty one reads none
+
+
+def _require_parents(arrays: Mapping[str, Any], plan: Routes) -> None:
+    for sequence, named in enumerate(_named_parents(arrays, plan.starts, plan.lengths)):
+        for token in np.flatnonzero(named != plan.parents[sequence, : len(named)]):
+            raise ValueError(
+                f"parent_tokens: expected -1 or the number of a token before at token {token} of sequence {sequence}, "
+                f"got {named[token]}"
+            )
 
 
 def _require(name: str, arrays: Mapping[str, Any], right: Any, expected: str) -> None:
@@ -149,10 +182,11 @@ def _require_entries(count: int, reads: np.ndarray) -> None:
         )
 
 
-def _require_room(name: str, width: int, plan: Routes) -> None:
-    for sequence in np.flatnonzero(plan.lengths > width):
+def _require_room(name: str, width: int, lengths: np.ndarray, stride: int = 1) -> None:
+    each = "each token" if stride == 1 else f"every {stride} tokens"
+    for sequence in np.flatnonzero(lengths // stride > width):
         raise ValueError(
-            f"{name}: expected a place for each token of a sequence, {plan.lengths[sequence]} of sequence {sequence}, "
+            f"{name}: expected a place for {each} of a sequence, {lengths[sequence] // stride} of sequence {sequence}, "
             f"got {width}"
         )
 

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 
-from ssu_bridge.core.arguments import ARGUMENTS, INDICES, QUANTIZED, REQUIRED, ROUNDABLE, STATE, TIED_AXES
+from ssu_bridge.core.arguments import (
+    ARGUMENTS,
+    MOST_TOKENS_OF_A_TREE,
+    QUANTIZED,
+    REQUIRED,
+    ROUNDABLE,
+    STATE,
+    TABLES,
+    TIED_AXES,
+)
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.quantized import SCALES
@@ -44,7 +53,8 @@ def describe(
     for name in ARGUMENTS:
         if name in arrays:
             shapes.match(name, arrays[name])
-    shapes.check_sizes()
+    shapes.check_sizes(options.intermediate_stride)
+    _check_tree(arrays, options, shapes)
     tied = tuple(name for name in TIED_AXES if name in arrays and shapes.is_tied(name, arrays[name]))
     for name, info in arrays.items():
         _check_device(name, info, arrays)
@@ -86,7 +96,7 @@ def axes(arrays: Mapping[str, ArrayInfo]) -> dict[str, str]:
 
 def _unaligned(shapes: "Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[str, ...]) -> tuple[str, ...]:
     # A kernel loads one element at a time of a table, and of one number a head.
-    vectors = {name: info for name, info in arrays.items() if name not in tied and ARGUMENTS[name].dtypes != INDICES}
+    vectors = {name: info for name, info in arrays.items() if name not in tied and name not in TABLES}
     # An output that is not given yet will be dense, as x is in shape and dtype.
     vectors = {"out": ArrayInfo(arrays["x"].shape, arrays["x"].dtype), **vectors}
     return tuple(name for name, info in vectors.items() if not shapes.is_aligned(name, info))
@@ -132,9 +142,27 @@ def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> 
             raise ValueError("dst_state_batch_indices: expected None with intermediate_states, got an array")
     if "intermediate_state_indices" in given and "intermediate_states" not in given:
         raise ValueError("intermediate_state_indices: expected None without intermediate_states, got an array")
+    if options.intermediate_stride > 1 and "intermediate_states" not in given:
+        raise ValueError(
+            f"intermediate_stride: expected 1 without intermediate_states, got {options.intermediate_stride}"
+        )
     if "num_accepted_tokens" in given and len(_shape(arrays, "state_batch_indices")) != 2:
         came = _shape(arrays, "state_batch_indices") or "none"
         raise ValueError(f"num_accepted_tokens: expected a 2-D state_batch_indices beside it, got {came}")
+
+
+def _check_tree(arrays: Mapping[str, ArrayInfo], options: Options, shapes: Shapes) -> None:
+    if "parent_tokens" not in arrays:
+        return
+    if options.intermediate_stride > 1:
+        raise ValueError(f"intermediate_stride: expected 1 with parent_tokens, got {options.intermediate_stride}")
+    if len(came := _shape(arrays, "dst_state_batch_indices")) == 1:
+        raise ValueError(
+            "dst_state_batch_indices: expected a column for each token with parent_tokens, because a tree has no last "
+            f"state; got shape {came}"
+        )
+    if (tokens := shapes.sizes.get("T", 1)) > MOST_TOKENS_OF_A_TREE:
+        raise ValueError(f"parent_tokens: expected at most {MOST_TOKENS_OF_A_TREE} tokens of a sequence, got {tokens}")
 
 
 def _check_seed(arrays: Mapping[str, ArrayInfo], options: Options, framework: str) -> None:

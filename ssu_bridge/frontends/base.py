@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, ROUNDABLE
+from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, ROUNDABLE, TABLES
 from ssu_bridge.core.arrays import framework_of
 from ssu_bridge.core.problem import Options
 from ssu_bridge.core.quantized import SCALES, paired
-from ssu_bridge.core.slots import TABLES, require_valid
+from ssu_bridge.core.slots import require_valid
 from ssu_bridge.dispatch import Choice
 
 # The array arguments of one call, in the order of ARGUMENTS and without out. None stands for one that was not given;

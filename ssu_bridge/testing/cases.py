@@ -32,6 +32,9 @@ class Case:
         accepted: the accepted token counts; None for absent.
         steps: of the intermediate states, 0 for none; they have an entry for each slot, and ``spare_entries`` more.
         entries: the entries of the sequences; None for absent.
+        intermediate_stride: as in ``update``.
+        parents: the parent tokens, as the leading axes of x; None for absent.
+        has_initial_state: for each sequence; None for absent. The slots of those that have none hold NaN.
         seed: of stochastic rounding; None for absent.
     """
 
@@ -57,6 +60,9 @@ class Case:
     steps: int = 0
     spare_entries: int = 0
     entries: tuple[int, ...] | None = None
+    intermediate_stride: int = 1
+    parents: tuple[Any, ...] | None = None
+    has_initial_state: tuple[bool, ...] | None = None
     seed: int | None = None
 
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
@@ -105,10 +111,16 @@ class Case:
             "num_accepted_tokens": self.accepted,
             "cu_seqlens": self.cu_seqlens,
             "intermediate_state_indices": self.entries,
+            "parent_tokens": self.parents,
         }
         for name, table in tables.items():
             if table is not None:
                 result[name] = np.array(table, self.dtypes.get(name, "int32"))
+        if self.has_initial_state is not None:
+            result["has_initial_state"] = np.array(self.has_initial_state, "bool")
+            slots = range(self.sequences) if self.indices is None else self.indices
+            fresh = [slot for slot, has in zip(slots, self.has_initial_state, strict=True) if not has]
+            result["state_scale" if "state_scale" in result else "state"][fresh] = np.nan
         if self.seed is not None:
             result["rand_seed"] = np.array(self.seed, "int64")
         return result
@@ -117,7 +129,8 @@ class Case:
     def flags(self) -> dict[str, Any]:
         """The arguments of ``update`` that are not arrays."""
         flags = {"dt_softplus": self.dt_softplus, "pad_slot_id": self.pad_slot_id}
-        return flags | ({"disable_state_update": True} if self.disable_state_update else {})
+        flags |= {"disable_state_update": True} if self.disable_state_update else {}
+        return flags | ({"intermediate_stride": self.intermediate_stride} if self.intermediate_stride > 1 else {})
 
     def _channels(self, name: str, *state_axis: int) -> tuple[int, ...]:
         """Return the shape of a parameter: one number a head where it is tied."""
@@ -142,6 +155,12 @@ def arguments(arrays: Mapping[str, np.ndarray], framework: str, convert: Callabl
 
 
 _ALL_UNTIED = ("A", "dt", "D", "dt_bias")
+# A binary tree, a chain with a branch of its own, and numbers that stand for the state that the sequence starts from.
+_TREES = ((-1, 0, 0, 1, 1), (-1, 0, 1, -1, 3), (7, 1, _LOWEST, 2, _HIGHEST))
+# A slot for each of their tokens.
+_NODES = ((1, 6, 7, 8, _PAD), (9, 10, 11, 0, 12), (13, 14, 15, 5, 3))
+# Each token continues the one three before.
+_LONG = tuple(range(-3, 67))
 
 CASES: tuple[Case, ...] = (
     Case("mamba2"),
@@ -313,6 +332,73 @@ CASES: tuple[Case, ...] = (
     Case("no update, tokens", tokens=3, disable_state_update=True),
     Case(
         "intermediates, mamba1, float16", tokens=2, steps=2, nheads=0, ngroups=1, headdim=8, dtypes={"state": "float16"}
+    ),
+    Case("intermediates, every second", tokens=5, steps=2, intermediate_stride=2),
+    Case("intermediates, none of a short call", tokens=3, steps=1, intermediate_stride=4, dtypes={"state": "float16"}),
+    Case(
+        "intermediates, every third of packed ones",
+        tokens=12,
+        cu_seqlens=(0, 7, 9, 12),
+        steps=1,
+        intermediate_stride=3,
+        entries=(1, 3, 0),
+        dtypes={"state": "bfloat16"},
+    ),
+    # --- Sequences that start from zeros ---
+    Case("fresh", has_initial_state=(True, False, True)),
+    Case("fresh, no slots", has_initial_state=(False, False, True), indices=None, dtypes={"state": "bfloat16"}),
+    Case("fresh, destinations", has_initial_state=(False, True, False), destinations=(1, 0, 5)),
+    Case("fresh, tokens", tokens=3, has_initial_state=(True, False, False), dtypes={"state": "float16"}),
+    Case("fresh, packed", tokens=7, cu_seqlens=(0, 3, 3, 7), has_initial_state=(False, False, True)),
+    Case("fresh, int8 state", tokens=2, steps=2, has_initial_state=(False, True, False), dtypes={"state": "int8"}),
+    Case("fresh, no update, one token", has_initial_state=(False, True, True), disable_state_update=True),
+    # --- Trees of draft tokens ---
+    Case("tree", tokens=5, slots=16, destinations=_NODES, parents=_TREES),
+    Case("tree, intermediates", tokens=5, steps=5, parents=_TREES, dtypes={"parent_tokens": "int64"}),
+    Case(
+        "tree, bfloat16, mamba1", tokens=5, steps=6, parents=_TREES, nheads=0, ngroups=1, dtypes={"state": "bfloat16"}
+    ),
+    Case("tree, outputs alone", tokens=5, parents=_TREES, untied=_ALL_UNTIED, disable_state_update=True),
+    Case("tree of one token", steps=1, parents=(0, -1, 5)),
+    Case("tree, one token on an axis", tokens=1, steps=1, parents=((0,), (-1,), (5,))),
+    Case("tree, over its own slot", tokens=5, slots=16, parents=_TREES, destinations=((4, 4, 4, 4, 4), *_NODES[1:])),
+    Case(
+        "tree, pads, fresh",
+        tokens=5,
+        steps=5,
+        indices=(4, _PAD, 2),
+        parents=_TREES,
+        has_initial_state=(False, True, True),
+    ),
+    Case(
+        "tree, packed",
+        tokens=9,
+        slots=16,
+        cu_seqlens=(0, 5, 5, 8),
+        destinations=_NODES,
+        parents=(*_TREES[0], -1, 0, 0, 3),
+        indices=((4, 9), (0, 8), (2, 3)),
+        accepted=(2, 1, 0),
+    ),
+    Case(
+        "tree, packed, longer than a tree",
+        tokens=80,
+        sequences=2,
+        slots=3,
+        indices=(1, 0),
+        steps=64,
+        cu_seqlens=(0, 70, 80),
+        parents=(*_LONG, *range(-1, 9)),
+    ),
+    *(Case(f"tree, {dtype} state", tokens=5, steps=5, parents=_TREES, dtypes={"state": dtype}) for dtype in LARGEST),
+    Case(
+        "tree, stochastic float16",
+        tokens=5,
+        slots=16,
+        destinations=_NODES,
+        parents=_TREES,
+        dtypes={"state": "float16"},
+        seed=11,
     ),
     # --- Quantised ---
     *(

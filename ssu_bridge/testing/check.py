@@ -81,7 +81,7 @@ def check(*args: Any, **kwargs: Any) -> Report:
     return Report(str(backend), judge(problem, backend, before, after))
 
 
-_FLAGS = ("dt_softplus", "pad_slot_id", "disable_state_update")
+_FLAGS = ("dt_softplus", "pad_slot_id", "disable_state_update", "intermediate_stride")
 
 
 def results_by_name(results: tuple[Any, ...]) -> dict[str, Any]:

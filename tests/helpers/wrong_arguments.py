@@ -95,8 +95,13 @@ DTYPES = [
         ("state_batch_indices", "float32"),
         ("state_batch_indices", "int16"),
         ("state", "uint8"),
+        ("state_batch_indices", "bool"),
     ]
 ]
+DTYPES += [
+    ("has_initial_state of uint8", replace(has_initial_state=ones(3, dtype="uint8")), r"has_initial_state: expected dtype bool, got uint8"),
+    ("parent_tokens of bool", replace(parent_tokens=ones(3, dtype="bool")), r"parent_tokens: expected dtype int32 or int64, got bool"),
+]  # fmt: skip
 CONTRADICTIONS = [
     ("a bare quantised state", change("state", lambda a: a.astype("int8")), r"state: expected a QuantizedState"),
     ("a scale for a float state", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"], ones(6, 4, 8))}, r"state: expected .*plain array"),
@@ -106,6 +111,10 @@ CONTRADICTIONS = [
     ("intermediates of another dtype", lambda a: {**a, "intermediate_states": ones(3, 1, 4, 8, 16, dtype="float16")}, r"intermediate_states: expected the state's dtype float32"),
     ("accepted counts, 1-D slots", lambda a: {**a, "num_accepted_tokens": a["state_batch_indices"]}, r"num_accepted_tokens: expected a 2-D state_batch_indices beside it, got \(\d+,\)"),
     ("fewer steps than tokens", lambda a: {**tokens(a, 3), "intermediate_states": ones(6, 2, 4, 8, 16)}, r"intermediate_states: expected at least 3 steps.*got 2"),
+    ("fewer steps than strides", lambda a: {**tokens(a, 6), "intermediate_states": ones(6, 2, 4, 8, 16), "intermediate_stride": 2}, r"intermediate_states: expected at least 3 steps, one for every 2 tokens, got 2"),
+    ("a stride without intermediates", replace(intermediate_stride=2), r"intermediate_stride: expected 1 without intermediate_states, got 2"),
+    ("a tree with a stride", lambda a: {**tokens(a, 2), "intermediate_states": ones(6, 2, 4, 8, 16), "intermediate_stride": 2, "parent_tokens": ones(3, 2, dtype="int32")}, r"intermediate_stride: expected 1 with parent_tokens, got 2"),
+    ("a tree with one destination each", lambda a: {**tokens(a, 2), "parent_tokens": ones(3, 2, dtype="int32"), "dst_state_batch_indices": a["state_batch_indices"]}, r"dst_state_batch_indices: expected a column for each token with parent_tokens.*got shape \(3,\)"),
     ("fewer columns than tokens", lambda a: {**tokens(a, 3), "state_batch_indices": ones(3, 2, dtype="int32")}, r"state_batch_indices: expected at least 3 columns.*got 2"),
     ("packed and with an axis of tokens", lambda a: {**tokens(a, 3), "cu_seqlens": ones(4, dtype="int32")}, r"cu_seqlens: expected None with x of shape"),
     ("cu_seqlens empty", replace(cu_seqlens=ones(0, dtype="int32")), r"cu_seqlens: expected shape \(sequences \+ 1,\), got \(0,\)"),
@@ -118,6 +127,9 @@ TYPES = [
     ("dt_softplus a number", replace(dt_softplus=2), r"dt_softplus: expected a Python bool, got 2"),
     ("dt_softplus an array", replace(dt_softplus=ones()), r"dt_softplus: expected a Python bool, got (ndarray|Tensor|ArrayImpl|DynamicJaxprTracer)"),
     ("pad_slot_id an array", replace(pad_slot_id=ones(dtype="int32")), r"pad_slot_id: expected a Python int, got (ndarray|Tensor|ArrayImpl|DynamicJaxprTracer)"),
+    ("a stride of half", replace(intermediate_stride=1.5), r"intermediate_stride: expected a Python int, got 1.5"),
+    ("a stride of True", replace(intermediate_stride=True), r"intermediate_stride: expected a Python int, got True"),
+    ("no update 1 with a tree", lambda a: {**tokens(a, 2), "parent_tokens": ones(3, 2, dtype="int32"), "disable_state_update": 0}, r"disable_state_update: expected a Python bool, got 0"),
     ("pad_slot_id a float", replace(pad_slot_id=-1.5), r"pad_slot_id: expected a Python int, got -1.5"),
     ("pad_slot_id a bool", replace(pad_slot_id=True), r"pad_slot_id: expected a Python int, got True"),
     ("donate None", replace(donate=None), r"donate: expected a Python bool, got None"),
@@ -125,13 +137,19 @@ TYPES = [
     ("dt_softplus 1", replace(dt_softplus=1), r"dt_softplus: expected a Python bool, got 1"),
     ("donate 1", replace(donate=1), r"donate: expected a Python bool, got 1"),
     ("pad_slot_id -1.0", replace(pad_slot_id=-1.0), r"pad_slot_id: expected a Python int, got -1.0"),
+    ("has_initial_state True", replace(has_initial_state=True), r"has_initial_state: expected .*array, got bool"),
     ("half a quantised state", lambda a: {**a, "state": ssu_bridge.QuantizedState(a["state"].astype("int8"), None)}, r"state: expected a QuantizedState of two arrays"),
     ("a backend that is no name", replace(backend=3), r"backend: expected a string or a Backend, got int"),
     ("a list of backends", replace(backend=["cpu"]), r"backend: expected a string or a Backend, got list"),
 ]  # fmt: skip
 VALUES = [
     ("an unknown backend", replace(backend="cuda"), r"backend: expected one of auto, triton, flashinfer, cpu, xla, reference; got 'cuda'"),
-    ("an unknown algorithm", replace(algorithm="fast"), r"algorithm: expected one of auto, simple.*got 'fast'"),
+    ("an unknown algorithm", replace(algorithm="fast"), r"algorithm: expected one of auto, loop, matrix, simple.*got 'fast'"),
+    ("a stride of 0", replace(intermediate_stride=0), r"intermediate_stride: expected an int from 1 to 2\*\*31 - 1, got 0"),
+    ("parents of other sequences", replace(parent_tokens=ones(2, dtype="int32")), r"parent_tokens: expected shape \(3,\), got \(2,\)"),
+    ("parents without tokens", lambda a: {**tokens(a, 3), "parent_tokens": ones(3, dtype="int32")}, r"parent_tokens: expected shape \(3, 3\), got \(3,\)"),
+    ("a tree of 65", lambda a: {**tokens(a, 65), "parent_tokens": ones(3, 65, dtype="int32")}, r"parent_tokens: expected at most 64 tokens of a sequence, got 65"),
+    ("a flag for two", replace(has_initial_state=ones(2, dtype="bool")), r"has_initial_state: expected shape \(3,\), got \(2,\)"),
     ("a pad id of 65 bits", replace(pad_slot_id=2**63), r"pad_slot_id: expected an int of 64 bits"),
     ("a destination table of three axes", replace(dst_state_batch_indices=ones(3, 1, 1, dtype="int32")), r"dst_state_batch_indices: expected shape"),
     ("intermediates of other heads", replace(intermediate_states=ones(6, 1, 5, 8, 16)), r"intermediate_states: expected shape .*got \(6, 1, 5, 8, 16\)"),

@@ -7,10 +7,10 @@ they reject or get wrong is refused here; docs/flashinfer.md has what was seen.
 import dataclasses
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.backends.flashinfer.module import Module
-from ssu_bridge.config import ALGORITHMS
+from ssu_bridge.config import FLASHINFER_ALGORITHMS
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -106,7 +106,7 @@ def _kernel(specialisation: _Specialisation) -> DeviceKernel:
         specialisation.dt_softplus,
         specialisation.pad_slot_id,
         specialisation.disable_state_update,
-        ALGORITHMS.index(specialisation.algorithm),
+        ("auto", *FLASHINFER_ALGORITHMS).index(specialisation.algorithm),
         specialisation.longest,
     )
     return DeviceKernel(specialisation.target, function)
@@ -167,18 +167,18 @@ def _simple_alone(problem: Problem) -> str | None:
 def _algorithm(problem: Problem) -> str:
     """Return the algorithm to ask FlashInfer for: its own choice, unless that could fall on a kernel that errs."""
     asked = problem.options.config.algorithm
-    if asked != "auto":
+    if asked in FLASHINFER_ALGORITHMS:
         return asked
     if _by_token(problem):
-        return "simple" if _simple_alone(problem) else asked
-    return asked if problem.nheads // problem.ngroups in _HEADS_IN_A_GROUP else "simple"
+        return "simple" if _simple_alone(problem) else "auto"
+    return "auto" if problem.nheads // problem.ngroups in _HEADS_IN_A_GROUP else "simple"
 
 
 # --- What is refused ---
 
 
 def _lacks(problem: Problem) -> str | None:
-    return cannot(problem, Feature.TREES)
+    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem)
 
 
 def _wrong_sizes(problem: Problem) -> str | None:
@@ -259,7 +259,7 @@ def _wrong_tokens(problem: Problem) -> str | None:
 def _wrong_algorithm(problem: Problem) -> str | None:
     asked = problem.options.config.algorithm
     assert problem.capability is not None
-    if asked in ("auto", "simple"):
+    if asked not in FLASHINFER_ALGORITHMS or asked == "simple":
         return None
     if _by_token(problem):
         if problem.capability < (10, 0):

@@ -27,6 +27,7 @@ _DTYPES = {
     "i32": "int32",
     "i64": "int64",
     "ui32": "uint32",
+    "i1": "bool",
 }
 
 # Stands for a size that a program leaves open. A call may have as many slots, entries, columns and steps.

@@ -69,7 +69,8 @@ def spell(kernel: DeviceKernel, problem: Problem) -> str:
         "pad": options.pad_slot_id,
         "update": int(not options.disable_state_update),
         "rounds": config.philox_rounds if problem.stochastic_rounding else 0,
-        # Said only where it is asked for.
+        # Said only where they are asked for, so that programs of versions without them are still known.
+        "stride": "" if options.intermediate_stride == 1 else options.intermediate_stride,
         "algorithm": "" if config.algorithm == "auto" else config.algorithm,
         "tile": ",".join(map(str, config.triton_tile or ())),
     }
@@ -97,6 +98,7 @@ def parse(target: str) -> Call | None:
             triton_tile=tuple(map(int, fields["tile"].split(","))) if "tile" in fields else None,  # type: ignore[arg-type]
         )
         flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
-        return Call(tuple(fields["arrays"].split(",")), options_of(*flags, None, None, config))
+        options = options_of(*flags, int(fields.get("stride", 1)), None, None, config)
+        return Call(tuple(fields["arrays"].split(",")), options)
     except (KeyError, ValueError):
         return None

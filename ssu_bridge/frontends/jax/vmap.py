@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.interpreters import batching
 
-from ssu_bridge.core.arguments import ARGUMENTS, STATE
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, TABLES
 from ssu_bridge.core.problem import Problem
-from ssu_bridge.core.slots import TABLES, read_slots, slots
+from ssu_bridge.core.slots import read_slots, slots
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.kernel_primitive import kernel
 from ssu_bridge.frontends.jax.mapped_axes import Maps
@@ -21,6 +21,8 @@ from ssu_bridge.frontends.jax.step_primitive import bind, step
 
 _READ, _WRITE, _ENTRIES = "state_batch_indices", "dst_state_batch_indices", "intermediate_state_indices"
 _EDGES = "cu_seqlens"
+# What says something of each sequence; parent_tokens has a row for each token, as x has.
+_BY_SEQUENCE = tuple(name for name in TABLES if not ARGUMENTS[name].free.startswith("*"))
 # One for all sequences of a step.
 _PARAMETERS = ("A", "D", "dt_bias", "rand_seed")
 
@@ -81,7 +83,7 @@ def _lead(array: Any, axis: int | None, size: int) -> Any:
 
 def _fold(problem: Problem, size: int, arrays: dict[str, Any], shared: list[str]) -> dict[str, Any]:
     """Return the arrays of the one step."""
-    folded = {n: a if n in shared else _merged(a) for n, a in arrays.items() if n not in TABLES}
+    folded = {n: a if n in shared else _merged(a) for n, a in arrays.items() if n not in _BY_SEQUENCE}
     folded |= {name: reshaped_before(arrays[name], folded[name].shape) for name in problem.results[1:]}
     folded |= _tables(problem, size, arrays, 0 if "state" in shared else problem.slots)
     return {name: folded[name] for name in ARGUMENTS if name in folded}
@@ -93,7 +95,7 @@ def _merged(array: Any) -> Any:
 
 def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) -> dict[str, Any]:
     """Return the tables of the one step. A call's first slot is ``stride`` behind that of the call before."""
-    result = {name: _merged(arrays[name]) for name in TABLES if name in arrays and name != _EDGES}
+    result = {name: _merged(arrays[name]) for name in _BY_SEQUENCE if name in arrays and name != _EDGES}
     call = jnp.repeat(jnp.arange(size), problem.sequences)
     read = read_slots(jnp, problem, result)
     own = jnp.tile(jnp.arange(problem.sequences), size) if read is None else read

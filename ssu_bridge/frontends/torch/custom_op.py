@@ -33,6 +33,7 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         options.dt_softplus,
         options.pad_slot_id,
         options.disable_state_update,
+        options.intermediate_stride,
         str(config.backend),
         config.algorithm,
         config.philox_rounds,
@@ -59,6 +60,7 @@ def _step(
     intermediate_states: torch.Tensor | None,
     intermediate_state_indices: torch.Tensor | None,
     parent_tokens: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
     state_scale: torch.Tensor | None,
     intermediate_state_scales: torch.Tensor | None,
     rand_seed: torch.Tensor | None,
@@ -66,6 +68,7 @@ def _step(
     dt_softplus: bool,
     pad_slot_id: int,
     disable_state_update: bool,
+    intermediate_stride: int,
     backend: str,
     algorithm: str,
     philox_rounds: int,
@@ -73,8 +76,9 @@ def _step(
 ) -> None:
     tile = (triton_tile[0], triton_tile[1]) if triton_tile else None
     config = SSUConfig(backend=backend, algorithm=algorithm, philox_rounds=philox_rounds, triton_tile=tile)  # type: ignore[arg-type]
-    options = Options(dt_softplus, pad_slot_id, disable_state_update, True, False, config)
+    options = Options(dt_softplus, pad_slot_id, disable_state_update, True, False, intermediate_stride, config)
     slots = (state_batch_indices, dst_state_batch_indices)
     several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
-    arrays = (state, x, dt, A, B, C, D, z, dt_bias, *slots, *several, state_scale, intermediate_state_scales, rand_seed)
+    rest = (has_initial_state, state_scale, intermediate_state_scales, rand_seed)
+    arrays = (state, x, dt, A, B, C, D, z, dt_bias, *slots, *several, *rest)
     launcher_of(arrays, out, options)(arrays, out)
