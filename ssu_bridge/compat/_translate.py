@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from ssu_bridge.api import update
-from ssu_bridge.core.arguments import FLOATS
+from ssu_bridge.core.arguments import ARGUMENTS, FLOATS, TIED_AXES
 
-# Arguments whose first axes, as many as x has more than a state without slots, are those of the tokens.
-_TOKENWISE = ("x", "dt", "B", "C", "z", "out")
-# How many axes the arguments have in a call of one token for each sequence, all heads and groups spelt out.
-_AXES = {"state": 4, "x": 3, "dt": 3, "A": 3, "B": 3, "C": 3, "D": 2, "z": 3, "dt_bias": 2, "out": 3}
+# The axes of the float arrays in a call of one token for each sequence, all heads and groups spelt out.
+_AXES = {name: argument.shapes[0] for name, argument in ARGUMENTS.items() if argument.dtypes[: len(FLOATS)] == FLOATS}
 _FLOATS = {getattr(torch, name) for name in FLOATS}
 
 
@@ -24,8 +22,9 @@ def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
     """Give arguments of Mamba-1, and B and C of one group, the axis of heads or groups that they lack."""
     result = dict(arguments)
     for name, tensor in arguments.items():
-        if tensor is not None and name in _AXES and tensor.dim() == _AXES[name] - 1:
-            result[name] = tensor.unsqueeze(0 if name in ("A", "D", "dt_bias") else 1)
+        axes = _AXES.get(name, "")
+        if tensor is not None and tensor.dim() == len(axes) - 1:
+            result[name] = tensor.unsqueeze(axes.index("G" if "G" in axes else "H"))
     return result
 
 
@@ -70,11 +69,9 @@ def _has_gaps(name: str, tensor: Any) -> bool:
     if tensor.is_contiguous():
         return False
     axes = list(zip(tensor.shape, tensor.stride(), strict=True))
-    if name in _TOKENWISE:
-        axes = axes[tensor.dim() - _AXES[name] + 1 :]
-    if name == "state":
-        axes = axes[1:]
-    repeated = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}.get(name, 0)
+    if name in _AXES:
+        axes = axes[-len(_AXES[name].lstrip(ARGUMENTS[name].free)) :]
+    repeated = TIED_AXES.get(name, 0)
     if repeated and not any(stride for _, stride in axes[-repeated:]):  # one number a head
         axes = axes[:-repeated]
     step = 1
