@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import functools
 import operator
 import os
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class Backend(enum.StrEnum):
             raise ValueError(f"backend: expected one of {', '.join(cls)}; got {name!r}") from None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class SSUConfig:
     """What a caller may choose, apart from the arguments of the step itself.
 
@@ -73,7 +74,6 @@ class SSUConfig:
     philox_rounds: int = 10
     strict_in_place: bool = False
     triton_tile: tuple[int, int] | None = None
-    _hash: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", Backend.parse(self.backend))
@@ -88,14 +88,19 @@ class SSUConfig:
         object.__setattr__(self, "philox_rounds", self.philox_rounds or 10)
         if self.triton_tile is not None:
             object.__setattr__(self, "triton_tile", _checked_tile(self.triton_tile))
-        fields = tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.compare)
-        object.__setattr__(self, "_hash", hash(fields))
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a hash of strings is another in another process
-        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self) if field.init)
+    def __reduce__(self) -> tuple[Any, ...]:  # the hash of a string differs between processes and must not travel
+        return type(self), self._values()
 
-    def __hash__(self) -> int:  # in every call, and so computed once
+    def __hash__(self) -> int:
         return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:  # needed in every call, and so computed once
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> "SSUConfig":

@@ -1,13 +1,15 @@
 """The table of backends, and the choice of one for a Problem before anything is launched."""
 
+import dataclasses
 import importlib
 import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ssu_bridge.backends.base import BackendModule, Feature, Kernel, features
 from ssu_bridge.backends.measured import measured
-from ssu_bridge.config import Backend
-from ssu_bridge.core.problem import Problem
+from ssu_bridge.config import Backend, SSUConfig
+from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 
 # What auto asks, in this order but for what was measured; the reference is for checking and is never taken unasked.
@@ -15,7 +17,8 @@ AUTOMATIC = (Backend.TRITON, Backend.FLASHINFER, Backend.CPU, Backend.XLA)
 BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
 
 _log = logging.getLogger("ssu_bridge")
-_logged: set[tuple[Backend, str]] = set()
+# The backends that were passed over, each with the one that was selected: no more pairs than backends squared.
+_logged: set[tuple[Backend, Backend]] = set()
 
 
 class Answer(NamedTuple):
@@ -121,12 +124,33 @@ def load(problem: Problem) -> Kernel:
     for passed in choice.answers:
         if passed.backend is choice.backend:
             break
-        _log_once(passed, choice.backend)
+        _log_passed(passed, choice.backend)
     return module(choice.backend).load(problem)
 
 
-def _log_once(passed: Answer, taken: Backend) -> None:
-    key = (passed.backend, passed.refusal or "")
-    if key not in _logged:
-        _logged.add(key)
-        _log.info("backend %s passed over for %s: %s", passed.backend, taken, passed.refusal)
+def program_options(options: Options, platforms: Iterable[str], *, seeded: bool) -> Options:
+    """Return what a program for these platforms depends on of its options; the rest is as it is by default.
+
+    Calls that differ in the rest have one program.
+
+    Args:
+        options: of a call.
+        platforms: those that the program can run on.
+        seeded: whether the call has a seed, without which nothing is rounded stochastically.
+    """
+    requested = options.config.backend
+    names = AUTOMATIC if requested is Backend.AUTO else (requested,)
+    selectable = [module(name) for name in names if module(name).PLATFORM in (None, *platforms)]
+    fields = {field for backend in selectable for field in backend.CONFIG_FIELDS}
+    if not seeded:  # configured stochastic rounding then has an error, that a seed is missing
+        fields = fields - {"philox_rounds"} | {"stochastic_rounding"}
+    config = SSUConfig(requested, **{field: getattr(options.config, field) for field in fields})
+    return dataclasses.replace(options, donate=True, check_indices=False, config=config)
+
+
+def _log_passed(passed: Answer, selected: Backend) -> None:
+    """Log why a backend was passed over: to users once for each pair of backends, not for each size of a call."""
+    pair = (passed.backend, selected)
+    level = logging.DEBUG if pair in _logged else logging.INFO
+    _logged.add(pair)
+    _log.log(level, "backend %s passed over for %s: %s", passed.backend, selected, passed.refusal)

@@ -140,3 +140,26 @@ arrays = CASES[0].arrays(seed=0)
 def test_one_framework_works_without_the_others(hidden, call):
     code = HIDE.format(hidden=hidden) + f"{call}\nprint(ssu_bridge.check(**arrays, backend='cpu').passed)"
     assert run(code) == ["True"]
+
+
+def is_unbounded(node):
+    """Say whether a statement makes a cache without a bound: functools.cache of arguments, or a table of the module's."""
+    if isinstance(node, ast.FunctionDef):
+        caches = {"functools.cache", "cache", "functools.lru_cache(maxsize=None)", "lru_cache(maxsize=None)"}
+        takes_any = bool(ast.unparse(node.args))
+        return takes_any and any(ast.unparse(decorator) in caches for decorator in node.decorator_list)
+    empty = isinstance(node, ast.AnnAssign) and node.value is not None and ast.unparse(node.value)
+    return empty in ("{}", "[]", "set()", "dict()", "list()")
+
+
+def test_every_cache_has_a_bound_or_a_reason():
+    unexplained = []
+    for path, _ in modules():
+        text = path.read_text()
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if is_unbounded(node):
+                first = node.decorator_list[0].lineno if isinstance(node, ast.FunctionDef) else node.lineno
+                if not lines[first - 2].startswith("#"):
+                    unexplained.append(f"{path.name}:{first}")
+    assert unexplained == []

@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import copy
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -171,3 +173,23 @@ def test_environment_variables():
     assert result.stdout == "auto auto\n"
     result = run_with(code, SSU_BRIDGE_BACKEND="fast")
     assert "ValueError: environment variable SSU_BRIDGE_BACKEND: backend: expected one of auto" in result.stderr
+
+
+def test_the_hash_is_no_field():
+    config = SSUConfig("cpu", philox_rounds=7, triton_tile=[8, 4])
+    expected = {
+        "backend": Backend.CPU,
+        "algorithm": "auto",
+        "stochastic_rounding": False,
+        "philox_rounds": 7,
+        "strict_in_place": False,
+        "triton_tile": (8, 4),
+    }
+    assert dataclasses.asdict(config) == expected
+    assert SSUConfig(**expected) == config
+    assert "_hash" not in repr(config)
+    for other in (SSUConfig(**expected), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert hash(other) == hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.backend = "xla"

@@ -1,5 +1,6 @@
 """The choice of a backend: refusals, what is not computed yet, explain, and what is logged."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -13,6 +14,7 @@ from modes import PAIRS, bits, convert, to_host, to_mode
 
 import ssu_bridge
 from ssu_bridge import dispatch
+from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.frontends.jax import ffi_targets
 from ssu_bridge.testing.cases import Case
 
@@ -137,6 +139,74 @@ def test_falling_through_is_logged_once(monkeypatch, caplog):
     assert len(messages) == len(set(messages))
     expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), backend="xla")
     np.testing.assert_array_equal(np.array(out), np.array(expected))
+
+
+def test_a_refusal_is_logged_to_users_once_whatever_the_sizes(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch.module("cpu"), "refusal", lambda problem: f"no batch of {problem.sequences}")
+    with caplog.at_level(logging.DEBUG, logger="ssu_bridge"):
+        for sequences in range(1, 5):
+            arrays = Case("logged", sequences=sequences, indices=tuple(range(sequences))).arrays(seed=0)
+            jax.jit(lambda arrays: ssu_bridge.update(**arrays)).trace(to_mode(arrays, "jax")).lower()
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "cpu passed over for xla" in r.getMessage()]
+    levels = ["INFO", "DEBUG", "DEBUG", "DEBUG"]
+    assert said == [(level, f"backend cpu passed over for xla: no batch of {n}") for n, level in enumerate(levels, 1)]
+    assert len(dispatch._logged) <= len(dispatch.BACKENDS) ** 2
+
+
+UNUSED = {"strict_in_place": True, "algorithm": "vertical", "triton_tile": (16, 4), "philox_rounds": 7}
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one whenever XLA compiles a program."""
+    found = []
+
+    def listen(name, seconds, **_):
+        if name.endswith("backend_compile_duration"):
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU some of these fields are used")
+@pytest.mark.parametrize("backend", ["cpu", "xla", "auto"])
+def test_a_field_that_no_backend_uses_compiles_nothing(backend, compilations):
+    arrays = Case("unused", headdim=4, dstate=8, pad_slot_id=-909).arrays(seed=1)
+    ssu_bridge.update(**to_mode(arrays, "jax"), pad_slot_id=-909, backend=backend)
+    assert compilations
+    for field, value in UNUSED.items():
+        given = to_mode(arrays, "jax")  # which compiles some of JAX's own programs
+        before = len(compilations), ffi_targets.registered()
+        with ssu_bridge.using(**{field: value}):
+            ssu_bridge.update(**given, pad_slot_id=-909, backend=backend)
+        assert (len(compilations), ffi_targets.registered()) == before, field
+
+
+def test_philox_rounds_are_used_with_a_seed():
+    arrays = Case("rounds", headdim=4, dstate=8, dtypes={"state": "float16"}).arrays(seed=1)
+    states = []
+    for rounds in (7, 10):
+        with ssu_bridge.using(philox_rounds=rounds):
+            _, state = ssu_bridge.update(**to_mode(arrays, "jax"), rand_seed=jax.random.key(3), backend="cpu")
+        states.append(np.array(state))
+    assert (states[0] != states[1]).any()
+
+
+def test_each_backend_names_its_programs_by_the_fields_that_it_uses():
+    fields = {field: value for field, value in UNUSED.items() if field != "philox_rounds"}
+    for backend in ("cpu", "triton", "flashinfer"):
+        problem = ssu_bridge.explain(**CASE.arrays(seed=1)).choices[0].problem
+        config = ssu_bridge.SSUConfig(backend, **fields)
+        problem = dataclasses.replace(problem, options=dataclasses.replace(problem.options, config=config))
+        name = ffi_targets.spell(DeviceKernel(f"ssu_bridge.{backend}(x)", None), problem)
+        assert ("algorithm=vertical" in name) == (backend == "flashinfer")
+        assert ("tile=16,4" in name) == (backend == "triton")
+        call = ffi_targets.parse(name)
+        assert call.kernel == f"ssu_bridge.{backend}(x)"
+        assert call.options.config.backend == backend
 
 
 def test_the_table_of_targets_has_an_end(monkeypatch):

@@ -38,7 +38,16 @@ Kernel = DeviceKernel | HostKernel | TracedKernel
 
 
 class BackendModule(Protocol):
-    """The functions that each module of this package has. None of them touches an array."""
+    """What each module of this package has. None of its functions touches an array.
+
+    Attributes:
+        PLATFORM: the platform that its kernels run on; None: any.
+        CONFIG_FIELDS: the fields of SSUConfig that its kernels depend on, of which philox_rounds only where they round
+            stochastically. Programs are compiled, named and kept by these alone.
+    """
+
+    PLATFORM: str | None
+    CONFIG_FIELDS: tuple[str, ...]
 
     def missing(self, framework: str) -> str | None:
         """Say what is not installed, for arrays of a framework, and which command installs it; or None."""

@@ -6,6 +6,9 @@ from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, 
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
+PLATFORM = "cpu"
+CONFIG_FIELDS = ("philox_rounds",)
+
 
 def missing(framework: str) -> str | None:
     """Only JAX needs more than the package itself, where the kernel is."""
@@ -14,7 +17,7 @@ def missing(framework: str) -> str | None:
 
 def refusal(problem: Problem) -> str | None:
     """Refuse other devices than the CPU, and trees."""
-    if problem.platform != "cpu":
+    if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
     return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
 

@@ -13,6 +13,7 @@ def measured(name: str, capability: tuple[int, int] | None) -> Any:
     return tables[max((c for c in known if capability and c <= capability), default=known[0])]
 
 
+# Unbounded: there are a few files.
 @functools.cache
 def _tables(name: str) -> dict[tuple[int, int], Any]:
     text = resources.files("ssu_bridge.backends").joinpath(f"{name}.toml").read_text()

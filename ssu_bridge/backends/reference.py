@@ -12,6 +12,9 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.slots import routes
 
+PLATFORM = None
+CONFIG_FIELDS = ("philox_rounds",)
+
 
 class Store(NamedTuple):
     """The states that go to one array, before they are rounded to its dtype.

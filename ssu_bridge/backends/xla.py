@@ -8,6 +8,9 @@ from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import read_slots, slots
 
+PLATFORM = None
+CONFIG_FIELDS = ()
+
 
 def missing(framework: str) -> str | None:
     """Nothing is: where JAX arrays come from, JAX is."""

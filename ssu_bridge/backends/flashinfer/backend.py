@@ -14,6 +14,9 @@ from ssu_bridge.config import FLASHINFER_ALGORITHMS
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
+PLATFORM = "cuda"
+CONFIG_FIELDS = ("philox_rounds", "algorithm")
+
 # It does not compile for other heads up to 64, and drops rows of those above 128.
 _HEADDIMS = (64, 128)
 _DSTATES = range(64, 257, 32)
@@ -97,7 +100,7 @@ def load(problem: Problem) -> DeviceKernel:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _kernel(specialisation: _Specialisation) -> DeviceKernel:
     function = library().flashinfer_kernel(
         module.load(specialisation.module),

@@ -106,6 +106,7 @@ def load(module: Module) -> Any:
         ) from error
 
 
+# Unbounded: there is one file, that of the FlashInfer that is installed.
 @functools.cache
 def _signature(source: Path) -> tuple[tuple[str, ...], str]:
     """Read from FlashInfer's source what its entry takes, and what that passes to a module's function."""

@@ -13,6 +13,9 @@ from ssu_bridge.backends.triton.disk_cache import cached
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
+PLATFORM = "cuda"
+CONFIG_FIELDS = ("philox_rounds", "triton_tile")
+
 # A tile is addressed in 32 bits inside a head.
 _MOST_ELEMENTS_OF_A_HEAD = 2**31
 
@@ -43,7 +46,8 @@ def load(problem: Problem) -> DeviceKernel:
     return _kernel(specialise(problem, tiles.tile(problem)))
 
 
-@functools.cache  # a process has as many kernels as it has targets, of which there is room for 1,024
+# Unbounded: a kernel stays loaded, because a CUDA graph may launch it, and one that is forgotten would be loaded twice.
+@functools.cache
 def _kernel(specialisation: Specialisation) -> DeviceKernel:
     arguments, launch = runtime_arguments(specialisation), launch_of(specialisation)
     compiled = cached(specialisation, functools.partial(compile_step, specialisation))

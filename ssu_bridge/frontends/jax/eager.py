@@ -11,9 +11,18 @@ import jax.numpy as jnp
 from ssu_bridge.core.arguments import ARGUMENTS, STATE
 from ssu_bridge.core.problem import Options
 from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.dispatch import program_options
 from ssu_bridge.errors import NotInPlaceError
-from ssu_bridge.frontends.base import Arrays, Launch, require_one_framework
-from ssu_bridge.frontends.jax.metadata import WRITTEN, address, explain_failure, is_viewed, narrowed, refuse_out
+from ssu_bridge.frontends.base import SEED, Arrays, Launch, require_one_framework
+from ssu_bridge.frontends.jax.metadata import (
+    WRITTEN,
+    address,
+    explain_failure,
+    is_viewed,
+    narrowed,
+    platforms,
+    refuse_out,
+)
 from ssu_bridge.frontends.jax.sharding.automatic import refusals
 from ssu_bridge.frontends.jax.tracing import trace, trace_call, with_given
 
@@ -32,7 +41,9 @@ def launcher(state_type: type, options: Options) -> Launch:
     """
     usual, donated = _USUAL, _donated(options)
     donates_state = 0 in donated
-    compiled, output_last = _compiled(options, donated), _compiled_output_last(options, donated)
+    unseeded, seeded = (program_options(options, platforms(), seeded=seeded) for seeded in (False, True))
+    compiled, output_last = _compiled(unseeded, donated), _compiled_output_last(unseeded, donated)
+    output_last_seeded = _compiled_output_last(seeded, donated)
 
     def launch(arrays: Arrays, out: Any) -> tuple[Any, ...]:
         if out is not None:
@@ -46,7 +57,7 @@ def launcher(state_type: type, options: Options) -> Launch:
                 if jax.Ref in map(type, arrays):
                     return _launch_on_references(options, donated, arrays)
                 break
-        run = compiled if len(arrays) <= usual else output_last
+        run = compiled if len(arrays) <= usual else output_last if arrays[SEED] is None else output_last_seeded
         state = arrays[0]
         try:
             before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
@@ -115,9 +126,11 @@ def launcher_on_references(options: Options) -> Launch:
 def _launch_on_references(options: Options, donated: tuple[int, ...], arrays: Arrays) -> tuple[Any, ...]:
     """Run a call of which some arrays are references: the program updates them in place, and they are not donated."""
     others = tuple(i for i in donated if i < len(arrays) and not isinstance(arrays[i], jax.Ref))
+    seeded = len(arrays) > SEED and arrays[SEED] is not None
+    run = _compiled_output_last(program_options(options, platforms(), seeded=seeded), others)
     try:
         with refusals():
-            return with_given(arrays, _compiled_output_last(options, others)(*arrays))
+            return with_given(arrays, run(*arrays))
     except Exception:
         explain_failure(arrays)
         raise

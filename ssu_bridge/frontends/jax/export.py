@@ -13,7 +13,7 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.validate import axes, describe
 from ssu_bridge.dispatch import consider_problem, load
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends.jax.ffi_targets import parse, register, registered, spell
+from ssu_bridge.frontends.jax.ffi_targets import Call, parse, register, registered, spell
 from ssu_bridge.frontends.jax.metadata import platforms
 
 # Types of a program's text, by NumPy's names.
@@ -60,7 +60,8 @@ def prepare(exported: Exported) -> tuple[str, ...]:
         )
     prepared = []
     for target, kinds in _calls(exported.mlir_module()):
-        problem = _problem(target, kinds)
+        call = _call(target)
+        problem = _problem(call, kinds)
         able = [problem.on(name, here[name]) for name in exported.platforms if name in here]
         choices = [consider_problem(on_platform) for on_platform in able]
         if all(choice.backend is None for choice in choices) and set(exported.platforms) <= set(here):
@@ -68,20 +69,22 @@ def prepare(exported: Exported) -> tuple[str, ...]:
         # Of a program for several platforms, what is not for one of this process is left out.
         for choice in choices:
             if choice.backend is not None:
-                _prepare(target, choice.problem)
+                _prepare(target, call, choice.problem)
                 prepared.append(target)
     return tuple(dict.fromkeys(prepared))
 
 
-def _prepare(target: str, problem: Problem) -> None:
+def _prepare(target: str, call: Call, problem: Problem) -> None:
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel)
-    if (here := spell(kernel, problem)) != target:
+    if kernel.target != call.kernel:
         raise UnsupportedError(
-            f"the program calls {target}; this device and version of ssu_bridge have {here}; export it again here"
+            f"the program calls {target}; this device and version of ssu_bridge have {spell(kernel, problem)}; export "
+            "it again here"
         )
     assert problem.platform is not None
-    register(kernel, problem, problem.platform)
+    # By the program's name, which may spell more of the call than is spelt now.
+    register(target, kernel, problem.platform)
 
 
 def _calls(program: str) -> Iterator[tuple[str, list[ArrayInfo]]]:
@@ -95,12 +98,16 @@ def _info(kind: str) -> ArrayInfo:
     return ArrayInfo(tuple(_OPEN if n == "?" else int(n) for n in shape), _DTYPES[dtype])
 
 
-def _problem(target: str, kinds: list[ArrayInfo]) -> Problem:
+def _call(target: str) -> Call:
     call = parse(target)
     if call is None:
         raise UnsupportedError(
             f"the program calls {target}, which this version of ssu_bridge does not know; export it again"
         )
+    return call
+
+
+def _problem(call: Call, kinds: list[ArrayInfo]) -> Problem:
     # Operands behind the arrays tell XLA the shapes of the results, where sizes are left open.
     arrays = _closed(dict(zip(call.names, kinds[: len(call.names)], strict=True)))
     return describe(arrays, call.options, framework="jax", platform=None, traced=True)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.config import Backend, SSUConfig
 from ssu_bridge.core.problem import Options, Problem, options_of
+from ssu_bridge.dispatch import module
 
 # What jax-tvm-ffi has room for in a process.
 CAPACITY = 1024
@@ -14,19 +15,18 @@ CAPACITY = 1024
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}
 
 _lock = threading.Lock()
-# Held here, because XLA calls them as long as the process lives.
+# Held here, because XLA calls them as long as the process lives. No more than CAPACITY, nor below.
 _functions: dict[tuple[str, str], Any] = {}
 # The names of those that are kernels.
 _kernels: dict[str, None] = {}
 
 
-def register(kernel: DeviceKernel, problem: Problem, platform: str) -> str:
+def register(name: str, kernel: DeviceKernel, platform: str) -> str:
     """Register a kernel for a platform if it is not yet, and return the name that a program calls it by.
 
     Raises:
         RuntimeError: the process has as many kernels registered as jax-tvm-ffi has room for.
     """
-    name = spell(kernel, problem)
     register_function(name, kernel.function, platform, in_graphs=True)
     with _lock:
         _kernels[name] = None
@@ -63,42 +63,51 @@ def registered() -> list[str]:
 def spell(kernel: DeviceKernel, problem: Problem) -> str:
     """Return the name of a target."""
     options, config = problem.options, problem.options.config
+    used = module(_backend(kernel.target)).CONFIG_FIELDS
     fields = {
         "arrays": ",".join(problem.names),
         "softplus": int(options.dt_softplus),
         "pad": options.pad_slot_id,
         "update": int(not options.disable_state_update),
         "rounds": config.philox_rounds if problem.stochastic_rounding else 0,
-        # Said only where they are asked for, so that programs of versions without them are still known.
+        # Said only where they are selected, so that programs of versions without them are still known.
         "stride": "" if options.intermediate_stride == 1 else options.intermediate_stride,
-        "algorithm": "" if config.algorithm == "auto" else config.algorithm,
-        "tile": ",".join(map(str, config.triton_tile or ())),
+        # These only where the backend uses them, too.
+        "algorithm": config.algorithm if "algorithm" in used and config.algorithm != "auto" else "",
+        "tile": ",".join(map(str, config.triton_tile or ())) if "triton_tile" in used else "",
     }
     return f"{kernel.target}[{';'.join(f'{name}={value}' for name, value in fields.items() if value != '')}]"
 
 
-class Call(NamedTuple):
-    """What a target's name says of a call: the arrays in their order, and the options."""
+def _backend(target: str) -> Backend:
+    """Return the backend that a kernel is of, by its target."""
+    return Backend.parse(target.partition("(")[0].removeprefix("ssu_bridge."))
 
+
+class Call(NamedTuple):
+    """What a target's name says of a call: the kernel's own target, the arrays in their order, and the options."""
+
+    kernel: str
     names: tuple[str, ...]
     options: Options
 
 
 def parse(target: str) -> Call | None:
     """Return what the name of a target says; None if it is none of ours, or of a version that spelt it otherwise."""
-    match = re.fullmatch(r"ssu_bridge\.(\w+)\(.*\)\[(.*)\]", target)
+    match = re.fullmatch(r"(ssu_bridge\..*\))\[(.*)\]", target)
     if match is None:
         return None
+    kernel = match[1]
     fields = dict(field.partition("=")[::2] for field in match[2].split(";"))
     try:
         config = SSUConfig(
-            backend=Backend.parse(match[1]),
+            backend=_backend(kernel),
             algorithm=fields.get("algorithm", "auto"),
             philox_rounds=int(fields["rounds"]),
             triton_tile=tuple(map(int, fields["tile"].split(","))) if "tile" in fields else None,  # type: ignore[arg-type]
         )
         flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
         options = options_of(*flags, int(fields.get("stride", 1)), None, None, config)
-        return Call(tuple(fields["arrays"].split(",")), options)
+        return Call(kernel, tuple(fields["arrays"].split(",")), options)
     except (KeyError, ValueError):
         return None

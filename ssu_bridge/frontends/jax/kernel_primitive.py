@@ -11,7 +11,7 @@ from jax.interpreters import mlir
 from ssu_bridge.backends.base import HostKernel, TracedKernel
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.dispatch import load
-from ssu_bridge.frontends.jax.ffi_targets import register
+from ssu_bridge.frontends.jax.ffi_targets import register, spell
 from ssu_bridge.frontends.jax.metadata import platforms
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does.
@@ -38,7 +38,8 @@ def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = Non
     # What is written in place is an operand and a result of one buffer. XLA copies one that must not be changed. For a
     # result that it writes straight into a slice of another array XLA:GPU takes other memory; kernels see to that.
     aliases = {problem.names.index(name): i for i, name in enumerate(problem.results) if name != "out"}
-    lowering = jax.ffi.ffi_lowering(register(loaded, problem, platform), operand_output_aliases=aliases)
+    target = register(spell(loaded, problem), loaded, platform)
+    lowering = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
     return lowering(ctx, *operands)
 
 

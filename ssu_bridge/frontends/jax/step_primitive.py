@@ -1,5 +1,6 @@
 """The step as a JAX primitive, over however many devices its arrays lie on."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -10,10 +11,11 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, mlir
 
 from ssu_bridge.core.problem import Problem
+from ssu_bridge.dispatch import program_options
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.kernel_primitive import kernel, lower, register_lowering, result_types
 from ssu_bridge.frontends.jax.mapped_axes import Maps, over_calls
-from ssu_bridge.frontends.jax.metadata import several_devices
+from ssu_bridge.frontends.jax.metadata import platforms, several_devices
 from ssu_bridge.frontends.jax.sharding.automatic import partitioned_jaxpr, refusals
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does, with the axes of ``maps``; x
@@ -55,10 +57,15 @@ def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]
 
 
 @step.def_impl  # type: ignore[untyped-decorator]
-def _run_at_once(*operands: Any, **parameters: Any) -> Any:
+def _run_at_once(*operands: Any, problem: Problem, **parameters: Any) -> Any:
     """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
     with refusals(), jax.disable_jit(False):
-        return _jitted(**parameters)(*operands)
+        return _jitted(problem=_of_this_process(problem), **parameters)(*operands)
+
+
+def _of_this_process(problem: Problem) -> Problem:
+    options = program_options(problem.options, platforms(), seeded=problem.stochastic_rounding)
+    return dataclasses.replace(problem, options=options)
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ from ssu_bridge.api import explain
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.quantized import paired, unpaired
 from ssu_bridge.core.validate import axes
+from ssu_bridge.frontends.jax import ffi_targets
 from ssu_bridge.frontends.jax.ffi_targets import parse, registered
 from ssu_bridge.testing.cases import CASES, Case
 
@@ -236,6 +237,20 @@ def renamed(exported, old, new):
     other = Renamed(**{field.name: getattr(exported, field.name) for field in dataclasses.fields(exported)})
     object.__setattr__(other, "program", program.replace(old, new))  # it is frozen
     return other
+
+
+def test_a_program_whose_calls_are_spelt_as_they_once_were():
+    """Names held all of the configuration, also where the backend ignores it."""
+    exported = exported_step(CASE, backend="cpu")
+    (name,) = ssu_bridge.prepare(exported)
+    old = f"{name.removesuffix(']')};algorithm=vertical;tile=16,4]"
+    program = renamed(exported, f'"{name}"', f'"{old}"')
+    assert ssu_bridge.prepare(program) == (old,)
+    assert old in registered()
+    with ssu_bridge.using(algorithm="vertical", triton_tile=(16, 4)):
+        assert ssu_bridge.prepare(exported_step(CASE, backend="cpu")) == (name,)
+    kernels = [ffi_targets._functions[spelt, "cpu"] for spelt in (name, old)]
+    assert kernels[0] is kernels[1]
 
 
 def test_what_is_missing_is_said():
