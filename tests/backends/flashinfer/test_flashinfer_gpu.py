@@ -26,7 +26,8 @@ from flashinfer_calls import (
 from modes import GPU_MODES, bits, int64_as_it_is, poisoned, step, to_host, to_mode
 
 import ssu_bridge
-from ssu_bridge.backends import flashinfer
+from ssu_bridge.backends.flashinfer import backend as flashinfer
+from ssu_bridge.backends.flashinfer import module as flashinfer_module
 from ssu_bridge.core.slots import require_valid
 from ssu_bridge.testing.cases import CASES
 from ssu_bridge.testing.check import results_by_name
@@ -83,7 +84,7 @@ def _all_compiled():
         pytest.skip(reason)
     modules = {flashinfer._module(problem_of(case)) for case in (*TAKEN, *BITWISE.values(), LARGE, OTHER)}
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(flashinfer.flashinfer_module.load, modules))
+        list(pool.map(flashinfer_module.load, modules))
 
 
 def test_there_are_cases():

@@ -21,7 +21,8 @@ from flashinfer_calls import (
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.backends import flashinfer
+from ssu_bridge import progress
+from ssu_bridge.backends.flashinfer import backend as flashinfer
 from ssu_bridge.backends.flashinfer import module
 
 SOURCE = """
@@ -157,17 +158,18 @@ def test_it_is_asked_for_a_module(monkeypatch):
 @pytest.mark.parametrize("seconds", [0.0, 0.2])
 def test_a_compilation_is_told_while_it_runs_and_one_that_is_there_is_not(monkeypatch, caplog, seconds):
     monkeypatch.setitem(sys.modules, ENTRY, Entry(seconds))
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(progress, "PATIENCE", 0.05)
+    monkeypatch.setattr(progress, "INTERVAL", 0.1)
     with caplog.at_level(logging.INFO, logger="ssu_bridge"):
         module.load(flashinfer._module(problem_of(CASE)))
     said = [record.getMessage() for record in caplog.records]
-    assert [what.split(" its ")[0] for what in said] == (
-        ["FlashInfer compiles", "FlashInfer compiled"] if seconds else []
+    assert [what.split(" FlashInfer")[0] for what in said] == (
+        ["compiling", "compiling", "compiled"] if seconds else []
     )
 
 
 def test_without_logging_it_is_said_on_stderr():
-    code = "from ssu_bridge.backends import flashinfer_module as m; m._say('compiles')"
+    code = "from ssu_bridge.progress import report; report('compiles')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "ssu_bridge: compiles\n"
     configured = f"import logging; logging.basicConfig(level='WARNING'); {code}"
