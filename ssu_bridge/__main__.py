@@ -1,16 +1,19 @@
 """``python -m ssu_bridge info | check | bench``."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ssu_bridge import BackendNotAvailableError, UnsupportedError, check, explain
 from ssu_bridge.dispatch import BACKENDS
 from ssu_bridge.frontends.base import frontend
+from ssu_bridge.progress import progress, say
 from ssu_bridge.testing.cases import CASES, Case, arguments
 
 _PACKAGES = (
@@ -28,7 +31,7 @@ _PACKAGES = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the process's exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ssu_bridge", description="selective_state_update, bridged")
+    parser = argparse.ArgumentParser(prog="python -m ssu_bridge", description="inspect, check and measure ssu_bridge")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and what each backend says")
     checking = commands.add_parser("check", help="run all cases on all backends against the float64 reference")
@@ -38,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     more = "The GPU benchmark has flags of its own: python -m ssu_bridge.bench.cuda --help"
     bench = commands.add_parser("bench", help="measure", epilog=more)
     bench.add_argument("--device", choices=["cpu", "cuda"], help="cpu, unless flags of the GPU benchmark are given")
+    bench.add_argument("--save", type=Path, metavar="CSV", help="keep the times of a step over the batch")
+    bench.add_argument("--plot", type=Path, metavar="PNG", help="draw them")
+    bench.add_argument("--read", type=Path, metavar="CSV", help="draw recorded times instead of measuring")
     arguments, rest = parser.parse_known_args(argv)
     if rest and (arguments.command != "bench" or arguments.device == "cpu"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -45,18 +51,32 @@ def main(argv: list[str] | None = None) -> int:
         return _info()
     if arguments.command == "check":
         return _check(arguments.case, arguments.backend, arguments.verbose)
-    return _bench(arguments.device or ("cuda" if rest else "cpu"), rest)
+    if arguments.read and not arguments.plot:
+        parser.error("--read: expected --plot with it, which says where the picture goes")
+    return _bench(arguments, rest)
 
 
-def _bench(device: str, flags: list[str]) -> int:
-    if device == "cpu":
-        from ssu_bridge.bench.cpu import steps
+def _bench(arguments: argparse.Namespace, flags: list[str]) -> int:
+    figures: Any
+    if arguments.read:
+        from ssu_bridge.bench.figures import Figures
 
-        steps.main()
-    else:
+        figures = Figures.read(arguments.read)
+    elif arguments.device == "cuda" or flags:
         from ssu_bridge.bench.cuda import command
 
-        command.main(flags)
+        figures = command.main(flags)
+    else:
+        from ssu_bridge.bench.cpu import steps
+
+        figures = steps.main()
+    if figures is None and (arguments.save or arguments.plot):
+        print("this part of the benchmark has no times over the batch: nothing to save or plot", file=sys.stderr)
+        return 1
+    if arguments.save:
+        figures.save(arguments.save)
+    if arguments.plot:
+        figures.draw(arguments.plot)
     return 0
 
 
@@ -65,7 +85,7 @@ def _frameworks() -> list[str]:
 
 
 def _devices(framework: str) -> Iterator[tuple[str, Any]]:
-    """Yield the devices of a framework, with an array on each for others to be put beside."""
+    """Yield the devices of a framework, each with an array on it that says where other arrays go."""
     import numpy as np
 
     side = frontend(framework)
@@ -101,7 +121,7 @@ def _info() -> int:
     print(
         f"  cpu kernel        {native.cpu_isa()} of {', '.join(native.cpu_isas())}; {native.cpu_num_threads()} threads"
     )
-    print("\nWho runs a plain Mamba-2 step:")
+    print("\nBackends that support a plain Mamba-2 step:")
     for framework in _frameworks():
         for device, like in _devices(framework):
             arrays = _on(framework, like, CASES[0])
@@ -115,32 +135,42 @@ def _info() -> int:
 def _check(only: str | None, backend: str | None, verbose: bool) -> int:
     cases = [case for case in CASES if not only or only in case.name]
     backends = [name for name in BACKENDS if backend in (None, name)]
+    runs = [
+        _Run(framework, device, like, name, case)
+        for framework in _frameworks()
+        for device, like in _devices(framework)
+        for name in backends
+        for case in cases
+    ]
     passed = failed = 0
     refused: dict[str, int] = {}
-    for framework in _frameworks():
-        for device, like in _devices(framework):
-            for name in backends:
-                for number, case in enumerate(cases, 1):
-                    _show_progress(f"{framework} on {device}, {name}: {number}/{len(cases)} {case.name}")
-                    try:
-                        report = _check_case(framework, like, case, name)
-                    except (UnsupportedError, BackendNotAvailableError) as refusal:
-                        refused[str(refusal)] = refused.get(str(refusal), 0) + 1
-                        continue
-                    passed, failed = passed + report.passed, failed + (not report.passed)
-                    if verbose or not report.passed:
-                        print(f"{framework} on {device}, {case.name}: {report}")
-    _show_progress("")
+    for run in progress(runs):
+        try:
+            report = _check_case(run.framework, run.like, run.case, run.backend)
+        except (UnsupportedError, BackendNotAvailableError) as refusal:
+            refused[str(refusal)] = refused.get(str(refusal), 0) + 1
+            continue
+        passed, failed = passed + report.passed, failed + (not report.passed)
+        if verbose or not report.passed:
+            say(f"{run.framework} on {run.device}, {run.case.name}: {report}")
     print(f"{passed} passed, {failed} failed")
     for reason, count in refused.items():
-        print(f"  not to be run there, {count} times: {reason}")
+        print(f"  unsupported there, {count} times: {reason}")
     return 1 if failed or not passed else 0
 
 
-def _show_progress(line: str) -> None:
-    """Overwrite the terminal's last line; say nothing to a file or a pipe."""
-    if sys.stderr.isatty():
-        print(f"\r{line:<100}\r", end="", file=sys.stderr, flush=True)
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A case on a backend, with arrays of a framework on a device."""
+
+    framework: str
+    device: str
+    like: Any
+    backend: str
+    case: Case
+
+    def __str__(self) -> str:
+        return f"{self.framework} on {self.device}, {self.backend}: {self.case.name}"
 
 
 def _check_case(framework: str, like: Any, case: Case, backend: str) -> Any:

@@ -24,7 +24,7 @@ LAYERS = [
     {"backends"},
     {"core", "native"},
     {"config"},
-    {"errors"},
+    {"errors", "progress"},
 ]
 # The same inside core: the table of arguments knows nothing of the description, and that nothing of the checks.
 CORE = [

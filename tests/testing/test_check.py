@@ -231,7 +231,7 @@ def test_the_command_check(capsys):
     printed = capsys.readouterr().out
     cases = sum("odd sizes, untied" in case.name for case in CASES)
     assert f"{7 * cases} passed, 0 failed" in printed
-    assert f"not to be run there, {cases} times: backend xla" in printed
+    assert f"unsupported there, {cases} times: backend xla" in printed
 
 
 def test_the_command_check_fails_with_a_wrong_backend(capsys, monkeypatch):

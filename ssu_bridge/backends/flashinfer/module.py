@@ -4,30 +4,21 @@ It compiles one for each set of dtypes and sizes, with nvcc and in about half a 
 """
 
 import ast
-import contextlib
 import functools
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import re
 import shutil
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssu_bridge.errors import BackendNotAvailableError
+from ssu_bridge.progress import compiling
 
 _OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.6.18"
 _INSTALL = 'pip install "ssu-bridge[flashinfer]"'
 _SOURCE = "mamba/selective_state_update.py"
-# Seconds that loading a module may take before the user is told why. One that was compiled before takes about one.
-_PATIENCE = 3.0
-
-_log = logging.getLogger("ssu_bridge")
 
 
 class Module(NamedTuple):
@@ -97,7 +88,7 @@ def load(module: Module) -> Any:
         import torch
 
         values = (getattr(torch, str(v)) if n.endswith("dtype") and v else v for n, v in module._asdict().items())
-        with _told():
+        with compiling("FlashInfer's kernels with nvcc", "about half a minute; they are kept on disk"):
             return source._get_module(*values).selective_state_update
     except Exception as error:
         raise BackendNotAvailableError(
@@ -126,31 +117,3 @@ def _has_compiler() -> bool:
     homes = [home] if home else ["/usr/local/cuda"]
     found = [os.environ.get("FLASHINFER_NVCC"), *(f"{home}/bin/nvcc" for home in homes)]
     return any(map(shutil.which, filter(None, found))) or (home is None and shutil.which("nvcc") is not None)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Tell the user of a compilation, while it runs and how long it took; loading what is compiled takes no time."""
-    started, told = time.monotonic(), threading.Event()
-
-    def tell() -> None:
-        told.set()
-        _say("FlashInfer compiles its kernels with nvcc; it takes about half a minute, and they are kept on disk")
-
-    timer = threading.Timer(_PATIENCE, tell)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if told.is_set():
-        _say(f"FlashInfer compiled its kernels in {time.monotonic() - started:.0f} s")
-
-
-def _say(what: str) -> None:
-    """Log it; where nobody has set logging up, say it on stderr, so that the wait is not taken for a hang."""
-    if _log.hasHandlers():
-        _log.info(what)
-    else:
-        print(f"ssu_bridge: {what}", file=sys.stderr, flush=True)

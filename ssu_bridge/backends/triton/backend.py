@@ -12,6 +12,7 @@ from ssu_bridge.backends.triton.compile import Specialisation, compile_step, lau
 from ssu_bridge.backends.triton.disk_cache import cached
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
+from ssu_bridge.progress import compiling
 
 PLATFORM = "cuda"
 CONFIG_FIELDS = ("philox_rounds", "triton_tile")
@@ -50,7 +51,8 @@ def load(problem: Problem) -> DeviceKernel:
 @functools.cache
 def _kernel(specialisation: Specialisation) -> DeviceKernel:
     arguments, launch = runtime_arguments(specialisation), launch_of(specialisation)
-    compiled = cached(specialisation, functools.partial(compile_step, specialisation))
+    with compiling("a Triton kernel", "usually about a second; it is kept on disk"):
+        compiled = cached(specialisation, functools.partial(compile_step, specialisation))
     function = library().cubin_kernel(
         compiled.cubin,
         compiled.name,

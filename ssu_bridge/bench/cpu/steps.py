@@ -10,23 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import update
+from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, interleaved
 from ssu_bridge.native import library
+from ssu_bridge.progress import progress, say
 from ssu_bridge.testing.cases import Case
 
 BATCHES = (1, 4, 16, 64)
 DTYPES = ("float32", "bfloat16")
 
 
-def main() -> None:
-    """Run the whole benchmark and print its tables."""
+def main() -> Figures:
+    """Run the whole benchmark and print its tables; return the times of a step over the batch."""
     native = library()
     print(f"cpu backend: {native.cpu_isa()}, {native.cpu_num_threads()} threads; jax {jax.__version__}")
     print("times are medians with quartiles; the rows of a table were measured in turn, round after round\n")
-    _print_jit()
+    figures = _print_jit()
     _print_jax_host()
     _print_torch_host()
+    return figures
 
 
 def _decode_case(sequences: int, dtype: str) -> Case:
@@ -72,24 +75,26 @@ def _copy(nbytes: int, threads: int) -> Callable[[], object]:
     return run
 
 
-def _print_jit() -> None:
+def _print_jit() -> Figures:
     print(
         "one step under jit, slotted cache, H 64, P 64, N 128, G 8 (the copy reads and writes the states' bytes once)"
     )
     threads = library().cpu_num_threads()
     print(f"{'':<20}{'cpu':<28}{'xla':<28}{f'copy, {threads} threads':<28}{'xla / cpu':>10}{'copy / cpu':>12}")
-    for dtype in DTYPES:
-        for batch in BATCHES:
-            case = _decode_case(batch, dtype)
-            state = case.arrays(seed=0)["state"]
-            functions = {backend: _jitted(case, backend) for backend in ("cpu", "xla")}
-            times = interleaved(functions | {"copy": _copy(state.nbytes // 2, threads)}, rounds=21)
-            cpu, xla, copy = times["cpu"], times["xla"], times["copy"]
-            print(
-                f"{case.name:<20}{cpu!s:<28}{xla!s:<28}{copy!s:<28}"
-                f"{xla.median / cpu.median:>10.1f}{copy.median / cpu.median:>12.2f}"
-            )
+    points = []
+    cases = [(batch, dtype, _decode_case(batch, dtype)) for dtype in DTYPES for batch in BATCHES]
+    for batch, dtype, case in progress(cases, label=lambda item: item[-1].name):
+        state = case.arrays(seed=0)["state"]
+        functions = {backend: _jitted(case, backend) for backend in ("cpu", "xla")}
+        times = interleaved(functions | {"copy of the state": _copy(state.nbytes // 2, threads)}, rounds=21)
+        cpu, xla, copy = times.values()
+        say(
+            f"{case.name:<20}{cpu!s:<28}{xla!s:<28}{copy!s:<28}"
+            f"{xla.median / cpu.median:>10.1f}{copy.median / cpu.median:>12.2f}"
+        )
+        points += [Point.of(f"{dtype} state", name, batch, timing) for name, timing in times.items()]
     print()
+    return Figures(f"One step under jax.jit on a CPU, {threads} threads", "batch", tuple(points))
 
 
 def _tiny_arrays() -> dict[str, Any]:

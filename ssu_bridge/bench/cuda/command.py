@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,15 +15,21 @@ from ssu_bridge import update
 from ssu_bridge.bench.cuda import devices, flashinfer_calls, jax_loops, tokens, tune
 from ssu_bridge.bench.cuda.steps import COPIES, Steps
 from ssu_bridge.bench.cuda.timing import graph_times, host_times
+from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.timing import Timing, microseconds
 from ssu_bridge.config import ALGORITHMS
+from ssu_bridge.progress import progress, say
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark, or a part of it; with ``--tune`` measure the tiles and write their table."""
+def main(argv: list[str] | None = None) -> Figures | None:
+    """Run the benchmark, or a part of it; with ``--tune`` measure the tiles and write their table.
+
+    Returns:
+        The times of a step over the batch, if these were measured.
+    """
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge bench --device cuda")
     parser.add_argument("--tune", action="store_true", help="measure the tiles, print and write their table")
     parser.add_argument("--tokens", action="store_true", help="measure calls of several tokens, and quantised states")
@@ -37,20 +44,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     if arguments.tune:
         tune.main(arguments.batches, arguments.dtypes)
-        return
+        return None
     if arguments.tokens:
         tokens.main()
-        return
+        return None
     if arguments.devices is not None:
         devices.main(arguments.devices, arguments.batches)
-        return
-    _print_steps(arguments.batches, arguments.dtypes)
+        return None
+    figures = _print_steps(arguments.batches, arguments.dtypes)
     jax_loops.print_loops([batch for batch in arguments.batches if batch <= 256])
     _print_torch_host()
     jax_loops.print_host()
     if importlib.util.find_spec("flashinfer"):
         print()
         flashinfer_calls.main()
+    return figures
 
 
 def _versions(*packages: str) -> str:
@@ -69,17 +77,16 @@ class _Row(NamedTuple):
         return min((name for name in names if name in self.times), key=lambda name: self.times[name].median)
 
 
-def _print_steps(batches: list[int], dtypes: list[str]) -> None:
+def _print_steps(batches: list[int], dtypes: list[str]) -> Figures:
     """Print GPU times of one step, and of the copies that bound it."""
     algorithms = ALGORITHMS[1:] if importlib.util.find_spec("flashinfer") else ()
     _compile_flashinfer(dtypes, algorithms)
     print("one step, us, H 64, P 64, N 128, G 8, CUDA graph, states cold in cache: median (quartiles)")
     print(f"{'':<18}{'triton':<26}{'FlashInfer, its best':<38}{'ratio':>6}  a copy of as many bytes")
     rows = []
-    for dtype in dtypes:
-        for batch in batches:
-            rows.append(_measure(batch, dtype, algorithms))
-            _print_row(rows[-1], algorithms)
+    for dtype, batch in progress(list(itertools.product(dtypes, batches)), label=lambda at: f"{at[1]}, {at[0]}"):
+        rows.append(_measure(batch, dtype, algorithms))
+        _print_row(rows[-1], algorithms)
     bandwidth = max(2 * row.state_bytes / row.times[row.best(COPIES)].median for row in rows)
     print(f"\nall bytes of a step over its time, of the best bandwidth of a copy, {bandwidth / 1e12:.3f} TB/s:")
     for row in rows:
@@ -93,6 +100,17 @@ def _print_steps(batches: list[int], dtypes: list[str]) -> None:
             f"{min(ratios):.3f} to {max(ratios):.3f}"
         )
     print()
+    return _figures(rows, algorithms)
+
+
+def _figures(rows: list[_Row], algorithms: tuple[str, ...]) -> Figures:
+    points = []
+    for row in rows:
+        curves = {"triton": "triton", "copy of the state": row.best(COPIES)}
+        if algorithms:
+            curves["FlashInfer, its best"] = row.best(algorithms)
+        points += [Point.of(f"{row.dtype} state", curve, row.batch, row.times[n]) for curve, n in curves.items()]
+    return Figures(f"One step on {torch.cuda.get_device_name()}", "batch", tuple(points))
 
 
 def _measure(batch: int, dtype: str, algorithms: tuple[str, ...]) -> _Row:
@@ -111,7 +129,7 @@ def _print_row(row: _Row, algorithms: tuple[str, ...]) -> None:
     if algorithms:
         theirs = row.best(algorithms)
         line += f"{f'{microseconds(row.times[theirs])} {theirs}':<38}{row.times[theirs].median / ours.median:>6.3f}"
-    print(f"{line}  {microseconds(row.times[copy])} {copy}", flush=True)
+    say(f"{line}  {microseconds(row.times[copy])} {copy}")
 
 
 def _compile_flashinfer(dtypes: list[str], algorithms: tuple[str, ...]) -> None:

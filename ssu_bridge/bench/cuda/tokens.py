@@ -9,6 +9,7 @@ import torch
 from ssu_bridge.bench.cuda.steps import Steps
 from ssu_bridge.bench.cuda.timing import graph_times
 from ssu_bridge.bench.timing import Timing, microseconds
+from ssu_bridge.progress import progress, say
 
 _BATCHES = (16, 64, 256)
 _TOKENS = (1, 4, 8)
@@ -26,13 +27,13 @@ def main() -> None:
         torch.cuda.synchronize()
     print("one call, us, H 64, P 64, N 128, G 8, x bfloat16, CUDA graph, states cold in cache: median (quartiles)")
     print(f"{'':<28}{'triton':<28}{'flashinfer':<28}flashinfer / triton")
-    for dtype, tokens, batch in itertools.product(_DTYPES, _TOKENS, _BATCHES):
+    for dtype, tokens, batch in progress(list(itertools.product(_DTYPES, _TOKENS, _BATCHES))):
         backends = ["triton", "flashinfer"] if both and (dtype, tokens) in _FLASHINFER else ["triton"]
         times = _times(batch, dtype, tokens, backends)
         name = f"{batch}, {tokens} token{'s' * (tokens > 1)}, {str(dtype).removeprefix('torch.')}"
         line = f"{name:<28}" + "".join(f"{microseconds(times[backend]):<28}" for backend in backends)
         ratio = f"{times['flashinfer'].median / times['triton'].median:.3f}" if len(backends) > 1 else ""
-        print(line + ratio, flush=True)
+        say(line + ratio)
 
 
 def _compile(point: tuple[torch.dtype, int]) -> None:

@@ -9,6 +9,7 @@ import torch
 from ssu_bridge.backends.triton import tiles
 from ssu_bridge.bench.cuda.steps import LAYER, Steps
 from ssu_bridge.bench.cuda.timing import graph_times
+from ssu_bridge.progress import progress, say
 
 _TABLE = Path(tiles.__file__).with_suffix(".toml")
 _CANDIDATES = [(rows, warps) for warps in (2, 4, 8) for rows in (4, 8, 16, 32, 64)]
@@ -39,11 +40,11 @@ def main(batches: list[int], dtypes: list[str]) -> None:
 def _table(batches: list[int], dtype: torch.dtype) -> list[Row]:
     work = [batch * LAYER.nheads * LAYER.headdim * LAYER.dstate for batch in batches]
     rows: list[Row] = []
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(progress(batches, label=lambda batch: f"batch {batch}, {dtype}")):
         times = _times(batch, dtype)
         best = min(times, key=lambda tile: times[tile])
         kept = (rows[-1].elements // LAYER.dstate, rows[-1].warps) if rows else best
-        print(f"{batch:>5} {dtype}: best {best} {times[best]:.2f} us, {kept} {times[kept]:.2f} us", flush=True)
+        say(f"{batch:>5} {dtype}: best {best} {times[best]:.2f} us, {kept} {times[kept]:.2f} us")
         # Half way, on a scale of factors, to the next batch that was measured.
         most = (work[i] * work[i + 1]) ** 0.5 if i + 1 < len(work) else float("inf")
         if rows and times[best] > _WORTH_A_ROW * times[kept]:
