@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench lint memcheck clean
+.PHONY: demo test check bench lint docs plots memcheck clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -15,6 +15,16 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m ssu_bridge bench --device cpu
+
+# The site, into build/site. Warnings are errors.
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The plots of docs/benchmarks.md, from the recorded figures.
+plots: .venv/installed
+	for csv in docs/data/*.csv; do \
+	  $(BIN)/python -m ssu_bridge bench --read $$csv --plot docs/images/$$(basename $$csv .csv).png || exit 1; \
+	done
 
 # On a machine with a GPU: calls of Torch's whose index tables hold anything touch no memory but their arrays'.
 memcheck: .venv/installed
@@ -33,6 +43,10 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements-ci.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+.venv/docs-installed: .venv/installed requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
 	touch $@
 
 clean:
