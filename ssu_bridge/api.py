@@ -114,8 +114,9 @@ def update(
         UnsupportedError: the backend asked for, or every backend, refuses the call; or Torch's grad mode is on and an
             argument other than A, D and dt_bias requires grad.
         BackendNotAvailableError: the backend asked for is not installed.
-        NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state.
-        Nothing has been written or donated when one of these is raised, but for the last.
+        NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
+
+    When one of the others is raised, nothing has been written or donated.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
     pairs: tuple[Any, ...] = ()

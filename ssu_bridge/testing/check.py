@@ -57,7 +57,8 @@ def check(*args: Any, **kwargs: Any) -> Report:
         what the call does not store to kept every bit.
 
     Raises:
-        As ``update``; but tensors that require grad are checked too, as copies that do not.
+        ValueError, TypeError, UnsupportedError, BackendNotAvailableError: as ``update``. Tensors that require grad are
+            accepted, and checked as copies that do not.
         ValueError: JAX is tracing the arguments.
     """
     arrays, out, options = bind(*args, **kwargs)
