@@ -10,7 +10,7 @@ import torch
 from ssu_bridge import get_config, set_config, using
 
 # A second virtual one, for arrays that are not where the others are.
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,215 +1,265 @@
 """Steps on sharded arrays that ask for more than one token and a float state."""
 
-import pytest
-from sharded import run
+import functools
+import re
 
-START = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from sharded import (
+    COLLECTIVE,
+    channels,
+    check,
+    decode_eagerly,
+    decode_in_place,
+    drawn,
+    heads,
+    mesh_of,
+    put,
+    refused,
+    same,
+    sequences,
+    step,
+    written,
+)
+
 from ssu_bridge.cases import Case
+from ssu_bridge.frontends.jax.metadata import WRITTEN
+
 case = functools.partial(Case, nheads=8, headdim=8, dstate=16)
 own = functools.partial(case, sequences=8, slots=8, indices=None)
-"""
 
-PROGRAMS = {
-    "quantised": """
-for dtype in ("int16", "int8", "float8_e4m3fn"):
-    dtypes = {"state": dtype}
-    for groups, k in ((2, 4), (8, 2)):
-        check(case("heads", ngroups=groups, dtypes=dtypes), mesh_of(h=k), heads(), eager=True)
-    check(case("channels", dtypes=dtypes), mesh_of(p=4), channels(), eager=True)
-    # With one token x looks like the scales.
-    check(own("sequences", dtypes=dtypes, tokens=2), mesh_of(s=4), sequences(), eager=True)
+
+def test_quantised():
+    for dtype in ("int16", "int8", "float8_e4m3fn"):
+        dtypes = {"state": dtype}
+        for groups, k in ((2, 4), (8, 2)):
+            check(case("heads", ngroups=groups, dtypes=dtypes), mesh_of(h=k), heads(), eager=True)
+        check(case("channels", dtypes=dtypes), mesh_of(p=4), channels(), eager=True)
+        # With one token x looks like the scales.
+        check(own("sequences", dtypes=dtypes, tokens=2), mesh_of(s=4), sequences(), eager=True)
+        mesh = mesh_of(AxisType.Explicit, h=4)
+        with jax.set_mesh(mesh):
+            check(case("explicit", dtypes=dtypes), mesh, heads(), eager=True)
+    # Scales go with their rows.
+    there = put(drawn(case("apart", dtypes=dtypes)), mesh_of(h=4), {"state": P(None, "h")})
+    refused("state_scale: expected to be sharded as the state is", lambda: step(case("apart"), there))
+    assert not there["state"].is_deleted()
+
+
+def test_tokens():
+    check(case("tokens", tokens=3), mesh_of(h=4), heads(2), eager=True)
+    check(case("channels", tokens=3, untied=("A", "dt", "D", "dt_bias")), mesh_of(p=8), channels(2))
+    check(own("sequences", tokens=3), mesh_of(s=4), sequences(), eager=True)
+    packed = case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9))
+    check(packed, mesh_of(h=4), heads(), eager=True)
+    check(packed, mesh_of(p=4), channels())
+    each = case("a destination each", tokens=2, slots=9, indices=(4, 0, 2), destinations=((1, 3), (0, -1), (5, 6)))
+    check(each, mesh_of(h=4), heads(2), eager=True)
+    tables = {
+        "slots": 12,
+        "indices": ((4, 1, 6), (0, 8, 9), (2, 3, 5)),
+        "destinations": ((4, 1, 6), (0, 8, 9), (2, 3, -1)),
+    }
+    check(case("accepted", tokens=3, accepted=(2, 1, 0), **tables), mesh_of(h=4), heads(2), eager=True)
+    many = case(
+        "accepted, packed", tokens=7, cu_seqlens=(0, 3, 4, 7), accepted=(3, 1, 2), dtypes={"state": "int8"}, **tables
+    )
+    check(many, mesh_of(h=2), heads(), eager=True)
     mesh = mesh_of(AxisType.Explicit, h=4)
     with jax.set_mesh(mesh):
-        check(case("explicit", dtypes=dtypes), mesh, heads(), eager=True)
-# Scales go with their rows.
-there = put(drawn(case("apart", dtypes=dtypes)), mesh_of(h=4), {"state": P(None, "h")})
-refused("state_scale: expected to be sharded as the state is", lambda: step(case("apart"), there))
-assert not there["state"].is_deleted()
-""",
-    "tokens": """
-check(case("tokens", tokens=3), mesh_of(h=4), heads(2), eager=True)
-check(case("channels", tokens=3, untied=("A", "dt", "D", "dt_bias")), mesh_of(p=8), channels(2))
-check(own("sequences", tokens=3), mesh_of(s=4), sequences(), eager=True)
-packed = case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9))
-check(packed, mesh_of(h=4), heads(), eager=True)
-check(packed, mesh_of(p=4), channels())
-each = case("a destination each", tokens=2, slots=9, indices=(4, 0, 2), destinations=((1, 3), (0, -1), (5, 6)))
-check(each, mesh_of(h=4), heads(2), eager=True)
-tables = dict(slots=12, indices=((4, 1, 6), (0, 8, 9), (2, 3, 5)), destinations=((4, 1, 6), (0, 8, 9), (2, 3, -1)))
-check(case("accepted", tokens=3, accepted=(2, 1, 0), **tables), mesh_of(h=4), heads(2), eager=True)
-many = case("accepted, packed", tokens=7, cu_seqlens=(0, 3, 4, 7), accepted=(3, 1, 2), dtypes={"state": "int8"}, **tables)
-check(many, mesh_of(h=2), heads(), eager=True)
-mesh = mesh_of(AxisType.Explicit, h=4)
-with jax.set_mesh(mesh):
-    check(packed, mesh, heads())
-    check(each, mesh, heads(2), eager=True)
-    check(many, mesh, heads())
-# Packed sequences are of any length: no device knows where its own begin.
-apart = own("packed, own slots", tokens=16, cu_seqlens=tuple(range(0, 17, 2)))
-there = put(drawn(apart), mesh_of(s=4), {"state": P("s")})
-refused("cu_seqlens.*jax.shard_map", lambda: step(apart, there))
-""",
-    "intermediate states": """
-for dtype in ("float32", "bfloat16", "int8"):
-    kind = {"dtypes": {"state": dtype}, "tokens": 3, "steps": 4}
-    check(case("entries", entries=(5, 1, 6), spare_entries=2, **kind), mesh_of(h=4), heads(2), eager=True)
-    check(case("slots", **kind), mesh_of(p=4), channels(2))
-    check(case("kept", disable_state_update=True, **kind), mesh_of(h=4), heads(2), eager=True)
-    check(own("sequences", **kind), mesh_of(s=4), sequences(), eager=True)
-    mesh = mesh_of(AxisType.Explicit, s=2, h=2)
-    with jax.set_mesh(mesh):
-        both = {**dict.fromkeys(("x", "z", "dt"), P("s", None, "h")), **written(P("s", "h"), P("s", None, "h"))}
-        check(own("both", **kind), mesh, both, eager=True)
-check(case("packed", tokens=6, cu_seqlens=(0, 3, 3, 6), steps=2, entries=(1, 3, 0)), mesh_of(h=4), heads(), eager=True)
-# What cannot go with its slot.
-for more in ({"entries": tuple(range(8))}, {"spare_entries": 8}):
-    apart = own("entries of their own", tokens=2, steps=2, **more)
-    there = put(drawn(apart), mesh_of(s=4), {"state": P("s"), "intermediate_states": P("s")})
-    refused("intermediate_states: expected an entry for each slot.*jax.shard_map", lambda: step(apart, there))
-""",
-    "no update": """
-for dtype in ("float32", "int8"):
-    kind = {"disable_state_update": True, "dtypes": {"state": dtype}, "tokens": 2}
-    check(case("heads", **kind), mesh_of(h=4), heads(2), eager=True)
-    check(own("sequences", **kind), mesh_of(s=4), sequences(), eager=True)
-# Eager, the state is not even given up.
-arrays = put(drawn(case("kept", disable_state_update=True)), mesh_of(h=4), heads())
-assert step(case("kept", disable_state_update=True), arrays)["state"] is arrays["state"]
-""",
-    "stochastic rounding": """
-from ssu_bridge import rounding
-
-for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
-    kind = own("stochastic", ngroups=4, seed=2**62 + 12345, dtypes={"state": dtype})
-    mesh, specs = mesh_of(s=2, h=4), {**dict.fromkeys(("x", "z", "dt", "B", "C", *WRITTEN), P("s", "h"))}
-    first = decode_in_place(kind, put(drawn(kind), mesh, specs), 1)
-
-    # The same bits each time and on each way; with another seed others.
-    ways = [decode_eagerly(kind, put(drawn(kind), mesh, specs), 1)]
-    explicit = mesh_of(AxisType.Explicit, s=2, h=4)
-    with jax.set_mesh(explicit):
-        ways += [call(kind, put(drawn(kind), explicit, specs), 1) for call in (decode_in_place, decode_eagerly)]
-    own_specs = {n: specs.get(n, P("h") if n in ("A", "D", "dt_bias") else P()) for n in drawn(kind)}
-    results = {n: specs["x"] for n in first}
-    by_hand = jax.shard_map(lambda arrays: step(kind, arrays), mesh=mesh, in_specs=(own_specs,), out_specs=results)
-    ways += [by_hand(put(drawn(kind), mesh, own_specs))]
-    for way in ways:
-        same(way, first)
-    other = decode_in_place(kind, {**put(drawn(kind), mesh, specs), "rand_seed": jnp.array([1, 2], "uint32")}, 1)
-    assert (np.array(other["state"]) != np.array(first["state"])).any()
-
-    # Each shard is a call of its own, with its place along the axes of the mesh folded into the seed.
-    for i, j in np.ndindex(2, 4):
-        arrays, key = drawn(kind), jax.random.wrap_key_data(drawn(kind)["rand_seed"], impl="threefry2x32")
-        rows, places = slice(4 * i, 4 * i + 4), slice(2 * j, 2 * j + 2)
-        part = {n: jnp.array(a[rows, j : j + 1] if n in ("B", "C") else a[rows, places] if n in specs else a[places])
-                for n, a in arrays.items() if n != "rand_seed"}
-        seed = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, j), i))
-        alone = step(kind, {**part, "rand_seed": seed})
-        same({n: np.array(a)[rows, places] for n, a in first.items()}, alone)
-
-    # What is stored is one of the two neighbours of what a float32 state would be, and each sometimes.
-    arrays = drawn(kind)
-    scale = arrays.pop("state_scale", None)
-    state = arrays.pop("state").astype("float32") * (1 if scale is None else scale[..., None])
-    exact = step(kind, {n: a for n, a in arrays.items() if n != "rand_seed"} | {"state": state})
-    assert np.array_equal(exact["out"], first["out"])
-    scaled, scales = (exact["state"], None) if scale is None else rounding.scale_rows(np, exact["state"], dtype)
-    assert scale is None or np.array_equal(scales, first["state_scale"])
-    word = np.zeros_like(scaled, "uint32")
-    down, up = (rounding.rounded(scaled, dtype, w).astype("float32") for w in (~word, word))
-    stored = np.array(first["state"]).astype("float32")
-    assert ((stored == down) | (stored == up)).all()
-    assert (stored[down != up] == down[down != up]).any() and (stored[down != up] == up[down != up]).any()
-
-# Shards of the same numbers are rounded each in its own way, and copies of one shard alike.
-twins = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
-arrays = {n: np.repeat(a[:, :1], a.shape[1], 1) if n in ("state", "x", "z", "dt", "B", "C")
-          else np.repeat(a[:1], len(a)) if n in ("A", "D", "dt_bias") else a for n, a in drawn(twins).items()}
-there = put(arrays, mesh_of(h=4, copies=2), heads())
-state = step(twins, there)["state"]
-shards = {}
-for shard in state.addressable_shards:
-    shards.setdefault(str(shard.index), []).append(np.array(shard.data).tobytes())
-assert len(shards) == 4 and all(len(copies) == 2 and len(set(copies)) == 1 for copies in shards.values())
-assert len({copies[0] for copies in shards.values()}) == 4
-
-# Calls that are mapped over a state that is not draw numbers of their own, whatever device each is on.
-for kind in (AxisType.Auto, AxisType.Explicit):
-    mesh = mesh_of(kind, v=4)
-    with jax.set_mesh(mesh):
-        there = put(drawn(twins), mesh, {})
-        xs = put({"x": np.stack([drawn(twins)["x"]] * 8)}, mesh, {"x": P("v")})["x"]
-        states = jax.jit(jax.vmap(lambda x: step(twins, {**there, "x": x})["state"]))(xs)
-    assert len({np.array(state).tobytes() for state in np.array(states)}) == 8
-
-# States after each token are rounded in the same way.
-drafts = case("drafts", ngroups=1, tokens=3, steps=3, disable_state_update=True, seed=7, dtypes={"state": "float16"})
-first, again = (decode_in_place(drafts, put(drawn(drafts), mesh_of(h=4), heads(2)), 1) for _ in range(2))
-same(first, again)
-nearest = step(drafts, {n: jnp.array(a) for n, a in drawn(drafts).items() if n != "rand_seed"})
-got, expected = (np.array(r["intermediate_states"]).astype("float32") for r in (first, nearest))
-assert (got != expected).any()
-np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=2.0**-24)
-""",
-    "mapped, with all that a call can have": """
-import itertools
-
-quantised = {"dtypes": {"state": "int8"}}
-drafts = {"tokens": 2, "steps": 2}
-kinds = [
-    case("drafts", **drafts),
-    case("quantised drafts", **drafts, **quantised),
-    case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
-    case("a state that is only read", **drafts, disable_state_update=True),
-    own("own slots", **drafts),
-]
-subsets = (("x",), ("state",), ("state", "x"), ("state_batch_indices", "x"), ("x", *WRITTEN))
-for axes, kind, mapped, split in itertools.product((AxisType.Auto, AxisType.Explicit), kinds, subsets, (False, True)):
-    mesh, calls = mesh_of(axes, v=2, h=4), [drawn(kind, seed) for seed in range(4)]
-    names = [name for name in calls[0] if name in mapped]
-    arrays = {n: np.stack([call[n] for call in calls]) if n in names else a for n, a in calls[0].items()}
-    in_axes = {n: 0 if n in names else None for n in arrays}
-    lead = {n: ("v",) if n in names else () for n in arrays}
-    over_heads = {n: P(*lead[n], *spec) for n, spec in heads().items() if n in WRITTEN and n in arrays}
-    with jax.set_mesh(mesh):
-        specs = {n: P(*axes) for n, axes in lead.items()} | (over_heads if split else {})
-        run = jax.jit(jax.vmap(functools.partial(step, kind), in_axes=(in_axes,)))
-        there = put(arrays, mesh, specs)
-        text, got = run.lower(there).compile().as_text(), run(there)
-    assert not re.search(COLLECTIVE, text), (kind.name, names, split)
-    for j, call in enumerate(calls):
-        alone = step(kind, {n: jnp.array(call[n] if n in names else a) for n, a in calls[0].items()})
-        same({n: np.array(got[n]) if got[n].ndim == a.ndim else np.array(got[n])[j] for n, a in alone.items()}, alone)
-""",
-    "stochastic rounding where JAX does not say what varies": """
-case = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
-arrays = {n: jnp.array(a) for n, a in drawn(case).items()}
-states = jnp.stack([arrays.pop("state")] * 8)
-
-def stored(state, rest, fold):
-    if fold:
-        key = jax.random.wrap_key_data(rest["rand_seed"], impl="threefry2x32")
-        rest = {**rest, "rand_seed": jax.random.key_data(jax.random.fold_in(key, jax.lax.axis_index("s")))}
-    return step(case, {**rest, "state": state})["state"]
-
-def shards(fold, check_vma):
-    body = lambda states, rest: stored(states[0], rest, fold)[None]
-    specs = {"in_specs": (P("s"), P()), "out_specs": P("s"), "check_vma": check_vma}
-    return jax.shard_map(body, mesh=mesh_of(s=8), **specs)(states, arrays)
-
-def mapped(fold):
-    return jax.pmap(functools.partial(stored, fold=fold), axis_name="s", in_axes=(0, None))(states, arrays)
-
-several = lambda states: len({np.array(state).tobytes() for state in states})
-assert several(shards(False, True)) == 8
-for way in (functools.partial(shards, check_vma=False), mapped):
-    assert several(way(False)) == 1
-    assert several(way(True)) == 8
-""",
-}
+        check(packed, mesh, heads())
+        check(each, mesh, heads(2), eager=True)
+        check(many, mesh, heads())
+    # Packed sequences are of any length: no device knows where its own begin.
+    apart = own("packed, own slots", tokens=16, cu_seqlens=tuple(range(0, 17, 2)))
+    there = put(drawn(apart), mesh_of(s=4), {"state": P("s")})
+    refused("cu_seqlens.*jax.shard_map", lambda: step(apart, there))
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_eight_devices(program):
-    run(START + PROGRAMS[program])
+def test_intermediate_states():
+    for dtype in ("float32", "bfloat16", "int8"):
+        kind = {"dtypes": {"state": dtype}, "tokens": 3, "steps": 4}
+        check(case("entries", entries=(5, 1, 6), spare_entries=2, **kind), mesh_of(h=4), heads(2), eager=True)
+        check(case("slots", **kind), mesh_of(p=4), channels(2))
+        check(case("kept", disable_state_update=True, **kind), mesh_of(h=4), heads(2), eager=True)
+        check(own("sequences", **kind), mesh_of(s=4), sequences(), eager=True)
+        mesh = mesh_of(AxisType.Explicit, s=2, h=2)
+        with jax.set_mesh(mesh):
+            both = {**dict.fromkeys(("x", "z", "dt"), P("s", None, "h")), **written(P("s", "h"), P("s", None, "h"))}
+            check(own("both", **kind), mesh, both, eager=True)
+    check(
+        case("packed", tokens=6, cu_seqlens=(0, 3, 3, 6), steps=2, entries=(1, 3, 0)), mesh_of(h=4), heads(), eager=True
+    )
+    # What cannot go with its slot.
+    for more in ({"entries": tuple(range(8))}, {"spare_entries": 8}):
+        apart = own("entries of their own", tokens=2, steps=2, **more)
+        there = put(drawn(apart), mesh_of(s=4), {"state": P("s"), "intermediate_states": P("s")})
+        refused("intermediate_states: expected an entry for each slot.*jax.shard_map", lambda: step(apart, there))
+
+
+def test_no_update():
+    for dtype in ("float32", "int8"):
+        kind = {"disable_state_update": True, "dtypes": {"state": dtype}, "tokens": 2}
+        check(case("heads", **kind), mesh_of(h=4), heads(2), eager=True)
+        check(own("sequences", **kind), mesh_of(s=4), sequences(), eager=True)
+    # Eager, the state is not even given up.
+    arrays = put(drawn(case("kept", disable_state_update=True)), mesh_of(h=4), heads())
+    assert step(case("kept", disable_state_update=True), arrays)["state"] is arrays["state"]
+
+
+def test_stochastic_rounding():
+    from ssu_bridge.core import rounding
+
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
+        kind = own("stochastic", ngroups=4, seed=2**62 + 12345, dtypes={"state": dtype})
+        mesh, specs = mesh_of(s=2, h=4), {**dict.fromkeys(("x", "z", "dt", "B", "C", *WRITTEN), P("s", "h"))}
+        first = decode_in_place(kind, put(drawn(kind), mesh, specs), 1)
+
+        # The same bits each time and on each way; with another seed others.
+        ways = [decode_eagerly(kind, put(drawn(kind), mesh, specs), 1)]
+        explicit = mesh_of(AxisType.Explicit, s=2, h=4)
+        with jax.set_mesh(explicit):
+            ways += [call(kind, put(drawn(kind), explicit, specs), 1) for call in (decode_in_place, decode_eagerly)]
+        own_specs = {n: specs.get(n, P("h") if n in ("A", "D", "dt_bias") else P()) for n in drawn(kind)}
+        results = dict.fromkeys(first, specs["x"])
+        by_hand = jax.shard_map(lambda arrays: step(kind, arrays), mesh=mesh, in_specs=(own_specs,), out_specs=results)
+        ways += [by_hand(put(drawn(kind), mesh, own_specs))]
+        for way in ways:
+            same(way, first)
+        other = decode_in_place(kind, {**put(drawn(kind), mesh, specs), "rand_seed": jnp.array([1, 2], "uint32")}, 1)
+        assert (np.array(other["state"]) != np.array(first["state"])).any()
+
+        # Each shard is a call of its own, with its place along the axes of the mesh folded into the seed.
+        for i, j in np.ndindex(2, 4):
+            arrays, key = drawn(kind), jax.random.wrap_key_data(drawn(kind)["rand_seed"], impl="threefry2x32")
+            rows, places = slice(4 * i, 4 * i + 4), slice(2 * j, 2 * j + 2)
+            part = {
+                n: jnp.array(a[rows, j : j + 1] if n in ("B", "C") else a[rows, places] if n in specs else a[places])
+                for n, a in arrays.items()
+                if n != "rand_seed"
+            }
+            seed = jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, j), i))
+            alone = step(kind, {**part, "rand_seed": seed})
+            same({n: np.array(a)[rows, places] for n, a in first.items()}, alone)
+
+        # What is stored is one of the two neighbours of what a float32 state would be, and each sometimes.
+        arrays = drawn(kind)
+        scale = arrays.pop("state_scale", None)
+        state = arrays.pop("state").astype("float32") * (1 if scale is None else scale[..., None])
+        exact = step(kind, {n: a for n, a in arrays.items() if n != "rand_seed"} | {"state": state})
+        assert np.array_equal(exact["out"], first["out"])
+        scaled, scales = (exact["state"], None) if scale is None else rounding.scale_rows(np, exact["state"], dtype)
+        assert scale is None or np.array_equal(scales, first["state_scale"])
+        word = np.zeros_like(scaled, "uint32")
+        down, up = (rounding.rounded(scaled, dtype, w).astype("float32") for w in (~word, word))
+        stored = np.array(first["state"]).astype("float32")
+        assert ((stored == down) | (stored == up)).all()
+        assert (stored[down != up] == down[down != up]).any()
+        assert (stored[down != up] == up[down != up]).any()
+
+    # Shards of the same numbers are rounded each in its own way, and copies of one shard alike.
+    twins = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
+    arrays = {
+        n: np.repeat(a[:, :1], a.shape[1], 1)
+        if n in ("state", "x", "z", "dt", "B", "C")
+        else np.repeat(a[:1], len(a))
+        if n in ("A", "D", "dt_bias")
+        else a
+        for n, a in drawn(twins).items()
+    }
+    there = put(arrays, mesh_of(h=4, copies=2), heads())
+    state = step(twins, there)["state"]
+    shards = {}
+    for shard in state.addressable_shards:
+        shards.setdefault(str(shard.index), []).append(np.array(shard.data).tobytes())
+    assert len(shards) == 4
+    assert all(len(copies) == 2 and len(set(copies)) == 1 for copies in shards.values())
+    assert len({copies[0] for copies in shards.values()}) == 4
+
+    # Calls that are mapped over a state that is not draw numbers of their own, whatever device each is on.
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(kind, v=4)
+        with jax.set_mesh(mesh):
+            there = put(drawn(twins), mesh, {})
+            xs = put({"x": np.stack([drawn(twins)["x"]] * 8)}, mesh, {"x": P("v")})["x"]
+            states = jax.jit(jax.vmap(lambda x: step(twins, {**there, "x": x})["state"]))(xs)
+        assert len({np.array(state).tobytes() for state in np.array(states)}) == 8
+
+    # States after each token are rounded in the same way.
+    drafts = case(
+        "drafts", ngroups=1, tokens=3, steps=3, disable_state_update=True, seed=7, dtypes={"state": "float16"}
+    )
+    first, again = (decode_in_place(drafts, put(drawn(drafts), mesh_of(h=4), heads(2)), 1) for _ in range(2))
+    same(first, again)
+    nearest = step(drafts, {n: jnp.array(a) for n, a in drawn(drafts).items() if n != "rand_seed"})
+    got, expected = (np.array(r["intermediate_states"]).astype("float32") for r in (first, nearest))
+    assert (got != expected).any()
+    np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=2.0**-24)
+
+
+def test_mapped_with_all_that_a_call_can_have():
+    import itertools
+
+    quantised = {"dtypes": {"state": "int8"}}
+    drafts = {"tokens": 2, "steps": 2}
+    kinds = [
+        case("drafts", **drafts),
+        case("quantised drafts", **drafts, **quantised),
+        case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+        case("a state that is only read", **drafts, disable_state_update=True),
+        own("own slots", **drafts),
+    ]
+    subsets = (("x",), ("state",), ("state", "x"), ("state_batch_indices", "x"), ("x", *WRITTEN))
+    for axes, kind, mapped, split in itertools.product(
+        (AxisType.Auto, AxisType.Explicit), kinds, subsets, (False, True)
+    ):
+        mesh, calls = mesh_of(axes, v=2, h=4), [drawn(kind, seed) for seed in range(4)]
+        names = [name for name in calls[0] if name in mapped]
+        arrays = {n: np.stack([call[n] for call in calls]) if n in names else a for n, a in calls[0].items()}
+        in_axes = {n: 0 if n in names else None for n in arrays}
+        lead = {n: ("v",) if n in names else () for n in arrays}
+        over_heads = {n: P(*lead[n], *spec) for n, spec in heads().items() if n in WRITTEN and n in arrays}
+        with jax.set_mesh(mesh):
+            specs = {n: P(*axes) for n, axes in lead.items()} | (over_heads if split else {})
+            run = jax.jit(jax.vmap(functools.partial(step, kind), in_axes=(in_axes,)))
+            there = put(arrays, mesh, specs)
+            text, got = run.lower(there).compile().as_text(), run(there)
+        assert not re.search(COLLECTIVE, text), (kind.name, names, split)
+        for j, call in enumerate(calls):
+            alone = step(kind, {n: jnp.array(call[n] if n in names else a) for n, a in calls[0].items()})
+            same(
+                {n: np.array(got[n]) if got[n].ndim == a.ndim else np.array(got[n])[j] for n, a in alone.items()}, alone
+            )
+
+
+def test_stochastic_rounding_where_jax_does_not_say_what_varies():
+    twins = case("twins", sequences=2, slots=2, indices=None, seed=7, dtypes={"state": "bfloat16"})
+    arrays = {n: jnp.array(a) for n, a in drawn(twins).items()}
+    states = jnp.stack([arrays.pop("state")] * 8)
+
+    def stored(state, rest, fold):
+        if fold:
+            key = jax.random.wrap_key_data(rest["rand_seed"], impl="threefry2x32")
+            rest = {**rest, "rand_seed": jax.random.key_data(jax.random.fold_in(key, jax.lax.axis_index("s")))}
+        return step(twins, {**rest, "state": state})["state"]
+
+    def shards(fold, check_vma):
+        def body(states, rest):
+            return stored(states[0], rest, fold)[None]
+
+        specs = {"in_specs": (P("s"), P()), "out_specs": P("s"), "check_vma": check_vma}
+        return jax.shard_map(body, mesh=mesh_of(s=8), **specs)(states, arrays)
+
+    def mapped(fold):
+        return jax.pmap(functools.partial(stored, fold=fold), axis_name="s", in_axes=(0, None))(states, arrays)
+
+    def several(states):
+        return len({np.array(state).tobytes() for state in states})
+
+    assert several(shards(False, True)) == 8
+    for way in (functools.partial(shards, check_vma=False), mapped):
+        assert several(way(False)) == 1
+        assert several(way(True)) == 8
