@@ -25,6 +25,8 @@ def read_slots(xp: Any, problem: Problem, arrays: Mapping[str, Any]) -> Any:
     indices = arrays.get("state_batch_indices")
     if indices is None:
         return None
+    if indices.ndim == 2 and indices.shape[1] == 0:  # no tokens, and no column to read a slot from: all are pads
+        return xp.full(indices.shape[:1], -1, indices.dtype)
     if indices.ndim == 2:
         sequences = xp.arange(indices.shape[0])
         accepted = arrays.get("num_accepted_tokens", xp.ones_like(sequences))

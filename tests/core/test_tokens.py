@@ -4,12 +4,12 @@ import functools
 
 import numpy as np
 import pytest
-from modes import bits, convert, skip_if_refused, to_host
+from modes import PAIRS, bits, convert, skip_if_refused, step, to_host
 
 import ssu_bridge
 from ssu_bridge.api import explain
 from ssu_bridge.testing.cases import Case
-from ssu_bridge.testing.check import results_by_name
+from ssu_bridge.testing.check import check, results_by_name
 
 # Those that loop, with a mode for each.
 LOOPS = [
@@ -104,3 +104,30 @@ def test_verifying_drafts(mode, backend):
         alone = call({**tokens, "state": drafted["state"], "state_batch_indices": np.array([slot])})
         same(again["out"][i], alone["out"][0])
         same(again["state"][3 * i + 2], alone["state"][slot])
+
+
+NO_COLUMNS = ((), (), ())
+
+
+@pytest.mark.parametrize(("mode", "backend"), PAIRS)
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"indices": NO_COLUMNS},
+        {"indices": NO_COLUMNS, "accepted": (0, 1, 2)},
+        {"indices": NO_COLUMNS, "destinations": NO_COLUMNS},
+        {"destinations": NO_COLUMNS},
+    ],
+    ids=lambda tables: "+".join(tables),
+)
+def test_no_tokens_and_tables_without_columns(tables, mode, backend):
+    """No token needs a column, so there may be none; then nothing is read or written."""
+    case = Case("no columns", tokens=0, **tables)
+    arrays = case.arrays(seed=4)
+    after = to_host(results_by_name(step(mode, convert(arrays, mode), **case.flags, backend=backend)), mode)
+    assert after["out"].shape == (3, 0, 4, 16)
+    same(after["state"], arrays["state"])
+    if mode in ("numpy", "torch", "jax") and backend != "xla":
+        assert check(**convert(arrays, mode), **case.flags, backend=backend).passed
+        if "accepted" not in tables:  # no count is in range where there is no column
+            ssu_bridge.update(**convert(arrays, mode), **case.flags, backend=backend, check_indices=True)
