@@ -21,7 +21,7 @@ class Shapes:
         self.state_shape = state.shape
         self.state_axes = "slots, nheads, headdim, dstate" if self.heads_axis else "slots, headdim, dstate"
         self.indexed = "state_batch_indices" in arrays
-        self.sizes: dict[str, int] = {} if self.heads_axis else {"H": 1, "G": 1}
+        self.sizes: dict[str, int] = {"1": 1, "2": 2} | ({} if self.heads_axis else {"H": 1, "G": 1})
         extra = len(x.shape) - (len(state.shape) - 1)
         if extra not in (0, 1):
             raise ValueError(
@@ -41,28 +41,29 @@ class Shapes:
         self.sizes["Q"] = self.sizes.get("b", x.shape[0]) + 1
 
     def match(self, name: str, info: ArrayInfo) -> None:
-        """Check an array's shape, and learn the sizes that it fixes."""
-        patterns = self._patterns(name)
-        for pattern in patterns:
-            if self._fits(pattern, info.shape):
-                self.sizes.update(
-                    (symbol, n) for symbol, n in zip(pattern, info.shape, strict=True) if not symbol.isdigit()
-                )
-                if name in ("B", "C") and len(pattern) == len(self.token_axes) + 1:
-                    self.sizes["G"] = 1
+        """Check an array's shape, and learn the sizes that it fixes and nothing before it has."""
+        for pattern in self._patterns(name):
+            sizes = dict(self.sizes)
+            fixed = (*zip(pattern, info.shape, strict=False), *self._implied(name, pattern))
+            if len(pattern) == len(info.shape) and all(sizes.setdefault(symbol, n) == n for symbol, n in fixed):
+                self.sizes = sizes
+                self._check_heads(name)
                 return
-        expected = " or ".join(map(self._spell, patterns))
         beside = "" if name == "state" else f", beside a state of ({self.state_axes}) {self.state_shape}"
-        raise ValueError(f"{name}: expected shape {expected}, got {info.shape}{beside}")
+        raise ValueError(f"{name}: expected shape {self._expected(name)}, got {info.shape}{beside}")
+
+    def _check_heads(self, name: str) -> None:
+        """Check the sizes that no array may contradict by itself, as soon as one fixes them."""
+        size = self.sizes
+        for symbol in "HPNG":
+            if size.get(symbol, 1) < 1:
+                raise ValueError(f"{name}: expected {SIZES[symbol]} of at least 1, got 0")
+        if size["H"] % size.get("G", 1):
+            raise ValueError(f"{name}: expected ngroups to divide nheads = {size['H']}, got ngroups = {size['G']}")
 
     def check_sizes(self, stride: int) -> None:
         """Check the sizes that the shapes have fixed, against each other; ``stride`` is that of intermediate states."""
         size = self.sizes
-        for symbol in "HPNG":
-            if size[symbol] < 1:
-                raise ValueError(f"{'B' if symbol == 'G' else 'state'}: expected {SIZES[symbol]} of at least 1, got 0")
-        if size["H"] % size["G"]:
-            raise ValueError(f"B: expected ngroups to divide nheads = {size['H']}, got ngroups = {size['G']}")
         if not self.indexed and size["S"] < size["b"]:
             raise ValueError(
                 f"state: expected at least {size['b']} slots, one for each sequence, because state_batch_indices is "
@@ -136,12 +137,19 @@ class Shapes:
     def _patterns(self, name: str) -> tuple[str, ...]:
         return patterns(name, self.form, self.heads_axis)
 
-    def _fits(self, pattern: str, shape: tuple[int, ...]) -> bool:
-        if len(pattern) != len(shape):
-            return False
-        return all(n == (int(s) if s.isdigit() else self.sizes.get(s, n)) for s, n in zip(pattern, shape, strict=True))
+    def _implied(self, name: str, pattern: str) -> tuple[tuple[str, int], ...]:
+        """Return the sizes that a shape fixes by having no axis for them: without an axis of groups there is one."""
+        return (("G", 1),) if "G" in self._patterns(name)[0] and "G" not in pattern else ()
+
+    def _expected(self, name: str) -> str:
+        """Write out the shapes of an array that do not contradict the sizes known so far."""
+        return " or ".join(
+            self._spell(pattern)
+            for pattern in self._patterns(name)
+            if all(self.sizes.get(symbol, n) == n for symbol, n in self._implied(name, pattern))
+        )
 
     def _spell(self, pattern: str) -> str:
         """Write a shape out as sizes where they are known: (4, 64, dstate=128) says too little, (4, 64, 128) enough."""
-        sizes = [s if s.isdigit() else str(self.sizes.get(s, SIZES.get(s, ">=1"))) for s in pattern]
+        sizes = [str(self.sizes.get(symbol, SIZES.get(symbol, ">=1"))) for symbol in pattern]
         return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
