@@ -8,7 +8,7 @@
 #include "cuda/cubin_kernel.h"
 #include "flashinfer/adapter.h"
 #include "borrowed_tensor.h"
-#include "torch/repeat_guard.h"
+#include "torch/signature_cache.h"
 #include "cuda/recorded_events.h"
 #include "cpu/thread_pool.h"
 
@@ -41,7 +41,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_num_threads, ssu_bridge::thread_count)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(same_memory, same_memory)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(view, ssu_bridge::foreign_tensor)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(guarded, ssu_bridge::make_guarded)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(signature_cache, ssu_bridge::make_signature_cache)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_kernel, ssu_bridge::make_cubin_kernel)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cubin_arguments, ssu_bridge::cubin_arguments)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(flashinfer_kernel, ssu_bridge::make_flashinfer_kernel)

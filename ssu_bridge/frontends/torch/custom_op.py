@@ -13,7 +13,9 @@ import torch
 from ssu_bridge.config import SSUConfig, get_config
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Options
+from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.base import Arrays, launcher_of, named, returned
+from ssu_bridge.frontends.torch import transforms
 
 # The configuration that is in force while the graph is traced is the graph's. This is all that
 # torch.compiler.assume_constant_result does, but for importing the compiler, which takes two seconds.
@@ -23,7 +25,14 @@ _WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.writte
 
 
 def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
-    """Put the step into the graph that is being traced."""
+    """Put the step into the graph that is being traced.
+
+    Raises:
+        UnsupportedError: a transform or a gradient would be lost; the message names it.
+    """
+    if refusal := transforms.functorch_refusal():
+        raise UnsupportedError(refusal)
+    transforms.require_no_grad(named(arrays, out))
     x = arrays[1]
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     config = options.config

@@ -304,7 +304,7 @@ def interpret(case, arrays):
 
     from ssu_bridge.backends import reference
     from ssu_bridge.backends.triton.compile import Kind, constant_arguments, grid_of, kernel_of, runtime_arguments
-    from ssu_bridge.frontends.torch.frontend import from_host, to_host
+    from ssu_bridge.frontends.torch.host import from_host, to_host
     from ssu_bridge.testing.check import compare
 
     problem = problem_of(case, (8, 0))  # from 9.0 on it waits for other kernels, and here there are none

@@ -1,14 +1,12 @@
 """Torch calls that look like one that was checked: they are compared, and what is wrong with one is still found."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.native import library
+from ssu_bridge.frontends.torch import frontend
 from ssu_bridge.testing.cases import Case
 
 CASE = Case("repeats", headdim=8, dstate=16)
@@ -84,42 +82,28 @@ def test_grad_mode_and_parameters(tensors):
         ssu_bridge.update(**tensors, **CASE.flags)
 
 
-def test_a_guarded_function_runs_for_its_like_alone():
-    seen = []
-    guarded = library().guarded(lambda *tensors: seen.append(len(tensors)), [0])
-    x, y = torch.zeros(3, 4), torch.zeros(4)
-    assert guarded(x, None, y)
-    assert guarded(torch.ones(3, 4), None, y.clone())
-    others = [(x, y, None), (x, None), (x, None, y, y), (x[:2], None, y), (x.half(), None, y), (x.t(), None, y)]
-    for other in others:
-        assert not guarded(*other)
-    assert not guarded(torch.zeros(3, 8)[:, ::2], None, y)
-    assert seen == [3, 3]
+@pytest.mark.parametrize("count", [16])
+def test_problems_in_turn_do_not_evict_each_other(count, monkeypatch):
+    """Problems of one size that differ in dtypes, strides and in which options are there."""
+    dtypes = (torch.float32, torch.bfloat16)
+    problems = [
+        {"x": x, "z": z, "D": D, "B": B} for x in dtypes for z in (True, False) for D in (True, False) for B in dtypes
+    ]
+    assert len(problems) == count
 
+    def call(problem):
+        given = to_mode(CASE.arrays(seed=1), "torch")
+        absent = {name: None for name in ("z", "D") if not problem[name]}
+        cast = {name: given[name].to(problem[name]) for name in ("x", "B")}
+        if cast["x"].dtype is torch.bfloat16:
+            absent["dt"] = given["dt"].repeat(2, 1)[::2]
+        return ssu_bridge.update(**{**given, **cast, **absent}, **CASE.flags)
 
-def test_a_guarded_function_takes_what_it_writes_again():
-    seen = []
-    guarded = library().guarded(lambda *tensors: seen.append([tensor.shape[0] for tensor in tensors]), [2, 0])
-    tensors = [torch.zeros(n) for n in (1, 2, 3)]
-    assert guarded(*tensors[:2], tensors[2], None)
-    assert seen == [[1, 2, 3, 3, 1]]
-    with pytest.raises(ValueError, match="expected an argument 2"):
-        guarded(*tensors[:2])
-    with pytest.raises(ValueError, match="expected places of arguments, got -1"):
-        library().guarded(lambda *_: None, [-1])
-
-
-def test_a_guarded_function_from_many_threads():
-    kinds = [torch.zeros(n) for n in (1, 2, 3, 4)]
-    ran = []
-    guarded = library().guarded(lambda tensor, again: ran.append(tensor.shape[0]), [0])
-    threads = [threading.Thread(target=guarded, args=(kinds[i % 4],)) for i in range(64)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(ran)) == 1
-    assert len(ran) == 16
+    first = [call(problem) for problem in problems]
+    monkeypatch.setattr(frontend, "key_of", lambda *_: pytest.fail("a repeated call was checked from Python"))
+    for problem, expected in zip(problems, first, strict=True):
+        for got, wanted in zip(call(problem), expected, strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_arguments_that_come_and_go():

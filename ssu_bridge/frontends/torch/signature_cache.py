@@ -1,0 +1,85 @@
+"""Repeated calls: those that look like one that was checked run again without a look at each tensor from Python."""
+
+from typing import Any
+
+import torch
+
+from ssu_bridge.core.arguments import ARGUMENTS, STATE
+from ssu_bridge.core.problem import Options
+from ssu_bridge.frontends.base import Arrays, named, returned
+from ssu_bridge.frontends.torch import transforms
+from ssu_bridge.frontends.torch.metadata import PLAIN_TYPES
+from ssu_bridge.native import library
+
+_NAMES = [name for name in ARGUMENTS if name != "out"]
+_NO_GRAD_PLACES = [place for place, name in enumerate(_NAMES) if name in transforms.NO_GRAD]
+# Calls with fewer arguments than this write nothing but the output and the state.
+_WRITTEN_NEXT = _NAMES.index("intermediate_states")
+# Kernels of one launcher: sizes that vary without end must not fill the memory.
+_LIMIT = 1024
+
+_is_neg = torch.Tensor.is_neg
+
+
+class SignatureCache:
+    """The kernels of calls with the same options, by what their tensors look like.
+
+    A signature holds shapes, dtypes, strides, devices and which arguments are there; the native library compares it,
+    at a fraction of what it costs in Python. What the library does not see of a tensor is looked at in every call.
+    """
+
+    def __init__(self, options: Options):
+        kept = STATE if options.disable_state_update else ()
+        self._written = [place for place, name in enumerate(_NAMES) if ARGUMENTS[name].written and name not in kept]
+        self._writes_state = 0 in self._written
+        self._run = _know_none
+        self._add: Any = None
+
+    def run(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...] | None:
+        """Run a call whose signature is known and return its results; else return None and do nothing."""
+        given = [array for array in arrays if array is not None]
+        if out is not None:
+            given.append(out)
+        if not PLAIN_TYPES.issuperset(map(type, given)) or any(map(_is_neg, given)) or transforms.in_force():
+            return None
+        if torch.is_grad_enabled() and _loses_grad(arrays, out):
+            return None
+        state, x = arrays[0], arrays[1]
+        if x is None:
+            return None
+        result = new_out(x) if out is None else out
+        if not self._run(result, *arrays):
+            return None
+        if len(arrays) <= _WRITTEN_NEXT and self._writes_state:
+            return tell_autograd(result, state)
+        written = [a for place in self._written if place < len(arrays) and (a := arrays[place]) is not None]
+        tell_autograd(result, *written)
+        return returned(named(arrays, result))
+
+    def add(self, kernel: Any, arrays: Arrays, out: torch.Tensor) -> None:
+        """Keep a kernel function for calls that look like this one, which was checked."""
+        if self._add is None:
+            self._run, self._add = library().signature_cache([place + 1 for place in self._written], _LIMIT)
+        self._add(kernel, out, *arrays)
+
+
+def _know_none(*arguments: Any) -> bool:
+    return False
+
+
+def new_out(x: torch.Tensor) -> torch.Tensor:
+    """Return an output like x, dense."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def tell_autograd(*written: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tell autograd of writes that it did not see, or it would use a saved tensor that has changed."""
+    torch.autograd.graph.increment_version(written)
+    return written
+
+
+def _loses_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
+    if out is not None and out.requires_grad:
+        return True
+    places = (place for place in _NO_GRAD_PLACES if place < len(arrays))
+    return any(a.requires_grad for place in places if (a := arrays[place]) is not None)

@@ -1,0 +1,187 @@
+"""Torch's transforms and modes: a step under one is right, or refused by the transform's name with nothing written."""
+
+import pytest
+import torch
+from modes import to_mode
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ssu_bridge
+from ssu_bridge.testing.cases import Case
+
+CASE = Case("transforms", headdim=8, dstate=16)
+ROUNDED = Case("transforms, rounded", headdim=8, dstate=16, dtypes={"state": "float16"})
+
+
+def tensors(seed=1):
+    return to_mode(CASE.arrays(seed=seed), "torch")
+
+
+REST = {name: tensor for name, tensor in tensors().items() if name not in ("state", "x")}
+
+
+@pytest.fixture(params=["first call", "repeated call"])
+def given(request):
+    """The arguments of a call, after one like it or not."""
+    ssu_bridge.api._launchers.clear()
+    if request.param == "repeated call":
+        ssu_bridge.update(**tensors(), **CASE.flags)
+    return tensors()
+
+
+def step(**arrays):
+    return ssu_bridge.update(**arrays, **CASE.flags)
+
+
+def summed(arrays, name):
+    """The sum of a step's outputs as a function of one of its arguments."""
+    return lambda value: step(**{**arrays, name: value})[0].sum()
+
+
+REFUSED = {
+    "torch.func.vmap": lambda a: torch.func.vmap(lambda x: step(**{**a, "x": x})[0])(torch.stack([a["x"]] * 2)),
+    "torch.func.jvp": lambda a: torch.func.jvp(summed(a, "x"), (a["x"],), (a["x"],)),
+    "torch.func.grad": lambda a: torch.func.grad(summed(a, "D"))(a["D"]),
+    "torch.func.functionalize": lambda a: torch.func.functionalize(lambda x: step(**{**a, "x": x})[0])(a["x"]),
+}
+MADE_OF_THEM = {
+    "jacrev": ("torch.func.grad", lambda a: torch.func.jacrev(summed(a, "A"))(a["A"])),
+    "jacfwd": ("torch.func.jvp", lambda a: torch.func.jacfwd(summed(a, "dt"))(a["dt"])),
+    "hessian": ("torch.func.grad", lambda a: torch.func.hessian(summed(a, "C"))(a["C"])),
+    "nothing mapped": ("torch.func.vmap", lambda a: torch.func.vmap(lambda _: step(**a)[0])(torch.zeros(2))),
+}
+CASES = {name: (name, call) for name, call in REFUSED.items()} | MADE_OF_THEM
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_transform_of_functions_is_refused_by_its_name(given, name, compiled):
+    transform, call = CASES[name]
+    torch._dynamo.reset()
+    if compiled:
+        step(**tensors())
+    held = given["state"].clone()
+    with pytest.raises(ssu_bridge.UnsupportedError, match=transform):
+        (torch.compile(call, backend="eager") if compiled else call)(given)
+    assert torch.equal(given["state"], held)
+
+
+def test_a_transform_is_refused_before_a_seed_is_drawn():
+    a = to_mode(ROUNDED.arrays(seed=1), "torch")
+    with (
+        ssu_bridge.using(stochastic_rounding=True),
+        pytest.raises(ssu_bridge.UnsupportedError, match=r"torch\.func\.vmap"),
+    ):
+        torch.func.vmap(lambda x: ssu_bridge.update(**{**a, "x": x})[0])(torch.stack([a["x"]] * 2))
+
+
+@pytest.mark.parametrize("name", ["state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias"])
+def test_a_tangent_is_refused(given, name):
+    held = given["state"].clone()
+    with forward_ad.dual_level():
+        step(**{**given, "state": given["state"].clone()})  # without a tangent there is nothing to lose
+        dual = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(ssu_bridge.UnsupportedError, match=rf"{name}: it has a tangent.*forward_ad"):
+            step(**{**given, name: dual})
+    assert torch.equal(given["state"], held)
+
+
+def test_a_tangent_of_what_is_written_is_refused(given):
+    with forward_ad.dual_level():
+        out = forward_ad.make_dual(torch.zeros_like(given["x"]), torch.ones_like(given["x"]))
+        with pytest.raises(ssu_bridge.UnsupportedError, match="out: it has a tangent"):
+            step(**given, out=out)
+    assert not out.any()
+
+
+def assert_like_a_step(recorded):
+    """Assert that a function of state, x does with other numbers what a step does."""
+    expected, got = tensors(seed=2), tensors(seed=2)
+    y, state = step(**{**REST, "state": expected["state"], "x": expected["x"]})
+    assert torch.equal(recorded(got["state"], got["x"]), y)
+    assert torch.equal(got["state"], state)
+
+
+def function(state, x):
+    return step(state=state, x=x, **REST)[0]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_step(given, mode):
+    rest = {name: given[name] for name in REST}
+    graph = make_fx(lambda state, x, rest: step(state=state, x=x, **rest)[0], tracing_mode=mode)(
+        given["state"], given["x"], rest
+    )
+    assert torch.ops.ssu_bridge.update.default in {node.target for node in graph.graph.nodes}
+    assert_like_a_step(lambda state, x: graph(state, x, REST))
+
+
+def test_make_fx_on_real_tensors_runs_the_step(given):
+    expected = tensors()["state"]
+    function(expected, given["x"])
+    make_fx(function)(given["state"], given["x"])
+    assert torch.equal(given["state"], expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_records_the_step(given):
+    assert_like_a_step(torch.jit.trace(function, (given["state"], given["x"])))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(given, strict):
+    step(**tensors())
+
+    class Model(torch.nn.Module):
+        def forward(self, state, x):
+            return function(state, x)
+
+    exported = torch.export.export(Model(), (given["state"], given["x"]), strict=strict)
+    assert_like_a_step(exported.module())
+
+
+def test_inference_mode(given):
+    expected = step(**tensors())
+    with torch.inference_mode():
+        made_there = tensors()
+        for _ in range(2):
+            results = step(**{**made_there, "state": made_there["state"].clone()})
+            for got, wanted in zip(results, expected, strict=True):
+                assert torch.equal(got, wanted)
+    for got, wanted in zip(step(**made_there), expected, strict=True):  # and outside of it
+        assert torch.equal(got, wanted)
+
+
+def test_a_mode_sees_the_step(given):
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        results = step(**given)
+    assert torch.ops.ssu_bridge.update.default in seen
+    for got, wanted in zip(results, step(**tensors()), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_fake_tensors_in_their_mode_have_the_shapes_of_the_results(given):
+    with FakeTensorMode() as mode:
+        results = step(**{name: mode.from_tensor(tensor) for name, tensor in given.items()})
+    for got, wanted in zip(results, step(**given), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_call_that_would_lose_a_gradient_is_refused(given):
+    torch._dynamo.reset()
+    step(**tensors())
+    held = given["state"].clone()
+    with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad"):
+        torch.compile(function, backend="eager")(given["state"], given["x"].requires_grad_())
+    assert torch.equal(given["state"], held)
