@@ -46,7 +46,7 @@ def describe(
             raise TypeError(f"{name}: expected an array, got None")
     for name, info in arrays.items():
         if name != "rand_seed":  # of which each framework has its own
-            _check_dtype(name, info.dtype)
+            check_dtype(name, info.dtype)
     _check_contradictions(arrays, options)
     _check_seed(arrays, options, framework)
     shapes = Shapes(arrays)
@@ -111,7 +111,12 @@ def _is_dense(info: ArrayInfo) -> bool:
     return True
 
 
-def _check_dtype(name: str, dtype: str) -> None:
+def check_dtype(name: str, dtype: str) -> None:
+    """Check that an argument may have a dtype.
+
+    Raises:
+        ValueError: it may not; the message says which it may have.
+    """
     allowed = ARGUMENTS[name].dtypes
     if dtype in allowed:
         return

@@ -268,8 +268,8 @@ JAX_EAGER = [
 ]  # fmt: skip
 JAX = [
     ("out for JAX", lambda a: {**a, "out": jnp.zeros((3, 4, 8))}, TypeError, r"out: expected None with JAX arrays"),
-    ("a key of another kind", lambda a: {**a, "state": a["state"].astype("float16"), "rand_seed": jax.random.key(1, impl="rbg")}, TypeError, r"rand_seed: expected uint32 numbers, got keys of key<rbg>"),
-    ("keys for numbers", lambda a: {**a, "D": jax.random.split(jax.random.key(1), 4)}, TypeError, r"D: expected float16 numbers, got keys of key<fry>"),
+    ("a key of another kind", lambda a: {**a, "state": a["state"].astype("float16"), "rand_seed": jax.random.key(1, impl="rbg")}, TypeError, r"rand_seed: expected one key of two uint32 words, got keys of dtype key<rbg>"),
+    ("keys for numbers", lambda a: {**a, "D": jax.random.split(jax.random.key(1), 4)}, TypeError, r"D: expected dtype float32 or bfloat16 or float16, got a JAX key of dtype key<fry>"),
 ]  # fmt: skip
 
 
@@ -309,6 +309,24 @@ TABLE = [
         lambda a: {**a, "B": a["state"]},
         ValueError,
         r"B: expected an array of its own, got the state",
+        ("jax",),
+        converted=True,
+        case=LIKE_B,
+    ),
+    Wrong(
+        "the state's memory given twice",
+        lambda a: {**a, "B": jax.device_put(a["state"], a["state"].device, may_alias=True)},
+        ValueError,
+        r"B: expected an array of its own, got one with the memory of the state, which is given up",
+        ("jax",),
+        converted=True,
+        case=LIKE_B,
+    ),
+    Wrong(
+        "a reference given twice",
+        lambda a: (lambda state: {**a, "state": state, "B": state})(jax.new_ref(a["state"])),
+        ValueError,
+        r"state: expected a jax\.Ref of its own, got the one that is passed as B",
         ("jax",),
         converted=True,
         case=LIKE_B,

@@ -17,9 +17,9 @@ from ssu_bridge.frontends.base import SEED, Arrays, Launch, require_one_framewor
 from ssu_bridge.frontends.jax.metadata import (
     WRITTEN,
     address,
+    copied_from_host,
     explain_failure,
     is_viewed,
-    narrowed,
     platforms,
     refuse_out,
 )
@@ -53,7 +53,7 @@ def launcher(state_type: type, options: Options) -> Launch:
             if type(array) is not state_type and array is not None:
                 if _traced(arrays):
                     return trace_call(options, arrays, out)
-                arrays = narrowed(arrays, options.pad_slot_id)
+                arrays = copied_from_host(arrays, options.pad_slot_id)
                 if jax.Ref in map(type, arrays):
                     return _launch_on_references(options, donated, arrays)
                 break
@@ -118,7 +118,7 @@ def launcher_on_references(options: Options) -> Launch:
         refuse_out(out)
         if _traced(arrays):
             return trace_call(options, arrays, out)
-        return _launch_on_references(options, donated, narrowed(arrays, options.pad_slot_id))
+        return _launch_on_references(options, donated, copied_from_host(arrays, options.pad_slot_id))
 
     return launch
 

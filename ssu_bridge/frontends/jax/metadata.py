@@ -1,5 +1,6 @@
 """What the JAX frontend knows of arrays: their metadata, where they lie, and what can be wrong with them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Options, Problem
-from ssu_bridge.core.validate import describe
+from ssu_bridge.core.validate import check_dtype, describe
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework
 
 # What a call can write in place.
@@ -29,8 +30,15 @@ def _info(name: str, array: Any) -> ArrayInfo:
         raise TypeError(f"{name}: expected a uint32[2] array or a jax.random.key, got int {array}")
     if _is_key(array):
         data = jax.random.key_data(array)
-        if name != "rand_seed" or data.shape != (2,):
-            raise TypeError(f"{name}: expected {ARGUMENTS[name].dtypes[-1]} numbers, got keys of {array.dtype}")
+        if name != "rand_seed":
+            raise TypeError(
+                f"{name}: expected dtype {' or '.join(ARGUMENTS[name].dtypes)}, got a JAX key of dtype {array.dtype}"
+            )
+        if data.shape != (2,):
+            raise TypeError(
+                f"{name}: expected one key of two uint32 words, got keys of dtype {array.dtype} with words of shape "
+                f"{data.shape}"
+            )
         array = data
     # NumPy arrays come as they are; JAX takes them in these dtypes.
     return ArrayInfo(array.shape, jax.dtypes.canonicalize_dtype(array.dtype).name)
@@ -72,23 +80,43 @@ def _is_key(array: Any) -> bool:
     return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined]
 
 
-def narrowed(arrays: Arrays, pad_slot_id: int) -> Arrays:
-    """Keep NumPy's int64 from losing the high 32 bits in JAX, which would make it another sequence's slot.
+def copied_from_host(arrays: Arrays, pad_slot_id: int) -> Arrays:
+    """Return the arrays with a copy of each NumPy array, as JAX may take it.
 
-    An index that 32 bits cannot hold becomes a pad, a count the largest or smallest that they can.
+    JAX reads memory of the host when it runs a program, maybe after the call has returned and the caller has changed
+    it. It also reads the bytes whatever their order, and of an int64 it keeps the low 32 bits, which would be another
+    sequence's slot: here an index that 32 bits cannot hold becomes a pad, a count the largest or smallest that they
+    can.
+
+    Raises:
+        TypeError, ValueError: a NumPy array is not what JAX would take it for.
     """
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        return arrays
-    narrow = np.iinfo(np.int32)
-    pad = pad_slot_id if narrow.min <= pad_slot_id <= narrow.max else -1
     result = list(arrays)
     for i, (name, array) in enumerate(zip(ARGUMENTS, arrays, strict=False)):
-        if type(array) is not np.ndarray or array.dtype != np.int64:
-            continue
-        inside = (array >= narrow.min) & (array <= narrow.max)
-        beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in _SLOTS else -1
-        result[i] = np.where(inside, array, beyond).astype(np.int32)
+        if isinstance(array, np.ndarray):
+            if type(array) is not np.ndarray:
+                require_one_framework(arrays)
+            _require_numbers(name, array)
+            result[i] = _narrowed(name, array, pad_slot_id) if array.dtype == np.int64 else np.array(array)
     return tuple(result)
+
+
+def _narrowed(name: str, array: np.ndarray, pad_slot_id: int) -> np.ndarray:
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        return np.array(array)
+    narrow = np.iinfo(np.int32)
+    pad = pad_slot_id if narrow.min <= pad_slot_id <= narrow.max else -1
+    inside = (array >= narrow.min) & (array <= narrow.max)
+    beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in _SLOTS else -1
+    return np.where(inside, array, beyond).astype(np.int32)
+
+
+def _require_numbers(name: str, array: np.ndarray) -> None:
+    """Check that a NumPy array has numbers in this machine's byte order; JAX looks at the dtype more closely."""
+    if array.dtype.kind in "OSUMm":
+        check_dtype(name, array.dtype.name)
+    if not array.dtype.isnative:
+        raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")
 
 
 def address(array: Any) -> Any:
@@ -124,14 +152,13 @@ def explain_failure(arrays: Arrays) -> None:
     given = named(arrays)
     committed = {}
     for name, array in given.items():
-        if isinstance(array, np.ndarray) and not array.dtype.isnative:
-            raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")
+        if isinstance(array, np.ndarray):
+            _require_numbers(name, array)
+        if isinstance(array, jax.Ref):
+            _require_once(name, array, given)
         if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
             continue
-        for written in given:
-            if written != name and written in WRITTEN and array is given[written]:
-                what = "the state" if written == "state" else written
-                raise ValueError(f"{name}: expected an array of its own, got {what}, which is given up for the new one")
+        _require_own_memory(name, array, given)
         if array.committed:
             committed[name] = array
     for name, array in committed.items():
@@ -141,6 +168,24 @@ def explain_failure(arrays: Arrays) -> None:
                 f"{name}: expected an array on {_spell(other.devices())}, where {first} is, "
                 f"got one on {_spell(array.devices())}"
             )
+
+
+def _require_once(name: str, reference: Any, given: Mapping[str, Any]) -> None:
+    for other, array in given.items():
+        if other != name and array is reference:
+            raise ValueError(f"{name}: expected a jax.Ref of its own, got the one that is passed as {other}")
+
+
+def _require_own_memory(name: str, array: Any, given: Mapping[str, Any]) -> None:
+    """Check that an array is none of those that are donated, nor views the memory of one."""
+    for written in WRITTEN:
+        other = given.get(written)
+        if written == name or not isinstance(other, jax.Array) or not array.size:
+            continue
+        if array is other or address(array) == address(other):
+            what = "the state" if written == "state" else written
+            came = what if array is other else f"one with the memory of {what}"
+            raise ValueError(f"{name}: expected an array of its own, got {came}, which is given up for the new one")
 
 
 def _spell(devices: Any) -> str:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ssu_bridge.backends.base import TracedKernel
 from ssu_bridge.config import Backend
@@ -11,7 +13,7 @@ from ssu_bridge.core.problem import Options
 from ssu_bridge.core.quantized import QuantizedState
 from ssu_bridge.dispatch import consider_problem, load
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework, returned
-from ssu_bridge.frontends.jax.metadata import described, narrowed, platforms, refuse_out, require_live, words
+from ssu_bridge.frontends.jax.metadata import copied_from_host, described, platforms, refuse_out, require_live, words
 from ssu_bridge.frontends.jax.sharding.explicit import explicit_mesh, on_explicit_shards
 from ssu_bridge.frontends.jax.sharding.shards import shard_seed
 from ssu_bridge.frontends.jax.step_primitive import bind, vary_alike, varying
@@ -22,7 +24,11 @@ def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     require_one_framework(arrays)
     require_live(arrays)
     refuse_out(out)
-    return with_given(arrays, trace(options, *narrowed(arrays, options.pad_slot_id)))
+    # As JAX arrays, because NumPy's cannot be indexed by what is traced.
+    operands = [
+        jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in copied_from_host(arrays, options.pad_slot_id)
+    ]
+    return with_given(arrays, trace(options, *operands))
 
 
 def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
