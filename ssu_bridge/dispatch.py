@@ -12,7 +12,7 @@ from ssu_bridge.config import Backend, SSUConfig
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 
-# What auto asks, in this order but for what was measured; the reference is for checking and is never taken unasked.
+# The order in which auto asks backends, unless measurements override it. auto never selects the reference, a checker.
 AUTOMATIC = (Backend.TRITON, Backend.FLASHINFER, Backend.CPU, Backend.XLA)
 BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
 
@@ -22,9 +22,9 @@ _logged: set[tuple[Backend, Backend]] = set()
 
 
 class Answer(NamedTuple):
-    """What a backend says to a Problem: ``refusal`` is None where it would run it, else the reason in a sentence.
+    """What a backend says to a Problem: ``refusal`` is None if it supports it, else the reason as a sentence.
 
-    ``settings`` says how it would run it, where it had to choose.
+    ``settings`` describes how it would run the Problem, if it had a choice.
     """
 
     backend: Backend
@@ -33,42 +33,44 @@ class Answer(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The backend taken for a Problem (None: all refuse), and the answer of every backend that was asked."""
+    """The backend selected for a Problem (None: all refuse), and the answers of the backends that were queried."""
 
     problem: Problem
     backend: Backend | None
     answers: tuple[Answer, ...]
 
     def error(self) -> UnsupportedError | BackendNotAvailableError:
-        """Return what to raise when no backend was taken."""
+        """Return the error to raise when no backend was selected."""
         asked = self.problem.options.config.backend
         reasons = "; ".join(f"{answer.backend}: {answer.refusal}" for answer in self.answers if answer.refusal)
         if asked is Backend.AUTO:
-            return UnsupportedError(f"no backend can do this call. {reasons}")
+            return UnsupportedError(f"no backend supports this call. {reasons}")
         if missing := module(asked).missing(self.problem.framework):
             return BackendNotAvailableError(f"backend {asked!s}: {missing}")
         able = [str(name) for name in BACKENDS if name is not asked and answer(name, self.problem).refusal is None]
-        instead = f"backend={' or '.join(map(repr, able))} can do it" if able else "no other backend can do it either"
+        instead = (
+            f"supported by backend={' or '.join(map(repr, able))}" if able else "no other backend supports it either"
+        )
         return UnsupportedError(f"backend {reasons}; {instead}")
 
 
 class Explanation(NamedTuple):
-    """What :func:`ssu_bridge.explain` returns: a choice for each platform that the call could run on."""
+    """What `ssu_bridge.explain` returns: a choice for each platform that the call could run on."""
 
     choices: tuple[Choice, ...]
 
     @property
     def backend(self) -> Backend | None:
-        """The backend taken on the first platform: that of the arrays, or while JAX traces the process's default."""
+        """The backend selected on the first platform: the arrays', or while JAX traces the process's default."""
         return self.choices[0].backend
 
     def __str__(self) -> str:
         lines = []
         for choice in self.choices:
-            lines.append(f"on {choice.problem.platform}, asked for {choice.problem.options.config.backend}:")
+            lines.append(f"on {choice.problem.platform}, requested {choice.problem.options.config.backend}:")
             for backend, refusal, settings in choice.answers:
-                able = "taken, the first here that can" if backend is choice.backend else "can too"
-                verdict = able + (settings and f" ({settings})") if refusal is None else f"refuses: {refusal}"
+                able = "selected, the first that supports the call" if backend is choice.backend else "also supports it"
+                verdict = able + (settings and f" ({settings})") if refusal is None else f"not supported: {refusal}"
                 lines.append(f"  {backend:<12}{verdict}")
         return "\n".join(lines)
 
@@ -79,14 +81,14 @@ def module(backend: Backend) -> BackendModule:
 
 
 def answer(backend: Backend, problem: Problem) -> Answer:
-    """Ask one backend whether it would run a Problem."""
+    """Return the answer of one backend to a Problem."""
     asked = module(backend)
     refusal = asked.missing(problem.framework) or asked.refusal(problem)
     return Answer(backend, refusal, "" if refusal else asked.settings(problem))
 
 
 def consider_problem(problem: Problem) -> Choice:
-    """Ask the backends that the configuration allows, and take the first that does not refuse; raise nothing."""
+    """Query the backends that the configuration allows and select the first that supports the Problem."""
     asked = problem.options.config.backend
     names = _automatic(problem) if asked is Backend.AUTO else (asked,)
     answers = tuple(answer(name, problem) for name in names)
@@ -94,16 +96,16 @@ def consider_problem(problem: Problem) -> Choice:
 
 
 def _automatic(problem: Problem) -> tuple[Backend, ...]:
-    """Return the backends that auto asks: on a GPU, first the one that was measured to be the fastest."""
+    """Return the order in which auto queries backends: on a GPU, first the one that was measured to be the fastest."""
     if problem.platform != "cuda" or {*features(problem)} - {Feature.TOKENS, Feature.PACKED}:
         return AUTOMATIC
     tables = measured("auto_order", problem.capability)
-    faster = [name for name, rows in tables.items() if any(_is_about(row, problem) for row in rows)]
+    faster = [name for name, rows in tables.items() if any(_row_matches(row, problem) for row in rows)]
     return tuple(sorted(AUTOMATIC, key=lambda backend: backend not in faster))
 
 
-def _is_about(row: dict[str, Any], problem: Problem) -> bool:
-    """Whether a measurement is about calls like this one."""
+def _row_matches(row: dict[str, Any], problem: Problem) -> bool:
+    """Return whether a row of the measurements is about calls like this one."""
     tokens = -(-problem.tokens // max(problem.sequences, 1)) if problem.form == "packed" else problem.tokens
     elements = problem.sequences * problem.nheads * problem.headdim * problem.dstate
     ranges = ((tokens, row["tokens"]), (elements, row["elements"]))
@@ -112,11 +114,11 @@ def _is_about(row: dict[str, Any], problem: Problem) -> bool:
 
 
 def load(problem: Problem) -> Kernel:
-    """Return the kernel for a Problem, of the backend taken for it, ready to be launched.
+    """Return the kernel of the backend that is selected for a Problem, ready to be launched.
 
     Raises:
-        UnsupportedError: the backend asked for refuses it, or under ``auto`` every backend does.
-        BackendNotAvailableError: the backend asked for is not installed.
+        UnsupportedError: the requested backend refuses it, or under ``auto`` every backend does.
+        BackendNotAvailableError: the requested backend is not installed.
     """
     choice = consider_problem(problem)
     if choice.backend is None:

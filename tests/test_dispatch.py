@@ -72,13 +72,17 @@ def test_a_jax_key_is_a_seed():
 def test_xla_refuses_other_arrays_and_says_who_can():
     arrays = CASE.arrays(seed=2)
     for mode in ("numpy", "torch"):
-        with pytest.raises(ssu_bridge.UnsupportedError, match=r"xla: it runs on JAX.*backend='cpu' or 'reference' can"):
+        with pytest.raises(
+            ssu_bridge.UnsupportedError, match=r"xla: it runs on JAX.*supported by backend='cpu' or 'reference'"
+        ):
             ssu_bridge.update(**to_mode(arrays, mode), backend="xla")
 
 
 def test_the_reference_refuses_tracing():
     arrays = to_mode(CASE.arrays(seed=2), "jax")
-    with pytest.raises(ssu_bridge.UnsupportedError, match="reference: .*cannot be traced.*backend='cpu' or 'xla' can"):
+    with pytest.raises(
+        ssu_bridge.UnsupportedError, match="reference: .*cannot be traced.*supported by backend='cpu' or 'xla'"
+    ):
         jax.jit(functools.partial(ssu_bridge.update, backend="reference"))(**arrays)
 
 
@@ -100,13 +104,13 @@ def test_explain_runs_nothing_and_reads_as_a_table():
     arrays = CASE.arrays(seed=3)
     state = arrays["state"].copy()
     text = str(ssu_bridge.explain(**arrays, **CASE.flags))
-    assert text.splitlines()[0] == "on cpu, asked for auto:"
-    assert "cpu         taken, the first here that can" in text
-    assert "xla         refuses: it runs on JAX arrays only" in text
+    assert text.splitlines()[0] == "on cpu, requested auto:"
+    assert "cpu         selected, the first that supports the call" in text
+    assert "xla         not supported: it runs on JAX arrays only" in text
     np.testing.assert_array_equal(bits(arrays["state"]), bits(state))
     refused = ssu_bridge.explain(**{**arrays, **REFUSED["trees"][0](arrays)})
     assert refused.backend is None
-    assert re.search("refuses: it cannot do .*trees of draft tokens", str(refused))
+    assert re.search("not supported: it does not support .*trees of draft tokens", str(refused))
 
 
 def test_explain_while_tracing_answers_for_each_platform():

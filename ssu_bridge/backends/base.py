@@ -1,4 +1,4 @@
-"""What a backend is, what it loads, and the refusals that several share."""
+"""The protocol of a backend, the kernels that it loads, and the refusals that several backends share."""
 
 import enum
 import importlib.util
@@ -10,7 +10,7 @@ from ssu_bridge.core.problem import Problem
 
 
 class DeviceKernel(NamedTuple):
-    """A kernel on the arrays' own memory, called with DLTensors.
+    """A kernel that works on the arrays' own memory, called with DLTensors.
 
     ``function(*inputs, *results)`` takes the arrays that ``problem.names`` lists, then those of ``problem.results``; a
     result other than out has the very memory of the input of that name. It launches on the stream that TVM-FFI's
@@ -50,20 +50,20 @@ class BackendModule(Protocol):
     CONFIG_FIELDS: tuple[str, ...]
 
     def missing(self, framework: str) -> str | None:
-        """Say what is not installed, for arrays of a framework, and which command installs it; or None."""
+        """Return what is not installed, for arrays of a framework, and the command that installs it; or None."""
 
     def refusal(self, problem: Problem) -> str | None:
-        """Say in a sentence why this backend cannot run the problem, or None if it can."""
+        """Return the reason why this backend does not support the problem, as a sentence; None if it does."""
 
     def settings(self, problem: Problem) -> str:
-        """Say how it would run a problem that it does not refuse, where there is a choice; else nothing."""
+        """Return how it would run a supported problem, in words; "" where it has no choice."""
 
     def load(self, problem: Problem) -> Kernel:
-        """Return the kernel for a problem that is not refused, compiled and ready to be launched."""
+        """Return the kernel for a supported problem, compiled and ready to be launched."""
 
 
 def missing_jax_ffi(framework: str) -> str | None:
-    """Say what a device kernel needs to be called by XLA and lacks, or None."""
+    """Return what is not installed of what XLA needs to call a device kernel, or None."""
     if framework == "jax" and importlib.util.find_spec("jax_tvm_ffi") is None:
         return 'JAX arrays need jax-tvm-ffi, which is not installed: pip install "ssu-bridge[jax]"'
     return None
@@ -73,7 +73,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def cannot_run_there(problem: Problem) -> str | None:
-    """Refuse other devices than NVIDIA GPUs, and old ones among those."""
+    """Refuse devices other than NVIDIA GPUs of a supported compute capability."""
     if problem.platform != "cuda":
         return f"it runs on CUDA arrays only, and these are on {problem.platform}"
     if problem.capability is None or problem.capability < _LEAST_CAPABILITY:
@@ -83,7 +83,7 @@ def cannot_run_there(problem: Problem) -> str | None:
 
 
 class Feature(enum.StrEnum):
-    """What a call can ask for beyond one token for each sequence and a float state that is rounded to nearest."""
+    """What a call can request beyond one token per sequence and a float state that is rounded to nearest."""
 
     TOKENS = "several tokens in one call"
     PACKED = "packed sequences (cu_seqlens)"
@@ -99,8 +99,8 @@ class Feature(enum.StrEnum):
 
 
 def features(problem: Problem) -> tuple[Feature, ...]:
-    """Return what a problem asks for."""
-    asked = {
+    """Return the features that a problem needs."""
+    needed = {
         Feature.TOKENS: problem.form == "multi",
         Feature.PACKED: problem.form == "packed",
         Feature.TABLES: bool(problem.tables),
@@ -113,17 +113,17 @@ def features(problem: Problem) -> tuple[Feature, ...]:
         Feature.FRESH: "has_initial_state" in problem.names,
         Feature.STRIDE: problem.options.intermediate_stride > 1,
     }
-    return tuple(feature for feature, is_asked in asked.items() if is_asked)
+    return tuple(feature for feature, is_needed in needed.items() if is_needed)
 
 
 def cannot(problem: Problem, *lacking: Feature) -> str | None:
     """Refuse the features that a backend lacks."""
-    asked = [str(feature) for feature in features(problem) if feature in lacking]
-    return f"it cannot do {', '.join(asked)}" if asked else None
+    needed = [str(feature) for feature in features(problem) if feature in lacking]
+    return f"it does not support {', '.join(needed)}" if needed else None
 
 
 def lacks_form(problem: Problem, *forms: str) -> str | None:
-    """Refuse the form in which to compute several tokens that was selected by name, if a backend has others alone."""
+    """Refuse a form of computing several tokens that was selected by name, if the backend has only others."""
     selected = problem.options.config.algorithm
     # A symbolic number of tokens is neither. One token satisfies every form.
     if selected not in FORMS or selected in forms or problem.tokens in (0, 1):

@@ -11,24 +11,24 @@ CONFIG_FIELDS = ("philox_rounds",)
 
 
 def missing(framework: str) -> str | None:
-    """Only JAX needs more than the package itself, where the kernel is."""
+    """Return what JAX arrays need besides this package, if it is not installed."""
     return missing_jax_ffi(framework)
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse other devices than the CPU, and trees."""
+    """Refuse devices other than the CPU, and what the kernel lacks."""
     if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
     return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:
-    """There are none."""
+    """Return "": the kernel has no settings."""
     return ""
 
 
 def load(problem: Problem) -> DeviceKernel:
-    """Return the kernel: dtypes, sizes and strides are read in each call, the rest is built in."""
+    """Return the kernel: dtypes, sizes and strides are read in each call, the rest is compiled in."""
     options = problem.options
     rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
     return _kernel(problem.names, problem.results, options.dt_softplus, options.pad_slot_id, rounds)

@@ -1,4 +1,4 @@
-"""The reference backend: the step in NumPy and float64, written to be read beside the formulas."""
+"""The reference backend: the step in NumPy and float64, written to be compared with the formulas."""
 
 import functools
 from collections.abc import Mapping
@@ -51,17 +51,17 @@ class Exact(NamedTuple):
 
 
 def missing(framework: str) -> str | None:
-    """Nothing is: NumPy is required."""
+    """Return None: NumPy is a dependency of this package."""
     return None
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse tracing, where there are no values to copy."""
+    """Refuse traced arrays, which have no values to copy."""
     return "it computes on the host and so cannot be traced by JAX" if problem.traced else None
 
 
 def settings(problem: Problem) -> str:
-    """There are none."""
+    """Return "": the reference has no settings."""
     return ""
 
 

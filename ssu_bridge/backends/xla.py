@@ -13,12 +13,12 @@ CONFIG_FIELDS = ()
 
 
 def missing(framework: str) -> str | None:
-    """Nothing is: where JAX arrays come from, JAX is."""
+    """Return None: the caller has JAX already."""
     return None
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse arrays that are not JAX's, and states that are not simply rounded."""
+    """Refuse arrays of other frameworks, quantised states and stochastic rounding, among others."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
     lacking = (Feature.QUANTIZED, Feature.STOCHASTIC, Feature.TREES, Feature.FRESH, Feature.STRIDE)
@@ -26,7 +26,7 @@ def refusal(problem: Problem) -> str | None:
 
 
 def settings(problem: Problem) -> str:
-    """There are none."""
+    """Return "": the program has no settings."""
     return ""
 
 

@@ -26,7 +26,7 @@ class Shapes:
         if extra not in (0, 1):
             raise ValueError(
                 f"x: expected {len(state.shape) - 1} axes, or {len(state.shape)} for several tokens, got shape "
-                f"{x.shape}, beside a state of ({self.state_axes}) {state.shape}"
+                f"{x.shape}, with a state of ({self.state_axes}) {state.shape}"
             )
         if "cu_seqlens" in arrays:
             if extra:
@@ -49,8 +49,8 @@ class Shapes:
                 self.sizes = sizes
                 self._check_heads(name)
                 return
-        beside = "" if name == "state" else f", beside a state of ({self.state_axes}) {self.state_shape}"
-        raise ValueError(f"{name}: expected shape {self._expected(name)}, got {info.shape}{beside}")
+        context = "" if name == "state" else f", with a state of ({self.state_axes}) {self.state_shape}"
+        raise ValueError(f"{name}: expected shape {self._expected(name)}, got {info.shape}{context}")
 
     def _check_heads(self, name: str) -> None:
         """Check the sizes that no array may contradict by itself, as soon as one fixes them."""

@@ -153,7 +153,7 @@ def _check_contradictions(arrays: Mapping[str, ArrayInfo], options: Options) -> 
         )
     if "num_accepted_tokens" in given and len(_shape(arrays, "state_batch_indices")) != 2:
         came = _shape(arrays, "state_batch_indices") or "none"
-        raise ValueError(f"num_accepted_tokens: expected a 2-D state_batch_indices beside it, got {came}")
+        raise ValueError(f"num_accepted_tokens: expected a 2-D state_batch_indices with it, got {came}")
 
 
 def _check_tree(arrays: Mapping[str, ArrayInfo], options: Options, shapes: Shapes) -> None:

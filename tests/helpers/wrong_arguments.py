@@ -113,7 +113,7 @@ CONTRADICTIONS = [
     ("destinations and intermediates", lambda a: {**a, "dst_state_batch_indices": a["state_batch_indices"], "intermediate_states": ones(3, 1, 4, 8, 16)}, r"dst_state_batch_indices: expected None with intermediate"),
     ("entries without a buffer", lambda a: {**a, "intermediate_state_indices": a["state_batch_indices"]}, r"intermediate_state_indices: expected None without"),
     ("intermediates of another dtype", lambda a: {**a, "intermediate_states": ones(3, 1, 4, 8, 16, dtype="float16")}, r"intermediate_states: expected the state's dtype float32"),
-    ("accepted counts, 1-D slots", lambda a: {**a, "num_accepted_tokens": a["state_batch_indices"]}, r"num_accepted_tokens: expected a 2-D state_batch_indices beside it, got \(\d+,\)"),
+    ("accepted counts, 1-D slots", lambda a: {**a, "num_accepted_tokens": a["state_batch_indices"]}, r"num_accepted_tokens: expected a 2-D state_batch_indices with it, got \(\d+,\)"),
     ("fewer steps than tokens", lambda a: {**tokens(a, 3), "intermediate_states": ones(6, 2, 4, 8, 16)}, r"intermediate_states: expected at least 3 steps.*got 2"),
     ("fewer steps than strides", lambda a: {**tokens(a, 6), "intermediate_states": ones(6, 2, 4, 8, 16), "intermediate_stride": 2}, r"intermediate_states: expected at least 3 steps, one for every 2 tokens, got 2"),
     ("a stride without intermediates", replace(intermediate_stride=2), r"intermediate_stride: expected 1 without intermediate_states, got 2"),

@@ -1,7 +1,7 @@
 """The flashinfer backend: FlashInfer's CUDA kernels, for JAX and Torch arrays on NVIDIA GPUs.
 
-FlashInfer compiles them; the native library hands them the arrays as they ask for them, without Python in a call. What
-they reject or get wrong is refused here; docs/flashinfer.md has what was seen.
+FlashInfer compiles them; the native library passes the arrays in the layout that they need, without Python in a call.
+What they reject or compute wrong is refused here; docs/flashinfer.md records what was observed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _HEADDIMS = (64, 128)
 _DSTATES = range(64, 257, 32)
 # An int16 row is kept in registers, 64 elements at a time.
 _INT16_STEP = 64
-# What it compiles a kernel for many tokens for, which all but the vertical and simple kernels for one token share.
+# What it compiles a multi-token kernel for; its horizontal single-token kernel has the same limit.
 _HEADS_IN_A_GROUP = (1, 2, 4, 8, 16, 32, 64)
 # More might not fit into a block's shared memory, which is smallest on 8.6, 8.9 and 12.0.
 _MOST_TOKENS = 16
@@ -30,7 +30,7 @@ _MOST_HEADS = 65535
 _VECTORS = ("state", "x", "B", "C", "z", "state_scale", "intermediate_states", "intermediate_state_scales")
 _DENSE = ("intermediate_states", "intermediate_state_scales", "cu_seqlens", "num_accepted_tokens")
 _TABLES = ("state_batch_indices", "dst_state_batch_indices")
-# The arrays that its function takes in the dtype of another alone.
+# The arrays that its function requires in the dtype of another.
 ALIKE = {
     "x": ("B", "C", "z", "out"),
     "dt": ("D", "dt_bias"),
@@ -41,7 +41,7 @@ ALIKE = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Specialisation:
-    """All that tells one kernel from another."""
+    """Everything that distinguishes one kernel from another."""
 
     module: Module
     names: tuple[str, ...]
@@ -60,26 +60,26 @@ class _Specialisation:
 
 
 def missing(framework: str) -> str | None:
-    """FlashInfer is, where it is not installed, too old or another; so may be nvcc; JAX arrays need more."""
+    """Return what is missing of a known FlashInfer, nvcc and, for JAX arrays, the FFI package."""
     return module.missing() or missing_jax_ffi(framework)
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse what FlashInfer rejects, and what it silently gets wrong."""
+    """Refuse what FlashInfer rejects, and what it silently computes wrong."""
     rules = (cannot_run_there, _lacks, _wrong_sizes, _wrong_dtypes, _wrong_layout, _wrong_intermediates, _wrong_tokens)
     return next(filter(None, (rule(problem) for rule in (*rules, _wrong_algorithm))), None)
 
 
 def settings(problem: Problem) -> str:
-    """Say which of FlashInfer's kernels, and where it keeps less than the other backends promise."""
-    many = "many tokens" if _by_token(problem) else "one token"
-    said = [f"its kernels for {many}, algorithm {_algorithm(problem)}"]
+    """Return which of FlashInfer's kernels run, and what they guarantee less than other backends."""
+    tokens = "multi-token" if _by_token(problem) else "single-token"
+    said = [f"its {tokens} kernels, algorithm {_algorithm(problem)}"]
     if any(dtype.startswith("int") and name != "state" and name != "rand_seed" for name, dtype in problem.dtypes):
-        said.append("trusts all values of index arrays but pad_slot_id")
+        said.append("checks no index but pad_slot_id")
     if problem.form == "packed":
         said.append(f"sequences of at most {_longest(problem)} tokens")
     if problem.stochastic_rounding:
-        said.append("rounds by random numbers of its own, and to zero below 2**-14")
+        said.append("rounds with its own random numbers, and to zero below 2**-14")
     return "; ".join(said)
 
 
@@ -146,10 +146,10 @@ def _longest(problem: Problem) -> int:
 
 
 def _by_token(problem: Problem) -> bool:
-    """Whether its kernels for many tokens run.
+    """Return whether its multi-token kernels run.
 
-    Those for one token write out of bounds for a pad among the destinations, read the scale of an int16 state at a pad,
-    and ignore counts and intermediate states.
+    The single-token ones write out of bounds for a padding index among the destinations, read the scale of an int16
+    state at a padding index, and ignore counts and intermediate states.
     """
     reasons = ("dst_state_batch_indices", "num_accepted_tokens", "intermediate_states")
     at_pads = "state_scale" in problem.names and "state_batch_indices" in problem.names
@@ -157,7 +157,7 @@ def _by_token(problem: Problem) -> bool:
 
 
 def _simple_alone(problem: Problem) -> str | None:
-    """Say what among its kernels for many tokens only the simple one does."""
+    """Return what a problem needs that only the simple one of its multi-token kernels does."""
     needs = {
         "destination slots": "dst_state_batch_indices",
         "accepted token counts": "num_accepted_tokens",
@@ -168,7 +168,7 @@ def _simple_alone(problem: Problem) -> str | None:
 
 
 def _algorithm(problem: Problem) -> str:
-    """Return the algorithm to ask FlashInfer for: its own choice, unless that could fall on a kernel that errs."""
+    """Return the algorithm to request of FlashInfer: its own choice, unless it could choose a kernel that errs."""
     asked = problem.options.config.algorithm
     if asked in FLASHINFER_ALGORITHMS:
         return asked
@@ -187,48 +187,50 @@ def _lacks(problem: Problem) -> str | None:
 def _wrong_sizes(problem: Problem) -> str | None:
     heads, N = problem.nheads, problem.dstate
     if problem.headdim not in _HEADDIMS:
-        return f"it takes headdim 64 or 128, and this is {problem.headdim}"
+        return f"it supports headdim 64 or 128, and this is {problem.headdim}"
     if N not in _DSTATES or ("state_scale" in problem.names and N % _INT16_STEP):
         step = _INT16_STEP if "state_scale" in problem.names else _DSTATES.step
-        return f"it takes dstate from 64 to 256 in multiples of {step}, and this is {N}"
+        return f"it supports dstate from 64 to 256 in multiples of {step}, and this is {N}"
     if _by_token(problem) and heads // problem.ngroups not in _HEADS_IN_A_GROUP:
         return (
-            "its kernels for many tokens, which this call needs, take 1, 2, 4, 8, 16, 32 or 64 heads in a group, and "
+            "its multi-token kernels, which this call needs, support 1, 2, 4, 8, 16, 32 or 64 heads in a group, and "
             f"these are {heads // problem.ngroups}"
         )
     if heads > _MOST_HEADS:
-        return f"it takes at most {_MOST_HEADS} heads, and these are {heads}"
+        return f"it supports at most {_MOST_HEADS} heads, and these are {heads}"
     if problem.slots < problem.sequences:
-        return f"it takes at least as many slots as sequences, and these are {problem.slots} and {problem.sequences}"
+        return f"it requires at least as many slots as sequences, and these are {problem.slots} and {problem.sequences}"
     if not -(2**31) <= problem.options.pad_slot_id < 2**31:
-        return f"it takes a pad_slot_id of 32 bits, and this is {problem.options.pad_slot_id}"
+        return f"it requires a pad_slot_id of 32 bits, and this is {problem.options.pad_slot_id}"
     return None
 
 
 def _wrong_dtypes(problem: Problem) -> str | None:
     dtypes = dict(problem.dtypes)
     if dtypes["state"] in ("int8", "float8_e4m3fn"):
-        return f"it takes quantised states of int16 alone, and this is {dtypes['state']}"
+        return f"it supports only int16 among quantised states, and this is {dtypes['state']}"
     if problem.stochastic_rounding and dtypes["state"] != "float16":
-        return f"it rounds float16 states alone stochastically, and this is {dtypes['state']}"
+        return f"it rounds only float16 states stochastically, and this is {dtypes['state']}"
     for like, names in ALIKE.items():
         unlike = [name for name in names if name in dtypes and dtypes[name] != dtypes.get(like, dtypes[name])]
         if unlike:
-            return f"it takes {unlike[0]} in {like}'s dtype {dtypes[like]}, and this is {dtypes[unlike[0]]}"
+            return f"it requires {unlike[0]} in {like}'s dtype {dtypes[like]}, and this is {dtypes[unlike[0]]}"
     return None
 
 
 def _wrong_layout(problem: Problem) -> str | None:
     untied = [name for name in ("A", "dt", "D", "dt_bias") if name in problem.names and name not in problem.tied]
     if untied:
-        return f"it takes {', '.join(untied)} as one number a head, and this call has one for each channel"
-    # Its kernels for one token store single elements, those for many store vectors.
+        return f"it requires {', '.join(untied)} tied to heads, and this call has one number per channel"
+    # Its single-token kernels store single elements, its multi-token kernels vectors.
     vectors = (*_VECTORS, "out") if _by_token(problem) else _VECTORS
     if unaligned := [name for name in vectors if name in problem.unaligned]:
-        return f"it takes {', '.join(unaligned)} at multiples of 16 bytes alone, and here some entries lie elsewhere"
+        return (
+            f"it requires {', '.join(unaligned)} at addresses that are multiples of 16 bytes, and some entries are not"
+        )
     dense = _DENSE if _by_token(problem) else (*_DENSE, "out")
     if strided := [name for name in dense if name in problem.strided]:
-        return f"it takes {', '.join(strided)} without gaps alone, and here there are some"
+        return f"it requires dense {', '.join(strided)}, and got gaps between entries"
     return None
 
 
@@ -237,14 +239,14 @@ def _wrong_intermediates(problem: Problem) -> str | None:
         return None
     if not problem.options.disable_state_update:
         return (
-            "where it stores intermediate states it leaves the state as it is (disable_state_update=True allows that)"
+            "it does not update the state when it stores intermediate states (disable_state_update=True requests that)"
         )
     if problem.form == "packed":
-        return "with packed sequences it takes the steps of the intermediate states for the longest sequence's length"
+        return "with packed sequences it uses the steps of the intermediate states as the longest sequence's length"
     if "intermediate_state_indices" in problem.names:
-        return "it would write out of bounds for an entry of intermediate_state_indices that stands for none"
+        return "it would write out of bounds for a padding index in intermediate_state_indices"
     if problem.entries < problem.slots:
-        return f"it takes an entry of intermediate states for each slot, not {problem.entries} for {problem.slots}"
+        return f"it requires an entry of intermediate states per slot, not {problem.entries} for {problem.slots}"
     return None
 
 
@@ -256,7 +258,7 @@ def _wrong_tokens(problem: Problem) -> str | None:
             f"it must know that no sequence has more than {_MOST_TOKENS} tokens: from the columns of a slot "
             f"table, here {problem.columns or 'none'}, or from the number of rows, here {problem.tokens}"
         )
-    return f"it takes at most {_MOST_TOKENS} tokens in a call, and these are {problem.tokens}"
+    return f"it supports at most {_MOST_TOKENS} tokens in a call, and these are {problem.tokens}"
 
 
 def _wrong_algorithm(problem: Problem) -> str | None:
@@ -266,13 +268,13 @@ def _wrong_algorithm(problem: Problem) -> str | None:
         return None
     if _by_token(problem):
         if problem.capability < (10, 0):
-            return f"its {asked} kernel for many tokens, which this call needs, runs from compute capability 10.0 on"
+            return f"its {asked} multi-token kernel, which this call needs, runs from compute capability 10.0 on"
         what = _simple_alone(problem)
-        return what and f"its {asked} kernel for many tokens, which this call needs, does not do {what}"
+        return what and f"its {asked} multi-token kernel, which this call needs, does not support {what}"
     if problem.capability < (9, 0):
         return f"its {asked} kernel runs from compute capability 9.0 on"
     if asked == "horizontal" and "state_scale" in problem.names:
-        return "its horizontal kernel takes no int16 states"
+        return "its horizontal kernel does not support int16 states"
     if asked == "horizontal" and problem.nheads // problem.ngroups not in _HEADS_IN_A_GROUP:
-        return "its horizontal kernel takes 1, 2, 4, 8, 16, 32 or 64 heads in a group"
+        return "its horizontal kernel supports 1, 2, 4, 8, 16, 32 or 64 heads in a group"
     return None

@@ -22,23 +22,23 @@ _MOST_ELEMENTS_OF_A_HEAD = 2**31
 
 
 def missing(framework: str) -> str | None:
-    """Triton is, where it is not installed; JAX arrays need more."""
+    """Return whether Triton, or for JAX arrays its FFI package, is not installed."""
     if importlib.util.find_spec("triton") is None:
         return 'Triton is not installed: pip install "ssu-bridge[cuda]"'
     return missing_jax_ffi(framework)
 
 
 def refusal(problem: Problem) -> str | None:
-    """Refuse other devices than NVIDIA GPUs, old ones among those, and what is not written yet."""
+    """Refuse devices other than NVIDIA GPUs of a supported compute capability, and what the kernels lack."""
     if reason := cannot_run_there(problem):
         return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
-        return f"it takes heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
+        return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
     return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:
-    """Say which tile a program has."""
+    """Return the tile of a program, in words."""
     return str(tiles.tile(problem))
 
 

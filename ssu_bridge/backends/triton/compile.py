@@ -183,7 +183,7 @@ def identity(specialisation: Specialisation) -> str:
 
 
 def kernel_of(specialisation: Specialisation) -> Any:
-    """Return the Triton function that does what is asked for."""
+    """Return the Triton function of a specialisation."""
     module = importlib.import_module(f"ssu_bridge.backends.triton.kernels.{specialisation.kernel}")
     return getattr(module, specialisation.kernel)
 

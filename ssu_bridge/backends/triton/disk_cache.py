@@ -112,14 +112,14 @@ def _read(path: Path, specialisation: Specialisation) -> Compiled:
     """
     digest, _, text = path.read_text().partition("\n")
     if digest != _digest(text):
-        raise ValueError("its digest is another")
+        raise ValueError("its digest differs")
     fields: Any = json.loads(text)
     if type(fields) is not dict or {name: type(value) for name, value in fields.items()} != _FIELDS:
-        raise ValueError("its fields are others")
+        raise ValueError("its fields differ")
     cubin = base64.b64decode(fields.pop("cubin"), validate=True)
     passed = tuple(fields.pop("passed"))
     if not cubin.startswith(b"\x7fELF") or not {*passed} <= {*runtime_arguments(specialisation)}:
-        raise ValueError("it is no kernel of this call")
+        raise ValueError("it is not the kernel of this call")
     return Compiled(cubin=cubin, passed=passed, text={}, **fields)
 
 

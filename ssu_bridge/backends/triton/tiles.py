@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 
 def tile(problem: Problem) -> Tile:
-    """Return the tile that the configuration asks for, or else the table's.
+    """Return the configured tile, or else the table's.
 
     Raises:
         ValueError: the configuration asks for a tile that this problem cannot have.

@@ -100,7 +100,7 @@ register_lowering(step, _lower)
 
 
 def _refuse_gradient(*_: Any, **__: Any) -> Any:
-    raise UnsupportedError('a gradient through this backend is not to be had; backend="xla" can be differentiated')
+    raise UnsupportedError('this backend cannot be differentiated; use backend="xla"')
 
 
 ad.primitive_jvps[step] = _refuse_gradient

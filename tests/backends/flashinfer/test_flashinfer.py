@@ -22,7 +22,7 @@ from flashinfer_calls import (
 
 import ssu_bridge
 from ssu_bridge import dispatch
-from ssu_bridge.backends import flashinfer
+from ssu_bridge.backends.flashinfer import backend as flashinfer
 from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import QUANTIZED
 from ssu_bridge.dispatch import module
@@ -53,52 +53,52 @@ REFUSED = {
     "int16, dstate 96": (quantized(sized(dstate=96)), None, "multiples of 64, and this is 96"),
     "heads in a group": (tokens(THREE), None, "heads in a group, and these are 3"),
     "heads in a group, destinations": (sized(THREE, destinations=(1, 5, 3)), None, "heads in a group, and these are 3"),
-    "heads in a group, horizontal": (THREE, with_algorithm("horizontal"), "horizontal kernel takes 1"),
+    "heads in a group, horizontal": (THREE, with_algorithm("horizontal"), "horizontal kernel supports 1"),
     "many heads": (CASE, replaced(nheads=65536, ngroups=65536), "at most 65535 heads"),
     "few slots": (sized(slots=2, indices=(0, 1, -1)), None, "as many slots as sequences, and these are 2 and 3"),
     "a wide pad id": (sized(pad_slot_id=2**40), None, "pad_slot_id of 32 bits"),
     **{
-        f"{dtype} states": (quantized(dtype=dtype), None, f"quantised states of int16 alone, and this is {dtype}")
+        f"{dtype} states": (quantized(dtype=dtype), None, f"only int16 among quantised states, and this is {dtype}")
         for dtype in QUANTIZED[1:]
     },
-    "rounding bfloat16": (sized(dtypes={"state": "bfloat16"}, seed=1), None, "rounds float16 states alone"),
+    "rounding bfloat16": (sized(dtypes={"state": "bfloat16"}, seed=1), None, "rounds only float16 states"),
     **{
-        f"{name} unlike {like}": (sized(dtypes={name: "bfloat16"}), None, f"takes {name} in {like}'s dtype float32")
+        f"{name} unlike {like}": (sized(dtypes={name: "bfloat16"}), None, f"requires {name} in {like}'s dtype float32")
         for name, like in (("B", "x"), ("C", "x"), ("z", "x"), ("D", "dt"), ("dt_bias", "dt"))
     },
     "tables of two dtypes": (
         sized(destinations=(1, 5, 3), dtypes={"dst_state_batch_indices": "int64"}),
         None,
-        "takes dst_state_batch_indices in state_batch_indices's dtype int32",
+        "requires dst_state_batch_indices in state_batch_indices's dtype int32",
     ),
     **{
-        f"untied {name}": (sized(untied=(name,)), None, f"takes {name} as one number a head")
+        f"untied {name}": (sized(untied=(name,)), None, f"requires {name} tied to heads")
         for name in ("A", "dt", "D", "dt_bias")
     },
-    "Mamba-1": (sized(nheads=0, ngroups=1), None, "takes A, dt, D, dt_bias as one"),
+    "Mamba-1": (sized(nheads=0, ngroups=1), None, "requires A, dt, D, dt_bias tied"),
     **{
-        f"unaligned {name}": (CASE, replaced(unaligned=(name,)), f"takes {name} at multiples of 16 bytes")
+        f"unaligned {name}": (CASE, replaced(unaligned=(name,)), f"requires {name} at addresses that are multiples of 16 bytes")
         for name in ("state", "x", "B", "C", "z")
     },
-    "unaligned out, tokens": (tokens(), replaced(unaligned=("out",)), "takes out at multiples of 16 bytes"),
-    "strided out": (CASE, replaced(strided=("out",)), "takes out without gaps"),
-    "strided cu_seqlens": (packed(), replaced(strided=("cu_seqlens",)), "takes cu_seqlens without gaps"),
-    "intermediates and the state": (tokens(sized(steps=STEPS)), None, "leaves the state as it is"),
+    "unaligned out, tokens": (tokens(), replaced(unaligned=("out",)), "requires out at addresses that are multiples of 16 bytes"),
+    "strided out": (CASE, replaced(strided=("out",)), "requires dense out,"),
+    "strided cu_seqlens": (packed(), replaced(strided=("cu_seqlens",)), "requires dense cu_seqlens,"),
+    "intermediates and the state": (tokens(sized(steps=STEPS)), None, "does not update the state"),
     "entries for intermediates": (
-        tokens(sized(intermediates(), entries=(1, 5, 3))), None, "write out of bounds for an entry"
+        tokens(sized(intermediates(), entries=(1, 5, 3))), None, "write out of bounds for a padding index"
     ),
-    "intermediates, packed": (packed(intermediates()), None, "steps of the intermediate states for the longest"),
-    "few intermediates": (tokens(intermediates()), replaced(entries=5), "for each slot, not 5 for 6"),
+    "intermediates, packed": (packed(intermediates()), None, "steps of the intermediate states as the longest"),
+    "few intermediates": (tokens(intermediates()), replaced(entries=5), "per slot, not 5 for 6"),
     "17 tokens": (tokens(count=17), None, "at most 16 tokens in a call, and these are 17"),
     "17 rows": (packed(lengths=(1, 8, 8)), None, "here none, or from the number of rows, here 17"),
     "17 columns": (sized(packed(lengths=(1, 8, 8)), indices=table(17)), None, "here 17"),
     **{
-        f"{name}, tokens": (tokens(), with_algorithm(name), f"{name} kernel for many tokens.* from compute capability 10")
+        f"{name}, tokens": (tokens(), with_algorithm(name), f"{name} multi-token kernel.* from compute capability 10")
         for name in ("vertical", "horizontal")
     },
     **{
         f"{name}, {what}": (
-            case, lambda p, n=name: with_algorithm(n)(p.on("cuda", (10, 0))), f"{name} kernel .*does not do {what}"
+            case, lambda p, n=name: with_algorithm(n)(p.on("cuda", (10, 0))), f"{name} multi-token kernel.*does not support {what}"
         )
         for name in ("vertical", "horizontal")
         for what, case in {
@@ -113,7 +113,7 @@ REFUSED = {
         for name in ("vertical", "horizontal")
     },
     "horizontal, int16": (
-        quantized(sized(indices=None)), with_algorithm("horizontal"), "horizontal kernel takes no int16 states"
+        quantized(sized(indices=None)), with_algorithm("horizontal"), "horizontal kernel does not support int16 states"
     ),
 }  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_what_is_refused_goes_to_triton_under_auto(monkeypatch):
         choice = dispatch.consider_problem(under_auto(problem_of(case)))
         assert choice.backend == taken
         assert [answer.backend for answer in choice.answers[:2]] == ["flashinfer", "triton"]
-    assert "flashinfer  refuses: it takes headdim 64 or 128" in str(dispatch.Explanation((choice,)))
+    assert "flashinfer  not supported: it supports headdim 64 or 128" in str(dispatch.Explanation((choice,)))
 
 
 @pytest.mark.usefixtures("both_there")
@@ -151,7 +151,7 @@ def test_asked_for_by_name_it_raises_with_the_reason_and_who_can():
     config = dataclasses.replace(problem.options.config, backend="flashinfer")
     problem = dataclasses.replace(problem, options=dataclasses.replace(problem.options, config=config))
     with pytest.raises(
-        ssu_bridge.UnsupportedError, match=r"flashinfer: it takes headdim 64.*backend='triton'.* can do it"
+        ssu_bridge.UnsupportedError, match=r"flashinfer: it supports headdim 64.*supported by backend='triton'"
     ):
         dispatch.load(problem)
 
@@ -210,11 +210,11 @@ def test_the_committed_table(capability):
 
 def test_explain_says_how_it_would_run():
     said = flashinfer.settings(problem_of(CASE))
-    assert said == "its kernels for one token, algorithm auto; trusts all values of index arrays but pad_slot_id"
-    assert flashinfer.settings(problem_of(tokens(BARE))) == "its kernels for many tokens, algorithm auto"
+    assert said == "its single-token kernels, algorithm auto; checks no index but pad_slot_id"
+    assert flashinfer.settings(problem_of(tokens(BARE))) == "its multi-token kernels, algorithm auto"
     said = flashinfer.settings(problem_of(sized(dtypes={"state": "float16"}, seed=1, destinations=(1, 5, 3))))
-    assert said.startswith("its kernels for many tokens, algorithm simple; ")
-    assert said.endswith("; rounds by random numbers of its own, and to zero below 2**-14")
+    assert said.startswith("its multi-token kernels, algorithm simple; ")
+    assert said.endswith("; rounds with its own random numbers, and to zero below 2**-14")
     assert "; sequences of at most 2 tokens" in flashinfer.settings(problem_of(sized(packed(), destinations=table(2))))
 
 

@@ -183,7 +183,7 @@ def test_the_output_may_be_written_over_x_or_z(case, name):
 def test_a_refused_call_changes_nothing():
     tensors = tensors_of(draw(sized(slots=2, indices=(0, 1, -1))), "torch.cuda")
     before = tensors["state"].clone()
-    with pytest.raises(ssu_bridge.UnsupportedError, match="as many slots as sequences.*'triton'.* can do it"):
+    with pytest.raises(ssu_bridge.UnsupportedError, match="as many slots as sequences.*supported by .*'triton'"):
         ssu_bridge.update(**tensors, backend="flashinfer")
     assert torch.equal(tensors["state"], before)
 

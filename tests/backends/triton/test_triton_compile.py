@@ -256,7 +256,7 @@ def test_refusals():
     assert "less than 2**31 elements" in backend.refusal(dataclasses.replace(problem, headdim=2**27))
     trees = (*problem.dtypes, ("parent_tokens", "int32"))
     assert backend.refusal(dataclasses.replace(problem, dtypes=trees)) == (
-        "it cannot do trees of draft tokens (parent_tokens)"
+        "it does not support trees of draft tokens (parent_tokens)"
     )
 
 
