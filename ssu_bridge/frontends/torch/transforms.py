@@ -81,7 +81,9 @@ def require_no_grad(given: Mapping[str, torch.Tensor]) -> None:
         return
     for name, tensor in given.items():
         if name in NO_GRAD and tensor.requires_grad:
-            raise UnsupportedError(f"{name}: it requires grad, but update has no gradient for Torch; use torch.no_grad()")
+            raise UnsupportedError(
+                f"{name}: it requires grad, but update has no gradient for Torch; use torch.no_grad()"
+            )
 
 
 def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:

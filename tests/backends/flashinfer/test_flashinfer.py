@@ -130,7 +130,7 @@ def test_refused(name):
 @pytest.fixture
 def both_there(monkeypatch):
     """As on a machine with a GPU and both of its backends installed."""
-    for backend in (flashinfer, module("triton")):
+    for backend in map(module, ("flashinfer", "triton")):
         monkeypatch.setattr(backend, "missing", lambda framework: None)
 
 
