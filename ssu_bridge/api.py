@@ -1,4 +1,4 @@
-"""``update`` and ``explain``: the way through the house."""
+"""The public calls: ``update``, ``explain`` and ``warm_up``."""
 
 import inspect
 import operator
@@ -45,9 +45,9 @@ def update(
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> tuple[Any, ...]:
-    """Advance the states of a batch of Mamba sequences in place, by a token or several (``selective_state_update``).
+    """Advance the states of a batch of Mamba sequences in place, by one token or several (``selective_state_update``).
 
-    For each token of each sequence, in float32, with S the sequence's state::
+    For each token of each sequence, in float32, with S the sequence's state:
 
         d = dt + dt_bias;  if dt_softplus: d = softplus(d)
         S = S * exp(A * d) + (d * x) B
@@ -56,12 +56,12 @@ def update(
     This is the recurrence of Mamba-2 (arXiv:2405.21060), and of Mamba-1 (arXiv:2312.00752) where the arrays have no
     axis of heads. Sizes: b sequences, T tokens, H nheads, P headdim, N dstate, G ngroups (a divisor of H; head h reads
     group h // (H/G)), S slots. The arrays are all of JAX (concrete or traced), all of Torch, or all of NumPy; NumPy
-    arrays may stand beside JAX ones, except for the state. Float arrays are float32, bfloat16 or float16, each for
-    itself; tables are int32 or int64.
+    arrays may be passed along with JAX arrays, except for the state. Each float array is float32, bfloat16 or float16;
+    tables are int32 or int64.
 
     Args:
         state: (S, H, P, N), or (S, P, N) for Mamba-1. The slots of the state cache, updated in place. A
-            :class:`QuantizedState` for a state stored in few bits.
+            ``QuantizedState`` for a state stored in few bits.
         x: (b, H, P), or (b, P) for Mamba-1; (b, T, H, P) for several tokens; (rows, H, P) with ``cu_seqlens``. The
             leading axes of dt, B, C and z are those of x.
         dt: as x, or tied (b, H).
@@ -71,11 +71,11 @@ def update(
         z: as x. Optional.
         dt_softplus: apply softplus to dt + dt_bias.
         state_batch_indices: (b,), the slot of each sequence, or (b, at least T), of which ``num_accepted_tokens``
-            chooses a column. None: sequence i has slot i. An index that is ``pad_slot_id`` or outside 0..S-1 is a pad:
-            that sequence starts from zeros and stores nothing.
+            selects a column. None: sequence i has slot i. An index that is ``pad_slot_id`` or outside 0..S-1 is a
+            padding index: that sequence starts from zeros and stores nothing.
         dst_state_batch_indices: (b,), the slot that the final state goes to, if it is another, or (b, at least T), the
-            slot that the state after each token goes to; a pad is not stored.
-        pad_slot_id: the index that stands for no slot.
+            slot that the state after each token goes to; nothing is stored for a padding index.
+        pad_slot_id: the padding index.
         num_accepted_tokens: (b,), the column of ``state_batch_indices`` to start from, plus 1.
         cu_seqlens: (b + 1,), where the sequences begin and end among the rows of x.
         intermediate_states: (E, steps, H, P, N), of the state's dtype, or a QuantizedState: where the state after each
@@ -87,33 +87,33 @@ def update(
             same sequence whose state token t continues; a number outside 0..t-1 stands for the state that the sequence
             starts from. -1, 0, 1, ... is a chain. A tree has no last state: its states go to a
             ``dst_state_batch_indices`` with a column for each token and to intermediate states, and the slot that the
-            sequence starts from is only read. At most 64 tokens; packed rows of a sequence behind its 64th belong to
+            sequence starts from is only read. At most 64 tokens; packed rows of a sequence after its 64th belong to
             no sequence.
         has_initial_state: (b,) bool: False makes a sequence start from zeros, whatever its slot holds, and still store
             there. None: all True.
-        disable_state_update: read the state and leave it.
+        disable_state_update: read the state and do not write it.
         rand_seed: round the state stochastically. Torch, NumPy: an int, or one int64 in an array. JAX: a uint32[2]
             array or a key of it. Configured without a seed, Torch and NumPy draw one in each call.
         out: Torch and NumPy: where to put the output, shape and dtype of x; it may be strided on its leading axes.
         donate: JAX, eager: give the memory of what is written to the results; False copies it first.
-        check_indices: for debugging: look at the tables on the host before anything is launched.
-        backend, algorithm: of this call, in place of those of the configuration in force.
+        check_indices: for debugging: check the tables on the host before anything is launched.
+        backend, algorithm: for this call, instead of those of the configuration in force.
 
     A Torch or NumPy array with stride 0 along the axes that a tied parameter lacks is tied. Torch and NumPy arrays may
-    be strided along the axes of sequences, tokens, slots and entries; behind those they are dense.
+    be strided along the axes of sequences, tokens, slots and entries; their trailing axes are dense.
 
     Returns:
-        ``(out, state)``, and the intermediate states third if they were given. ``out`` has the shape and dtype of x and
-        is computed from the states before they are rounded. Torch, NumPy: the states are the objects that were passed.
-        JAX, eager: the old states are deleted, the new ones have their memory. JAX, traced: the donation of the outer
-        ``jax.jit`` decides. A state that was not updated comes back as it is.
+        ``(out, state)``, and the intermediate states as a third element if they were passed. ``out`` has the shape and
+        dtype of x and is computed from the states before they are rounded. Torch, NumPy: the states are the objects
+        that were passed. JAX, eager: the old states are deleted, the new ones have their memory. JAX, traced: the
+        donation of the outer ``jax.jit`` decides. A state that was not updated is returned unchanged.
 
     Raises:
         ValueError, TypeError: an argument is wrong, or with ``check_indices`` a number in a table, or two sequences
             meet in a slot; the message names it, what was expected and what came.
-        UnsupportedError: the backend asked for, or every backend, refuses the call; or Torch's grad mode is on and an
-            argument other than A, D and dt_bias requires grad.
-        BackendNotAvailableError: the backend asked for is not installed.
+        UnsupportedError: the requested backend, or with ``auto`` every backend, refuses the call; or Torch's grad mode
+            is on and an argument other than A, D and dt_bias requires grad.
+        BackendNotAvailableError: the requested backend is not installed.
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
 
     When one of the others is raised, nothing has been written or donated.
@@ -157,14 +157,14 @@ def _same_pairs(results: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, 
     return results[0], *same
 
 
-# How a call is launched, by the type of its state and its flags: all that a call of a known kind has to look up.
+# The launcher of each kind of call, by the type of its state and its flags: the only look-up of a repeated call.
 _launchers: dict[tuple[Any, ...], Launch] = {}
 
 
 def _kind(state: Any, flags: tuple[Any, ...], config: SSUConfig) -> tuple[Any, ...]:
-    """Return what a call is looked up by: its flags with their types, because 1 equals True and only one is right.
+    """Return the key of a call in ``_launchers``: its flags with their types, because 1 equals True but is no bool.
 
-    ``state`` is an array, of a quantised one the values.
+    ``state`` is an array; for a quantised state, its values.
     """
     dt_softplus, pad_slot_id, *rare, backend, algorithm = flags
     usual = (type(state), dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
@@ -179,36 +179,36 @@ def _keeps_state(parent_tokens: Any, dst_state_batch_indices: Any, disable_state
 
 
 def explain(*args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend :func:`update` would take for these arguments, and why; run nothing.
+    """Return which backend ``update`` would select for these arguments, and why; run nothing.
 
     Args:
-        *args, **kwargs: those of :func:`update`. For a traced state each platform of the process is asked about.
+        *args, **kwargs: those of ``update``. For a traced state the answer covers each platform of the process.
 
     Returns:
-        An :class:`~ssu_bridge.dispatch.Explanation`: every backend's answer, as a value and, printed, as a table.
+        An ``Explanation``: the answers of the backends. It prints as a table.
 
     Raises:
-        ValueError, TypeError: an argument is wrong. A backend's refusal is not raised, but told.
+        ValueError, TypeError: an argument is wrong. A backend's refusal is part of the result.
     """
     arrays, out, options = bind(*args, **kwargs)
     return Explanation(frontend_of(arrays, out).consider(arrays, out, options))
 
 
 def warm_up(*args: Any, **kwargs: Any) -> Explanation:
-    """Compile and load what :func:`update` needs for these arguments, ahead of the first call; run nothing.
+    """Compile and load what ``update`` needs for these arguments, ahead of the first call; run nothing.
 
-    A kernel that Triton has to compile takes about a second, one that lies in its cache on disk a fraction of it. With
-    that done, a call can be captured in a CUDA graph or traced by ``torch.compile`` at once. JAX's own compilation of
-    a program is not part of it.
+    Triton compiles a kernel in about a second; loading one from the disk cache takes a fraction of that. Afterwards a
+    call can be captured in a CUDA graph or traced by ``torch.compile``. JAX's own compilation of a program is not
+    included.
 
     Args:
-        *args, **kwargs: those of :func:`update`. None of them is changed or donated.
+        *args, **kwargs: those of ``update``. None of them is changed or donated.
 
     Returns:
-        As :func:`explain`.
+        What ``explain`` returns.
 
     Raises:
-        As :func:`update`.
+        ValueError, TypeError, UnsupportedError, BackendNotAvailableError: as ``update``.
     """
     explanation = explain(*args, **kwargs)
     able = [choice for choice in explanation.choices if choice.backend is not None]
@@ -224,7 +224,7 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
 
 
 def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, Options]:
-    """Return what :func:`update` makes of its arguments before it hands them to a frontend."""
+    """Return the arrays, ``out`` and options that ``update`` passes to a frontend."""
     arrays, out, flags = _bound(*args, **kwargs)
     return arrays, out, options_of(*(*flags, get_config()))
 

@@ -1,4 +1,4 @@
-"""The named cases of :mod:`ssu_bridge.testing.cases`, under their public name."""
+"""The named cases of ``ssu_bridge.testing.cases``, under their public name."""
 
 from ssu_bridge.testing.cases import CASES, Case, arguments
 

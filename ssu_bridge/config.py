@@ -19,7 +19,7 @@ ALGORITHMS = ("auto", *FORMS, *FLASHINFER_ALGORITHMS)
 
 
 class Backend(enum.StrEnum):
-    """Who computes the step. ``auto`` takes the best backend that does not refuse the call."""
+    """The backends by name. ``auto`` selects the best one that supports the call."""
 
     AUTO = "auto"
     TRITON = "triton"
@@ -49,17 +49,17 @@ class Backend(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SSUConfig:
-    """What a caller may choose, apart from the arguments of the step itself.
+    """The settings of a call, apart from the arguments of the step itself.
 
     Attributes:
-        backend: a :class:`Backend` or its name in any case.
+        backend: a ``Backend`` or its name in any case.
         algorithm: how several tokens in one call are computed: "loop" (one after the other), "matrix" (in chunks, by
             products of matrices) or "auto" (the faster of those that the backend has); a backend that lacks the one
             selected refuses the call. "simple", "vertical" and "horizontal" select FlashInfer's kernel, and the other
             backends ignore them.
         stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
         philox_rounds: rounds of the Philox generator; 0 means 10.
-        strict_in_place: raise :class:`NotInPlaceError` where an eager JAX call could not update the state in place,
+        strict_in_place: raise ``NotInPlaceError`` if an eager JAX call could not update the state in place,
             instead of warning once. Under ``jax.jit`` the outer donation decides, and nothing is said.
         triton_tile: (rows of headdim, warps) of a program of the Triton kernel, powers of two; None: as measured for
             the GPU. It does not change the results.
@@ -104,7 +104,7 @@ class SSUConfig:
 
     @classmethod
     def from_args(cls, namespace: argparse.Namespace) -> "SSUConfig":
-        """Return the configuration in force, changed as :func:`add_cli_args`'s arguments, once parsed, ask for."""
+        """Return the configuration in force with the changes that parsed arguments of ``add_cli_args`` request."""
         return dataclasses.replace(
             get_config(),
             backend=namespace.mamba_backend,
@@ -125,14 +125,18 @@ def _checked_tile(tile: Any) -> tuple[int, int]:
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that serving engines use for this step; :meth:`SSUConfig.from_args` reads them.
+    """Add the arguments that serving engines use for this step; ``SSUConfig.from_args`` reads them.
 
     Their defaults are those of the configuration in force when this is called.
     """
     default = get_config()
     group = parser.add_argument_group("selective_state_update")
     group.add_argument(
-        "--mamba-backend", type=str.lower, choices=[*Backend], default=default.backend, help="who computes the step"
+        "--mamba-backend",
+        type=str.lower,
+        choices=[*Backend],
+        default=default.backend,
+        help="the backend that computes the step",
     )
     group.add_argument(
         "--mamba-ssu-algorithm",
@@ -176,7 +180,7 @@ _local_config: ContextVar[SSUConfig | None] = ContextVar("ssu_bridge_config", de
 def get_config() -> SSUConfig:
     """Return the configuration in force here.
 
-    That of the innermost :func:`using`, else that of :func:`set_config`, else what the environment variables
+    It is that of the innermost ``using``, else that of ``set_config``, else what the environment variables
     ``SSU_BRIDGE_BACKEND`` and ``SSU_BRIDGE_ALGORITHM`` said when the process first asked, else the default.
     """
     global _process_config
@@ -202,7 +206,7 @@ def using(config: SSUConfig | None = None, /, **fields: Any) -> Iterator[SSUConf
 
     Args:
         config: the configuration; absent: the one in force.
-        **fields: fields of :class:`SSUConfig` to replace in it, as in ``using(backend="xla")``.
+        **fields: fields of ``SSUConfig`` to replace in it, as in ``using(backend="xla")``.
 
     Under ``jax.jit`` the configuration counts that is in force while the function is traced.
     """

@@ -1,4 +1,4 @@
-"""One memory for JAX and Torch: handing arrays across without a copy, and JAX's waiting for what Torch does to them."""
+"""One memory for JAX and Torch: arrays without a copy, and JAX waiting for what Torch does to them."""
 
 import sys
 from typing import Any
@@ -70,10 +70,10 @@ def to_torch(array: Any) -> Any:
 
     Lifetime: the tensor keeps the array's memory alive until the tensor and every view of it are collected *on the
     host*. If the array is gone by then, XLA's allocator may hand the memory out again, even while a kernel that reads
-    it waits on a Torch stream: drop the tensor, then give the array to :func:`after_torch`, then let the array go.
+    it waits on a Torch stream: drop the tensor, then give the array to ``after_torch``, then let the array go.
     While the tensor lives, JAX does not donate the array: ``update`` gives such a state new memory. Streams: Torch's
     current stream waits for the array to be computed; a later JAX computation does not wait for Torch, but
-    :func:`after_torch` makes it.
+    ``after_torch`` makes it.
     """
     _require_concrete("array", array)
     try:
@@ -102,7 +102,7 @@ def after_torch(state: Any) -> Any:
         ValueError: it was deleted (donated), lies on several devices or on one of another kind, or is being traced. On
             a GPU also: a Torch view of it lives still, JAX traces, or Torch's current stream is captured in a graph.
         BackendNotAvailableError: on a GPU, jax-tvm-ffi is not installed.
-        RuntimeError: the CUDA driver failed, or XLA has no room for another target.
+        RuntimeError: the CUDA driver failed, or XLA's table of targets is full.
     """
     pair = isinstance(state, QuantizedState)
     given = state._asdict() if pair else {"state": state}

@@ -1,1 +1,1 @@
-"""The backends, a module each: ``missing``, ``refusal`` and ``load`` of :mod:`ssu_bridge.backends.base`."""
+"""The backends, a module each: ``missing``, ``refusal`` and ``load`` of ``ssu_bridge.backends.base``."""

@@ -66,7 +66,7 @@ def selective_state_update(
         algorithm: auto, simple, vertical or horizontal (or async_horizontal, which is simple).
         dst_state_batch_indices: (batch,) or (batch, tokens), as in ``update``. It may have rows to spare.
         cu_seqlens: as in ``update``.
-        num_accepted_tokens: as in ``update``, also beside a ``state_batch_indices`` of one axis. It may have rows to
+        num_accepted_tokens: as in ``update``, also with a ``state_batch_indices`` of one axis. It may have rows to
             spare.
         backend: auto, flashinfer or cake: ignored, this package's configuration decides.
 
@@ -74,8 +74,9 @@ def selective_state_update(
         ``out``, or a new tensor of the shape of x with all axes, that of heads and that of tokens too.
 
     Raises:
-        As :func:`ssu_bridge.update`. ValueError also where FlashInfer asks for one dtype: B, C, z and out as x, D and
-            dt_bias as dt, intermediate states as the state, and the tables as ``state_batch_indices``.
+        ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``. ValueError also where FlashInfer requires
+            one dtype: B, C, z and out as x, D and dt_bias as dt, intermediate states as the state, and the tables as
+            ``state_batch_indices``.
     """
     if backend not in ("auto", "flashinfer", "cake"):
         raise ValueError(f"backend: expected auto, flashinfer or cake, got {backend!r}")

@@ -34,7 +34,7 @@ def selective_state_update(
         The output, of the shape of ``x``; without an axis of heads if the state has none.
 
     Raises:
-        As :func:`ssu_bridge.update`.
+        ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``.
     """
     given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     out = step(with_heads(given), dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)

@@ -56,7 +56,7 @@ def selective_state_update(
         pad_slot_id: the name that ``null_block_id`` had in older versions.
 
     Raises:
-        As :func:`ssu_bridge.update`; TypeError without ``out``.
+        ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``; TypeError also without ``out``.
     """
     if out is None:
         raise TypeError("out: expected a tensor of x's shape, got None")

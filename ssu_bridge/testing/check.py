@@ -1,4 +1,4 @@
-"""Any backend against the float64 reference."""
+"""``check``: any backend compared with the float64 reference."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from ssu_bridge.testing.tolerances import Row, compare
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What :func:`check` found. It is true if every row passed, and prints as a table."""
+    """The result of ``check``. It is true if every row passed, and prints as a table."""
 
     backend: str
     rows: tuple[Row, ...]
@@ -46,15 +46,15 @@ class Report:
 
 
 def check(*args: Any, **kwargs: Any) -> Report:
-    """Run :func:`ssu_bridge.update` on copies of the arguments and compare it with the float64 reference.
+    """Run ``update`` on copies of the arguments and compare the results with the float64 reference.
 
     Args:
         *args, **kwargs: those of ``update``, with concrete arrays; ``backend="..."`` names the one to check. None of
             them is changed or donated.
 
     Returns:
-        For each result the worst absolute and relative error, where it is, what is allowed, pass or fail; and whether
-        what the call does not store to kept every bit.
+        A ``Report``: for each result its worst absolute and relative error, the place, the allowed error, pass or fail;
+        and whether everything that the call does not store to kept its bits.
 
     Raises:
         ValueError, TypeError, UnsupportedError, BackendNotAvailableError: as ``update``. Tensors that require grad are
