@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
+from ssu_bridge.core.aliasing import needs_fresh_output
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.validate import describe
@@ -25,15 +26,20 @@ def _update(options: Options, arrays: Arrays, out: np.ndarray | None) -> tuple[A
     arrays = seeded(arrays, options)
     problem = _describe(arrays, out, options)
     kernel = load(problem)
+    fresh_output = needs_fresh_output(problem, named(arrays, out))
     given = named(arrays)
-    if out is None:
-        out = np.empty(given["x"].shape, given["x"].dtype)
+    x = given["x"]
+    result = np.empty(x.shape, x.dtype) if out is None or fresh_output else out
     if isinstance(kernel, HostKernel):
-        kernel.function(given, out)
+        kernel.function(given, result)
     else:
         assert isinstance(kernel, DeviceKernel)
-        results = ({**given, "out": out}[name] for name in problem.results)
+        results = ({**given, "out": result}[name] for name in problem.results)
         kernel.function(*map(_view, (*given.values(), *results)))
+    if out is None:
+        out = result
+    elif fresh_output:
+        out[...] = result
     return returned({**given, "out": out})
 
 

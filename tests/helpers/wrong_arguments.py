@@ -255,7 +255,7 @@ TORCH = [
     ("a tensor without memory of its own", change("B", fake), TypeError, r"B: expected a plain torch\.Tensor.*got FakeTensor"),
     ("a lazy negation", change("B", torch._neg_view), ValueError, r"B: expected a tensor that holds its values.*resolve_neg"),
     ("a tensor that lost its memory", change("x", without_memory), ValueError, r"x: expected a tensor that has memory"),
-    ("out in the state's memory", out_in_the_state, ValueError, r"out: expected memory apart from the state's"),
+    ("out in the state's memory", out_in_the_state, ValueError, r"out: expected memory apart from that of state, which is updated in place"),
     ("a tensor on another device", change("C", lambda t: t.to("meta")), ValueError, r"C: expected an array on cpu, where the state is, got one on meta"),
     *((f"{name} requires grad", change(name, lambda t: t.clone().requires_grad_()), ssu_bridge.UnsupportedError, rf"{name}: it requires grad.*no_grad") for name in ("state", "x", "dt", "B", "C", "z")),
 ]  # fmt: skip

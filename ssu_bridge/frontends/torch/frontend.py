@@ -3,10 +3,12 @@
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 
 from ssu_bridge.backends.base import DeviceKernel, HostKernel
-from ssu_bridge.core.problem import Options
+from ssu_bridge.core.aliasing import Memory, needs_fresh_output
+from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.dispatch import Choice, consider_problem, load
 from ssu_bridge.frontends.base import SEED, Arrays, named, refuse_copy, returned, with_seed
 from ssu_bridge.frontends.torch import custom_op, transforms
@@ -45,19 +47,25 @@ class Launcher:
         transforms.require_supported(named(arrays, out))
         if transforms.recording():
             return custom_op.trace(self._options, arrays, out)
-        kernel, results = self._kernel(arrays, out)
-        given = named(arrays)
+        kernel, problem = self._kernel(arrays, out)
+        results, given = problem.results, named(arrays)
+        fresh_output = needs_fresh_output(problem, {name: _memory(t) for name, t in named(arrays, out).items()})
         given["out"] = new_out(given["x"]) if out is None else out
         written = [given[name] for name in results]
         if isinstance(kernel, HostKernel):
             _run_on_host(kernel, results, given)
+        elif fresh_output:
+            output = new_out(given["x"])
+            kernel.function(*{**given, "out": output}.values(), *written[1:])
+            with torch.no_grad():
+                given["out"].copy_(output)
         else:
             kernel.function(*given.values(), *written[1:])
             self.repeated.add(kernel.function, arrays, given["out"])
         tell_autograd(*written)
         return returned(given)
 
-    def _kernel(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[DeviceKernel | HostKernel, tuple[str, ...]]:
+    def _kernel(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[DeviceKernel | HostKernel, Problem]:
         found = _checked_kernel(key_of(arrays, out), self._options)
         transforms.require_no_grad(named(arrays, out))
         return found
@@ -71,6 +79,11 @@ class Launcher:
 def launcher(state_type: type, options: Options) -> Launcher:
     """Return what runs calls with these options."""
     return Launcher(options)
+
+
+def _memory(tensor: torch.Tensor) -> np.ndarray:
+    where = Memory(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.element_size())
+    return np.asarray(where)
 
 
 def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:
@@ -95,11 +108,11 @@ def seeded(arrays: Arrays, options: Options) -> Arrays:
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked_kernel(key: Key, options: Options) -> tuple[DeviceKernel | HostKernel, tuple[str, ...]]:
+def _checked_kernel(key: Key, options: Options) -> tuple[DeviceKernel | HostKernel, Problem]:
     problem = problem_of(key, options)
     kernel = load(problem)
     assert isinstance(kernel, DeviceKernel | HostKernel)
-    return kernel, problem.results
+    return kernel, problem
 
 
 def _run_on_host(kernel: HostKernel, results: tuple[str, ...], given: dict[str, torch.Tensor]) -> None:

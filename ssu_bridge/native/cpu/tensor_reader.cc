@@ -146,6 +146,8 @@ Operand read_operand(const DLTensor& tensor, const char* name, const Layouts& la
   check_device(tensor, name);
   check_memory(tensor, name);
   Axes layout = layout_for(tensor, name, layouts, sizes);
+  if (layout == "n" && sizes.g != 1)
+    TVM_FFI_THROW(ValueError) << name << " has no axis for the " << sizes.g << " groups of B";
   int token_axes = tensor.ndim - length(layout);
   Operand operand;
   operand.data = data_of(tensor);
@@ -329,35 +331,6 @@ void read_out(const DLTensor& out, const Sizes& sizes, StepArguments& a) {
     TVM_FFI_THROW(ValueError) << "out must be contiguous behind its token axes";
 }
 
-// The bytes from the first to the last element of a tensor.
-struct Extent {
-  intptr_t begin, end;
-};
-
-Extent extent_of(const DLTensor& tensor) {
-  int64_t first = 0, last = 0, dense = 1;
-  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
-    if (tensor.shape[axis] == 0) return {0, 0};
-    int64_t reach = (tensor.shape[axis] - 1) * stride_of(tensor, axis, dense);
-    (reach < 0 ? first : last) += reach;
-    dense *= tensor.shape[axis];
-  }
-  intptr_t data = reinterpret_cast<intptr_t>(data_of(tensor));
-  int64_t size = tensor.dtype.bits / 8;
-  return {data + first * size, data + (last + 1) * size};
-}
-
-void check_out_is_apart(const CallTensors& tensors) {
-  Extent out = extent_of(*tensors.out);
-  for (Argument argument :
-       {Argument::kState, Argument::kIntermediates, Argument::kScales, Argument::kIntermediateScales}) {
-    if (!tensors[argument]) continue;
-    Extent other = extent_of(*tensors[argument]);
-    if (out.begin < other.end && other.begin < out.end)
-      TVM_FFI_THROW(ValueError) << "out: expected memory apart from the " << name_of(argument) << "'s";
-  }
-}
-
 }  // namespace
 
 void read_tensors(const CallTensors& tensors, StepArguments& a) {
@@ -387,7 +360,6 @@ void read_tensors(const CallTensors& tensors, StepArguments& a) {
 
   if (!tensors[Argument::kReadSlots] && a.state.entries < a.sequences)
     TVM_FFI_THROW(ValueError) << "state has " << a.state.entries << " slots for " << a.sequences << " sequences";
-  check_out_is_apart(tensors);
   a.is_direct = a.tokens == 1 && !a.sequence_starts.data && !a.intermediates.data && !a.random.is_used &&
                 !is_quantised(a.state.type);
 }

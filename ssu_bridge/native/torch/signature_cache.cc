@@ -42,6 +42,51 @@ bool describe(ffi::PackedArgs arguments, Take take) {
   return true;
 }
 
+// The bytes from the first to the last element of a tensor; none for one without elements.
+struct Extent {
+  int64_t begin = 0, end = 0;
+};
+
+Extent extent_of(const DLTensor& tensor) {
+  int64_t first = 0, last = 0, dense = 1;
+  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+    int64_t size = tensor.shape[axis];
+    if (size == 0) return {};
+    int64_t reach = (size - 1) * (tensor.strides ? tensor.strides[axis] : dense);
+    (reach < 0 ? first : last) += reach;
+    dense *= size;
+  }
+  int64_t address = static_cast<int64_t>(reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset);
+  int64_t bytes = (tensor.dtype.bits + 7) / 8;
+  return {address + first * bytes, address + (last + 1) * bytes};
+}
+
+// Passes over how far the other tensors among whose bytes the one at `written` lies are from it. With the shapes and
+// strides that says which elements they share.
+template <typename Take>
+bool describe_overlaps(const Extent* extents, int64_t count, int64_t written, Take take) {
+  const Extent& one = extents[written];
+  for (int64_t i = 0; i < count; ++i) {
+    const Extent& other = extents[i];
+    if (i == written || one.end <= other.begin || other.end <= one.begin) continue;
+    if (!take(written * kMaxArguments + i) || !take(other.begin - one.begin)) return false;
+  }
+  return true;
+}
+
+// The same for the output and for those at the places in `written`.
+template <typename Take>
+bool describe_overlaps(ffi::PackedArgs arguments, const std::vector<int64_t>& written, Take take) {
+  int64_t count = arguments.size();
+  Extent extents[kMaxArguments];
+  for (int i = 0; i < count; ++i)
+    if (arguments[i] != nullptr) extents[i] = extent_of(*arguments[i].cast<DLTensor*>());
+  for (int64_t place : written)
+    if (place < count && !describe_overlaps(extents, count, place, take)) return false;
+  return describe_overlaps(extents, count, 0, take);
+}
+
+// Without the overlaps: calls that differ in those alone are few.
 uint64_t hash_of(ffi::PackedArgs arguments) {
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a, a word at a time, with its high bits mixed in
   describe(arguments, [&](int64_t word) {
@@ -67,10 +112,12 @@ class SignatureCache {
   void add(ffi::Function kernel, ffi::PackedArgs arguments) {
     check_count(arguments);
     std::vector<int64_t> signature;
-    describe(arguments, [&](int64_t word) {
+    auto append = [&](int64_t word) {
       signature.push_back(word);
       return true;
-    });
+    };
+    describe(arguments, append);
+    describe_overlaps(arguments, written_, append);
     std::lock_guard<std::mutex> lock(mutex_);
     if (find_locked(arguments) != entries_.end()) return;  // another thread was faster
     if (entries_.size() >= limit_) entries_.clear();
@@ -103,9 +150,10 @@ class SignatureCache {
     return entries_.end();
   }
 
-  static bool matches(const std::vector<int64_t>& signature, ffi::PackedArgs arguments) {
+  bool matches(const std::vector<int64_t>& signature, ffi::PackedArgs arguments) const {
     const int64_t *next = signature.data(), *end = next + signature.size();
-    return describe(arguments, [&](int64_t word) { return next != end && *next++ == word; }) && next == end;
+    auto is_next = [&](int64_t word) { return next != end && *next++ == word; };
+    return describe(arguments, is_next) && describe_overlaps(arguments, written_, is_next) && next == end;
   }
 
   void launch(const ffi::Function& kernel, ffi::PackedArgs arguments) {
