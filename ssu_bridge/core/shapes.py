@@ -50,7 +50,20 @@ class Shapes:
                 self._check_heads(name)
                 return
         context = "" if name == "state" else f", with a state of ({self.state_axes}) {self.state_shape}"
-        raise ValueError(f"{name}: expected shape {self._expected(name)}, got {info.shape}{context}")
+        hint = self._hint(name, info.shape)
+        raise ValueError(f"{name}: expected shape {self._expected(name)}, got {info.shape}{context}{hint}")
+
+    def _hint(self, name: str, shape: tuple[int, ...]) -> str:
+        """Return what to add to an error where an array fits a Mamba-2 call that lacks its axis of sequences."""
+        sizes = dict(zip("HPN", self.state_shape, strict=False))
+        one = [pattern.replace("b", "") for form in ("single", "multi") for pattern in patterns(name, form, True)]
+        fits = (all(sizes.get(s, n) == n for s, n in zip(p, shape, strict=True)) for p in one if len(p) == len(shape))
+        if self.heads_axis or not any(fits):
+            return ""
+        return (
+            "; a state of three axes is one of Mamba-1: for one sequence of Mamba-2, inside jax.vmap too, give state, "
+            "x, dt, B, C and z an axis of one sequence, as in state[None]"
+        )
 
     def _check_heads(self, name: str) -> None:
         """Check the sizes that no array may contradict by itself, as soon as one fixes them."""

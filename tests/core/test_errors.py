@@ -11,6 +11,7 @@ from wrong_arguments import TABLE
 
 import ssu_bridge
 from ssu_bridge.core.arrays import framework_of
+from ssu_bridge.testing.cases import Case
 
 
 def call(mode, arguments):
@@ -66,3 +67,30 @@ def test_wrong_argument(row, mode):
         assert held.keys() == now.keys()  # none was deleted
         for name, array in now.items():
             np.testing.assert_array_equal(bits(array), bits(held[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ("dt", "A"))
+@pytest.mark.parametrize("tokens", (None, 3))
+@pytest.mark.parametrize("vmapped", (True, False))
+def test_one_sequence_of_mamba_2_is_told_from_mamba_1(vmapped, tokens, name):
+    """Inside jax.vmap over sequences arrays have no axis of sequences, and a state of three axes is one of Mamba-1."""
+    case = Case("one each", sequences=2, slots=2, nheads=4, headdim=4, indices=None, tokens=tokens, absent=("z",))
+    arrays = case.arrays(0)
+    if name == "A":  # which is wrong where dt is as large as x
+        arrays["dt"] = np.broadcast_to(arrays["dt"][..., None], arrays["x"].shape)
+    shared = {n: arrays.pop(n) for n in ("A", "D", "dt_bias")}
+    message = rf"^{name}: expected shape .*for one sequence of Mamba-2, inside jax\.vmap too, .*state\[None\]"
+
+    def step(one):
+        return ssu_bridge.update(**one, **shared, **case.flags)
+
+    run = jax.vmap(step) if vmapped else lambda arrays: step({n: a[0] for n, a in arrays.items()})
+    with pytest.raises(ValueError, match=message):
+        run(arrays)
+
+
+def test_a_wrong_shape_beside_a_state_of_mamba_1_is_no_sequence_of_mamba_2():
+    arrays = Case("mamba1", nheads=0, ngroups=1, group_axis=False).arrays(0)
+    arrays["dt"] = arrays["dt"][:, :-1]
+    with pytest.raises(ValueError, match=r"^dt: expected shape \(3, 16\), got \(3, 15\), .*dstate\) \(6, 16, 32\)$"):
+        ssu_bridge.update(**arrays)
