@@ -76,8 +76,13 @@ def cannot_run_there(problem: Problem) -> str | None:
     """Refuse devices other than NVIDIA GPUs of a supported compute capability."""
     if problem.platform != "cuda":
         return f"it runs on CUDA arrays only, and these are on {problem.platform}"
-    if problem.capability is None or problem.capability < _LEAST_CAPABILITY:
-        capability = "none" if problem.capability is None else ".".join(map(str, problem.capability))
+    if problem.capability is None:
+        return (
+            "it compiles for one compute capability, and the GPUs of this process have none or several; make those of "
+            "one kind visible (CUDA_VISIBLE_DEVICES)"
+        )
+    if problem.capability < _LEAST_CAPABILITY:
+        capability = ".".join(map(str, problem.capability))
         return f"it needs a GPU of compute capability 8.0 or higher, and this one has {capability}"
     return None
 

@@ -40,9 +40,14 @@ def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
     explain_failure(arrays)
     state = arrays[0]
     traced = isinstance(state, jax.core.Tracer)
-    among = platforms().items() if traced else [platform_of(next(iter(state.sharding.device_set)))]
+    among = platforms().items() if traced else [_platform_of_array(state)]
     problem = described(options, named(arrays))
     return tuple(consider_problem(problem.on(*platform)) for platform in among)
+
+
+def _platform_of_array(array: Any) -> tuple[str, tuple[int, int] | None]:
+    name, _ = platform_of(next(iter(array.sharding.device_set)))
+    return name, platforms().get(name)
 
 
 def seeded(arrays: Arrays, options: Options) -> Arrays:
@@ -68,7 +73,7 @@ def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     explain_failure(arrays)
     refuse_out(out)
     given = named(arrays)
-    problem = described(options, given).on(*platform_of(next(iter(arrays[0].sharding.device_set))))
+    problem = described(options, given).on(*_platform_of_array(arrays[0]))
     kernel = load(problem)
     assert isinstance(kernel, HostKernel)
     host = {name: to_host(array) for name, array in given.items()}
