@@ -4,7 +4,7 @@ from ssu_bridge.api import explain, update, warm_up
 from ssu_bridge.config import Backend, SSUConfig, add_cli_args, get_config, set_config, using
 from ssu_bridge.core.quantized import QuantizedState
 from ssu_bridge.dlpack import after_torch, to_jax, to_torch
-from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, UnsupportedError
+from ssu_bridge.errors import BackendNotAvailableError, NotInPlaceError, TooManyKernelsError, UnsupportedError
 from ssu_bridge.export import export_checks, prepare
 from ssu_bridge.testing.check import Report, check
 
@@ -17,6 +17,7 @@ __all__ = [
     "QuantizedState",
     "Report",
     "SSUConfig",
+    "TooManyKernelsError",
     "UnsupportedError",
     "add_cli_args",
     "after_torch",

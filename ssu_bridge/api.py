@@ -116,6 +116,8 @@ def update(
         UnsupportedError: the requested backend, or with ``auto`` every backend, refuses the call; or Torch's grad mode
             is on and an argument other than A, D and dt_bias requires grad.
         BackendNotAvailableError: the requested backend is not installed.
+        TooManyKernelsError: JAX: the process has no room for another kernel, after 1,024 that differ in their
+            optional arguments or flags.
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
 
     When one of the others is raised, nothing has been written or donated.

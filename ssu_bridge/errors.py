@@ -9,6 +9,14 @@ class BackendNotAvailableError(ImportError):
     """The requested backend needs a package that is not installed; the message has the command that installs it."""
 
 
+class TooManyKernelsError(RuntimeError):
+    """The process has registered as many kernels with XLA as jax-tvm-ffi holds, and this call needs another one.
+
+    There is one for each distinct set of optional arguments and flags, such as ``pad_slot_id``. Calls of the kernels
+    that are registered go on working; the xla backend needs none.
+    """
+
+
 class NotInPlaceError(RuntimeError):
     """JAX gave the new state other memory than the old one had, and ``strict_in_place`` is set.
 

@@ -19,12 +19,11 @@ from ssu_bridge.frontends.jax.metadata import (
     address,
     copied_from_host,
     explain_failure,
-    is_viewed,
     platforms,
     refuse_out,
 )
-from ssu_bridge.frontends.jax.sharding.automatic import refusals
 from ssu_bridge.frontends.jax.tracing import trace, trace_call, with_given
+from ssu_bridge.frontends.jax.xla_errors import is_viewed, refusal_in, refusals
 
 # On a state that came out of a step.
 _MARK = "_ssu_bridge_step"
@@ -60,11 +59,16 @@ def launcher(state_type: type, options: Options) -> Launch:
         run = compiled if len(arrays) <= usual else output_last if arrays[SEED] is None else output_last_seeded
         state = arrays[0]
         try:
-            before = None if hasattr(state, _MARK) else state.unsafe_buffer_pointer()
+            before = None if hasattr(state, _MARK) else address(state)
             results = run(*arrays)
         except Exception as error:
             explain_failure(arrays)
-            before, results = address(state), _retry(run, arrays, donated, error)
+            if refusal := refusal_in(error):
+                raise refusal from error
+            if not is_viewed(error):
+                raise
+            # XLA on a GPU refuses what it copies on a CPU.
+            results = run(*(a if i not in donated or a is None else jnp.copy(a) for i, a in enumerate(arrays)))
         if not donates_state:
             return with_given(arrays, results)
         new_state = results[1]
@@ -140,21 +144,6 @@ def _donated(options: Options) -> tuple[int, ...]:
     """Return the places of the arrays that a call gives up."""
     kept = STATE if options.disable_state_update else ()
     return tuple(i for i, name in enumerate(ARGUMENTS) if options.donate and name in WRITTEN and name not in kept)
-
-
-def _retry(compiled: Any, arrays: Arrays, donated: tuple[int, ...], error: Exception) -> Any:
-    """Call the step again after it failed although no argument is wrong, if it was not the step; raise the error if so.
-
-    A sharded state has no single address. A state that somebody else still views is not donated: XLA copies it on a
-    CPU and refuses the call on a GPU.
-    """
-    state = arrays[0]
-    if is_viewed(error):
-        return compiled(*(a if i not in donated or a is None else jnp.copy(a) for i, a in enumerate(arrays)))
-    if state.is_fully_addressable and len(state.addressable_shards) == 1:
-        raise error
-    with refusals():
-        return compiled(*arrays)
 
 
 _warned = False

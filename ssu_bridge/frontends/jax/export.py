@@ -1,10 +1,12 @@
 """Exported programs: which of their calls JAX is to allow, and having the kernels that they call in another process."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.export import DisabledSafetyCheck, Exported
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
 
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.core.arguments import SIZES
@@ -16,7 +18,7 @@ from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.ffi_targets import Call, parse, register, registered, spell
 from ssu_bridge.frontends.jax.metadata import platforms
 
-# Types of a program's text, by NumPy's names.
+# NumPy's names of a program's types.
 _DTYPES = {
     "f32": "float32",
     "bf16": "bfloat16",
@@ -59,8 +61,8 @@ def prepare(exported: Exported) -> tuple[str, ...]:
             f"the program was exported for {', '.join(exported.platforms)}, and this process has {', '.join(here)}"
         )
     prepared = []
-    for target, kinds in _calls(exported.mlir_module()):
-        call = _call(target)
+    for target, kinds in _calls(exported.mlir_module_serialized):
+        call = _call(target, kinds)
         problem = _problem(call, kinds)
         able = [problem.on(name, here[name]) for name in exported.platforms if name in here]
         choices = [consider_problem(on_platform) for on_platform in able]
@@ -87,20 +89,34 @@ def _prepare(target: str, call: Call, problem: Problem) -> None:
     register(target, kernel, problem.platform)
 
 
-def _calls(program: str) -> Iterator[tuple[str, list[ArrayInfo]]]:
-    """Yield the target of each call of a kernel in a program's text, and what its operands are."""
-    for target, operands in re.findall(r'custom_call @"(ssu_bridge\.[^"]*)".*? : \((.*?)\) ->', program):
-        yield target, [_info(kind) for kind in re.findall(r"tensor<([^>]*)>", operands)]
+def _calls(program: bytes) -> list[tuple[str, list[ArrayInfo]]]:
+    """Return the target of each call of a kernel in a serialised program, and what its operands are.
+
+    The program is walked as it is: its text would have every number of its constants in it.
+    """
+    calls = []
+
+    def visit(operation: Any) -> Any:
+        if operation.name == "stablehlo.custom_call":
+            target = operation.attributes["call_target_name"].value
+            if target.startswith("ssu_bridge."):
+                calls.append((target, [_info(operand.type) for operand in operation.operands]))
+        return ir.WalkResult.ADVANCE
+
+    with mlir.make_ir_context() as context:
+        stablehlo.deserialize_portable_artifact(context, program).operation.walk(visit)
+    return calls
 
 
-def _info(kind: str) -> ArrayInfo:
-    *shape, dtype = kind.split("x")
-    return ArrayInfo(tuple(_OPEN if n == "?" else int(n) for n in shape), _DTYPES[dtype])
+def _info(kind: Any) -> ArrayInfo:
+    dtype = str(kind.element_type)
+    shape = tuple(_OPEN if kind.is_dynamic_dim(axis) else kind.get_dim_size(axis) for axis in range(kind.rank))
+    return ArrayInfo(shape, _DTYPES.get(dtype, dtype))
 
 
-def _call(target: str) -> Call:
+def _call(target: str, kinds: list[ArrayInfo]) -> Call:
     call = parse(target)
-    if call is None:
+    if call is None or len(kinds) < len(call.names):
         raise UnsupportedError(
             f"the program calls {target}, which this version of ssu_bridge does not know; export it again"
         )

@@ -2,12 +2,15 @@
 
 import re
 import threading
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.config import Backend, SSUConfig
+from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED
 from ssu_bridge.core.problem import Options, Problem, options_of
 from ssu_bridge.dispatch import module
+from ssu_bridge.errors import TooManyKernelsError
 
 # What jax-tvm-ffi has room for in a process.
 CAPACITY = 1024
@@ -25,7 +28,7 @@ def register(name: str, kernel: DeviceKernel, platform: str) -> str:
     """Register a kernel for a platform if it is not yet, and return the name that a program calls it by.
 
     Raises:
-        RuntimeError: the process has as many kernels registered as jax-tvm-ffi has room for.
+        TooManyKernelsError: the process has as many kernels registered as jax-tvm-ffi has room for.
     """
     register_function(name, kernel.function, platform, in_graphs=True)
     with _lock:
@@ -41,9 +44,10 @@ def register_function(name: str, function: Any, platform: str, in_graphs: bool) 
     with _lock:
         if key not in _functions:
             if jax_tvm_ffi.registered_count() >= CAPACITY:
-                raise RuntimeError(
-                    f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds. One "
-                    "is registered for each distinct set of optional arguments and flags: are they varied without need?"
+                raise TooManyKernelsError(
+                    f"{CAPACITY} kernels are registered with XLA in this process, all that jax-tvm-ffi holds, and "
+                    f"{name} is another. There is one for each distinct set of optional arguments and flags, such as "
+                    'pad_slot_id: vary fewer of them, or pass backend="xla", which needs none'
                 )
             allow = in_graphs and platform == "cuda"
             jax_tvm_ffi.register_ffi_target(name, function, platform=_PLATFORMS[platform], allow_cuda_graph=allow)
@@ -62,26 +66,35 @@ def registered() -> list[str]:
 
 def spell(kernel: DeviceKernel, problem: Problem) -> str:
     """Return the name of a target."""
-    options, config = problem.options, problem.options.config
     used = module(_backend(kernel.target)).CONFIG_FIELDS
+    return f"{kernel.target}[{_spell(problem.names, problem.options, used)}]"
+
+
+def _spell(names: tuple[str, ...], options: Options, used: Collection[str]) -> str:
+    """Spell a call, and of the configuration those fields that are used."""
+    config = options.config
     fields = {
-        "arrays": ",".join(problem.names),
+        "arrays": ",".join(names),
         "softplus": int(options.dt_softplus),
         "pad": options.pad_slot_id,
         "update": int(not options.disable_state_update),
-        "rounds": config.philox_rounds if problem.stochastic_rounding else 0,
+        "rounds": config.philox_rounds if "rand_seed" in names else 0,
         # Said only where they are selected, so that programs of versions without them are still known.
         "stride": "" if options.intermediate_stride == 1 else options.intermediate_stride,
         # These only where the backend uses them, too.
         "algorithm": config.algorithm if "algorithm" in used and config.algorithm != "auto" else "",
         "tile": ",".join(map(str, config.triton_tile or ())) if "triton_tile" in used else "",
     }
-    return f"{kernel.target}[{';'.join(f'{name}={value}' for name, value in fields.items() if value != '')}]"
+    return ";".join(f"{name}={value}" for name, value in fields.items() if value != "")
 
 
 def _backend(target: str) -> Backend:
     """Return the backend that a kernel is of, by its target."""
     return Backend.parse(target.partition("(")[0].removeprefix("ssu_bridge."))
+
+
+# The fields of the configuration that a name can spell; older versions spelt those that a backend does not use, too.
+_CONFIGURED = ("algorithm", "triton_tile")
 
 
 class Call(NamedTuple):
@@ -108,6 +121,11 @@ def parse(target: str) -> Call | None:
         )
         flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
         options = options_of(*flags, int(fields.get("stride", 1)), None, None, config)
-        return Call(kernel, tuple(fields["arrays"].split(",")), options)
-    except (KeyError, ValueError):
+        call = Call(kernel, tuple(fields["arrays"].split(",")), options)
+    except (KeyError, TypeError, ValueError):
         return None
+    known = [name for name in ARGUMENTS if name in call.names]
+    if known != [*call.names] or not {*REQUIRED} <= {*known}:
+        return None
+    # What is spelt otherwise, was left out or stands there twice means something else than it was read as.
+    return call if _spell(call.names, options, _CONFIGURED) == match[2] else None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.extend.backend
 import numpy as np
 
 from ssu_bridge.core.arguments import ARGUMENTS
@@ -45,12 +46,21 @@ def _info(name: str, array: Any) -> ArrayInfo:
 
 
 def platforms() -> dict[str, tuple[int, int] | None]:
-    """Return the platforms of this process, the default first, each with the capability of its first device."""
-    platforms = dict([platform_of(jax.devices()[0])])
-    try:
-        return platforms | dict([platform_of(jax.devices("cpu")[0])])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return platforms
+    """Return the platforms of this process, the default first, each with the compute capability of its devices.
+
+    That is None where they differ: JAX may lower a program once for all of them, and it has one kernel then.
+    """
+    found: dict[str, tuple[int, int] | None] = {}
+    for platform, capability in map(platform_of, _devices()):
+        if found.setdefault(platform, capability) != capability:
+            found[platform] = None
+    return found
+
+
+def _devices() -> list[Any]:
+    """Return the devices of this process, those of the default platform first."""
+    clients = jax.extend.backend.backends().values()
+    return [*jax.local_devices(), *(device for client in clients for device in client.local_devices())]
 
 
 def several_devices() -> bool:
@@ -64,11 +74,6 @@ def platform_of(device: Any) -> tuple[str, tuple[int, int] | None]:
         return device.platform, None
     major, dot, minor = str(device.compute_capability).partition(".")
     return ("cuda", (int(major), int(minor))) if dot else ("rocm", None)
-
-
-def is_viewed(error: Exception) -> bool:
-    """Return whether XLA, on a GPU, refused to donate an array because somebody else still views its memory."""
-    return "external reference" in str(error)
 
 
 def words(seed: Any) -> Any:
@@ -121,12 +126,11 @@ def _require_numbers(name: str, array: np.ndarray) -> None:
 
 def address(array: Any) -> Any:
     """Return where an array lies: a number, several for one that is sharded, None for a tracer."""
-    try:
+    if isinstance(array, jax.core.Tracer):
+        return None
+    if array.sharding.num_devices == 1:
         return array.unsafe_buffer_pointer()
-    except (RuntimeError, AttributeError, jax.errors.JAXTypeError):
-        if isinstance(array, jax.core.Tracer):
-            return None
-        return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 
 def refuse_out(out: Any) -> None:

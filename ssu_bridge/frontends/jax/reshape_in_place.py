@@ -29,6 +29,11 @@ def reshaped_after(array: Any, shape: tuple[Any, ...]) -> Any:
     return _apart.bind(array.reshape(-1)).reshape(shape)  # type: ignore[no-untyped-call]
 
 
+def register() -> None:
+    """Register that call."""
+    register_function(_TARGET, library().same_memory(), "cpu", in_graphs=False)
+
+
 @_apart.def_abstract_eval  # type: ignore[untyped-decorator]
 def _type(array: Any) -> Any:
     return array
@@ -38,7 +43,7 @@ def _call(ctx: Any, array: Any) -> Any:
     # Programs are exported to processes that have no calls but kernels.
     if ctx.module_context.lowering_parameters.for_export or missing_jax_ffi("jax"):
         return [array]
-    register_function(_TARGET, library().same_memory(), "cpu", in_graphs=False)
+    register()
     lowering = jax.ffi.ffi_lowering(
         _TARGET, operand_output_aliases={0: 0}, result_types=[array.type], skip_ffi_layout_processing=True
     )

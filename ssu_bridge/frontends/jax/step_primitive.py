@@ -10,13 +10,17 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, mlir
 
+from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.core.problem import Problem
-from ssu_bridge.dispatch import program_options
+from ssu_bridge.dispatch import load, program_options
 from ssu_bridge.errors import UnsupportedError
+from ssu_bridge.frontends.jax import reshape_in_place
+from ssu_bridge.frontends.jax.ffi_targets import register, spell
 from ssu_bridge.frontends.jax.kernel_primitive import kernel, lower, register_lowering, result_types
 from ssu_bridge.frontends.jax.mapped_axes import Maps, over_calls
 from ssu_bridge.frontends.jax.metadata import platforms, several_devices
-from ssu_bridge.frontends.jax.sharding.automatic import partitioned_jaxpr, refusals
+from ssu_bridge.frontends.jax.sharding.automatic import kernels_in, partitioned_jaxpr
+from ssu_bridge.frontends.jax.xla_errors import refusals
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does, with the axes of ``maps``; x
 # and what is written in place have all of them. ``shards`` is the step that XLA can partition, where the process has
@@ -86,7 +90,21 @@ def _lower(ctx: Any, *operands: Any, problem: Problem, maps: Maps, shards: Any, 
         )
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):  # XLA's older one would end the process
         raise UnsupportedError("only Shardy can partition the step; expected jax_use_shardy_partitioner, got it off")
+    if (platform or ctx.module_context.platforms[0]) == "cpu":
+        _register_for_cpu(shards)
     return mlir.lower_fun(jaxpr_as_fun(shards), multiple_results=True)(ctx, *operands)
+
+
+def _register_for_cpu(shards: Any) -> None:
+    """Register what the partitioned step calls: a process that finds it in JAX's compilation cache never lowers it.
+
+    A kernel of the CPU is the same for every shard. One of a GPU is known when the step is partitioned; a program from
+    the cache that calls one which is not registered does not load, and JAX compiles it again.
+    """
+    for problem in kernels_in(shards.jaxpr):
+        if isinstance(loaded := load(problem.on("cpu")), DeviceKernel):
+            register(spell(loaded, problem), loaded, "cpu")
+            reshape_in_place.register()
 
 
 def _devices(context: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ssu_bridge.frontends.jax.ffi_targets import register_function
-from ssu_bridge.frontends.jax.metadata import is_viewed
+from ssu_bridge.frontends.jax.xla_errors import is_viewed
 from ssu_bridge.native import library
 
 _TARGET = "ssu_bridge.wait_for_recorded_work"

@@ -1,21 +1,23 @@
 """Automatic mesh axes: XLA decides where arrays are and asks (custom_partitioning with a Shardy rule)."""
 
-import contextlib
 import functools
-import uuid
+import hashlib
+import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Problem
+from ssu_bridge.dispatch import consider_problem
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.kernel_primitive import kernel
 from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, over_calls
-from ssu_bridge.frontends.jax.metadata import described
+from ssu_bridge.frontends.jax.metadata import described, platforms
 from ssu_bridge.frontends.jax.sharding.layout import Layout, own_slots, place_of, spec_of
 from ssu_bridge.frontends.jax.sharding.shards import localised, shard_seed
 
@@ -28,10 +30,30 @@ def partitioned_jaxpr(problem: Problem, maps: Maps, kinds: tuple[Any, ...]) -> A
     def program(*operands: Any) -> Any:
         return step(*operands)
 
-    # The program's text says nothing else of the flags, nor that its kernels are registered in this process alone:
-    # JAX's compilation cache would take one for another.
-    program.__name__ = f"ssu_bridge_{uuid.uuid4().hex}"
+    program.__name__ = f"ssu_bridge_{_digest(problem, maps, kinds)}"
     return jax.make_jaxpr(jax.jit(program))(*(jax.ShapeDtypeStruct(*kind) for kind in kinds))  # type: ignore[no-untyped-call]
+
+
+def _digest(problem: Problem, maps: Maps, kinds: tuple[Any, ...]) -> str:
+    """Return a digest of all that the partitioned program depends on, the same in every process.
+
+    Before XLA partitions it, the program's text says nothing else of the flags, of the backend or of how this version
+    divides a step: by the text alone JAX's compilation cache would take one for another.
+    """
+    backends = [consider_problem(problem.on(*platform)).backend for platform in platforms().items()]
+    version = importlib.metadata.version("ssu-bridge")
+    said = (version, backends, problem, [sorted(names) for names in maps], kinds)
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+def kernels_in(program: Any) -> Iterator[Problem]:
+    """Yield the problem of each kernel that a program calls where nothing partitions it."""
+    for equation in program.eqns:
+        if equation.primitive is kernel:
+            yield equation.params["problem"]
+        for value in equation.params.values():
+            if isinstance(value, ClosedJaxpr):
+                yield from kernels_in(value.jaxpr)
 
 
 def _partitioned(problem: Problem, maps: Maps) -> Callable[..., Any]:
@@ -58,18 +80,6 @@ def _partitioned(problem: Problem, maps: Maps) -> Callable[..., Any]:
 
     step.def_partition(partition=partition, sharding_rule=functools.partial(_rule, problem, maps))  # type: ignore[no-untyped-call]
     return step
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Raise the refusal again that XLA met while it partitioned a program, and made an error of its own of."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        _, found, refusal = str(error).partition(f"{UnsupportedError.__name__}: ")
-        if found:
-            raise UnsupportedError(refusal.partition("\n")[0]) from error
-        raise
 
 
 def _known(sharding: Any) -> PartitionSpec:

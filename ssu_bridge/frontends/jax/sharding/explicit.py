@@ -1,8 +1,7 @@
 """Explicit mesh axes: the operands' types say where they are, and the step runs inside jax.shard_map."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, over_calls
 from ssu_bridge.frontends.jax.sharding.layout import Layout, Place, place_of, spec_of
 from ssu_bridge.frontends.jax.sharding.shards import localised
+from ssu_bridge.frontends.jax.xla_errors import is_mapped_elsewhere
 
 
 def explicit_mesh(arrays: Iterable[Any]) -> Any:
@@ -95,25 +95,18 @@ def _on_shards(
     out_specs = tuple(of_results(layout.places))
     placed = tuple(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True))
     on_shard = over_calls(of_one_call, names, maps)
-    with _mapped_elsewhere(layout):
-        results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
-    # Its type is its argument's, which may name mesh axes of one device.
-    kept = {n: given[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like}
-    return tuple(_put(result, mesh, spec) for result, spec in zip(results, of_results(kept), strict=True))
-
-
-@contextlib.contextmanager
-def _mapped_elsewhere(layout: Layout) -> Iterator[None]:
-    """Name what is wrong where shard_map finds an axis of the mesh to be mapped: no public function of JAX says it."""
     try:
-        yield
+        results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
     except ValueError as error:
-        if "must refer to an axis marked as manual" not in str(error):
+        if not is_mapped_elsewhere(error):
             raise
         raise UnsupportedError(
             f"state: each call's is sharded {spec_of(layout.places['state'])}, over a mesh axis that what jax.vmap maps"
             " is sharded over, too; expected others"
         ) from error
+    # Its type is its argument's, which may name mesh axes of one device.
+    kept = {n: given[n] if layout.given[n] == layout.places[n] else layout.places[n] for n in like}
+    return tuple(_put(result, mesh, spec) for result, spec in zip(results, of_results(kept), strict=True))
 
 
 def _put(array: Any, mesh: Any, spec: PartitionSpec) -> Any:
