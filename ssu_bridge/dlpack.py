@@ -20,9 +20,11 @@ def to_jax(tensor: Any) -> Any:
         An array of the same shape, dtype, device and address.
 
     Raises:
-        TypeError: ``tensor`` is not a Torch tensor.
+        TypeError: ``tensor`` is not a plain Torch tensor.
         BackendNotAvailableError: JAX is not installed.
-        ValueError: it has gaps, requires grad or is lazily negated or conjugated, or JAX could only copy it.
+        ValueError: it has gaps, requires grad, is lazily negated or conjugated, sparse, nested or without memory, has a
+            dtype that JAX lacks or narrows (64 bits, unless jax_enable_x64 is on), or JAX could only copy it.
+        UnsupportedError: a transform of Torch is in force.
 
     Lifetime: the array keeps the tensor's memory alive. JAX takes its arrays for immutable, so write to the tensor no
     more while the array, or a computation on it that has not finished, is alive. Streams: what Torch's current stream
@@ -32,19 +34,34 @@ def to_jax(tensor: Any) -> Any:
     """
     if framework_of(tensor) != "torch":
         raise TypeError(f"tensor: expected a torch.Tensor, got {type(tensor).__name__}")
+    from ssu_bridge.frontends.torch import metadata, transforms
+
+    transforms.require_supported({"tensor": tensor})
+    metadata.require_memory("tensor", tensor)
     if tensor.requires_grad:
         raise ValueError("tensor: expected one that does not require grad, got one that does; pass tensor.detach()")
-    if tensor.is_neg() or tensor.is_conj():
-        raise ValueError(
-            "tensor: expected one that holds its values, got a lazy one; use resolve_neg() or resolve_conj()"
-        )
+    if tensor.is_meta:
+        raise ValueError("tensor: expected a tensor that has memory, got one on the meta device")
     if not tensor.is_contiguous():
         raise ValueError(f"tensor: expected a dense row-major tensor, got strides {tuple(tensor.stride())}")
     try:
         import jax
     except ImportError:
         raise BackendNotAvailableError('JAX is not installed: pip install "ssu-bridge[jax]"') from None
-    array = jax.dlpack.from_dlpack(tensor)
+    name = metadata.dtype_name(tensor.dtype)
+    try:
+        kept = jax.dtypes.canonicalize_dtype(name).name == name
+    except TypeError:
+        raise ValueError(f"tensor: expected a dtype that JAX has, got {name}") from None
+    if not kept:
+        raise ValueError(
+            f"tensor: expected a dtype of at most 32 bits a number, got {name}, which JAX narrows in a copy unless "
+            f'64 bits are enabled: jax.config.update("jax_enable_x64", True), or convert the tensor first'
+        )
+    try:
+        array = jax.dlpack.from_dlpack(tensor)
+    except (jax.errors.JaxRuntimeError, TypeError) as error:
+        raise ValueError(f"tensor: expected a dtype that JAX has, got {name}: {error}") from error
     if array.size and array.unsafe_buffer_pointer() != tensor.data_ptr():
         raise ValueError(
             f"tensor: expected memory aligned to 64 bytes, got address {tensor.data_ptr():#x}: JAX copies it"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from modes import address
+from torch._subclasses import FakeTensorMode
 
 import ssu_bridge
 
@@ -83,10 +84,68 @@ def test_what_to_jax_refuses():
         ssu_bridge.to_jax(torch.zeros(3, requires_grad=True))
     with pytest.raises(ValueError, match=r"tensor: expected a dense row-major tensor, got strides \(1, 3\)"):
         ssu_bridge.to_jax(torch.zeros(2, 3).t())
-    with pytest.raises(ValueError, match=r"tensor: expected one that holds its values.*resolve_neg"):
+    with pytest.raises(ValueError, match=r"tensor: expected a tensor that holds its values.*resolve_neg"):
         ssu_bridge.to_jax(torch._neg_view(torch.ones(16)))
     with pytest.raises(ValueError, match="tensor: expected memory aligned to 64 bytes, got address 0x"):
         ssu_bridge.to_jax(torch.zeros(64)[1:])
+
+
+def without_memory():
+    """Return tensors that have no memory of their own that JAX could read, and the errors for them."""
+    with FakeTensorMode():
+        fake = torch.zeros(64)
+    lost = torch.zeros(64)
+    lost.untyped_storage().resize_(0)
+    return [
+        (fake, TypeError, "tensor: expected a plain torch.Tensor.*got FakeTensor"),
+        (torch.zeros(64, device="meta"), ValueError, "tensor: expected a tensor that has memory.*meta"),
+        (torch._to_functional_tensor(torch.zeros(64)), ValueError, "tensor: expected a tensor that has"),
+        (torch._efficientzerotensor((64,)), ValueError, "tensor: expected a tensor that has memory"),
+        (lost, ValueError, "tensor: expected a tensor that has memory"),
+        (torch.ones(8, 8).to_sparse(), ValueError, "tensor: expected a strided tensor, .*sparse_coo"),
+        (
+            torch.ones(8, 8).to_sparse_csr(),
+            ValueError,
+            "tensor: expected a strided tensor, .*sparse_csr",
+        ),
+        (torch.nested.nested_tensor([torch.ones(3)]), ValueError, "tensor: expected a strided .*nested"),
+        (
+            torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8),
+            ValueError,
+            "tensor: expected a dtype that JAX has, got qint8",
+        ),
+        (torch.zeros(64, dtype=torch.complex32), ValueError, "tensor: expected a dtype that JAX has"),
+        (torch.ones(64, dtype=torch.complex64).conj(), ValueError, "tensor: .*lazy.*resolve_conj"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_to_jax_refuses_tensors_that_are_not_their_memory():
+    for tensor, error, message in without_memory():
+        with pytest.raises(error, match=message):
+            ssu_bridge.to_jax(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex128, torch.uint64])
+@pytest.mark.parametrize("size", [0, 64])
+def test_to_jax_of_64_bits_says_what_to_set(dtype, size):
+    tensor = torch.zeros(size, dtype=dtype)
+    with pytest.raises(ValueError, match="tensor: expected a dtype of at most 32 bits.*jax_enable_x64"):
+        ssu_bridge.to_jax(tensor)
+    with jax.enable_x64(True):
+        array = ssu_bridge.to_jax(tensor)
+        assert str(array.dtype) == str(dtype).removeprefix("torch.")
+        assert not size or address(array) == tensor.data_ptr()
+
+
+def test_to_jax_of_no_elements():
+    array = ssu_bridge.to_jax(torch.zeros(0, 4, dtype=torch.bfloat16))
+    assert (array.shape, array.dtype) == ((0, 4), jnp.bfloat16)
+
+
+def test_to_jax_inside_a_transform_is_refused():
+    with pytest.raises(ssu_bridge.UnsupportedError, match=r"torch\.func\.vmap"):
+        torch.func.vmap(lambda x: ssu_bridge.to_jax(x))(torch.zeros(2, 64))
 
 
 def test_what_to_torch_refuses():
