@@ -9,6 +9,7 @@ from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Options, options_of
 from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
 from ssu_bridge.dispatch import Explanation, load
+from ssu_bridge.frontends import dynamo
 from ssu_bridge.frontends.base import Arrays, Launch, frontend_of, launcher_of
 
 # The default of intermediate_stride.
@@ -134,6 +135,12 @@ def update(
         disable_state_update = _keeps_state(parent_tokens, dst_state_batch_indices, disable_state_update)
         if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
             pairs, arrays = (state, intermediate_states), _split_quantized(arrays)
+    if dynamo.tracing():
+        from ssu_bridge.frontends.torch.custom_op import trace
+
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
+        results = trace(dynamo.options_in_graph(*flags, backend, algorithm), arrays, out)
+        return _same_pairs(results, pairs) if pairs else results
     # What _kind returns, written out, because it is looked up in every call.
     kind: tuple[Any, ...]
     softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()

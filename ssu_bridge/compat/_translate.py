@@ -59,10 +59,21 @@ def rows(table: Any, sequences: int) -> Any:
 
 def _taken(name: str, tensor: Any, is_written: bool) -> Any:
     """Return an argument as ``update`` takes it, or as it is where that will refuse it: what is written over itself."""
-    if not isinstance(tensor, torch.Tensor) or not _has_gaps(name, tensor):
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
         return tensor
-    repeats = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor if is_written and repeats else tensor.contiguous()
+    if not _has_gaps(name, tensor) or (is_written and _may_overlap_itself(tensor)):
+        return tensor
+    return tensor.contiguous()
+
+
+def _may_overlap_itself(tensor: torch.Tensor) -> bool:
+    """Return whether two elements may have one address; then a copy could not be copied back."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
 
 
 def _has_gaps(name: str, tensor: Any) -> bool:

@@ -1,5 +1,6 @@
 """FlashInfer's ``flashinfer.mamba.selective_state_update``."""
 
+import contextlib
 from typing import Any
 
 from ssu_bridge.backends.flashinfer.backend import ALIKE
@@ -110,7 +111,7 @@ def selective_state_update(
         config["philox_rounds"] = _checked_rounds(philox_rounds, state_scale)
     if state_scale is not None and state_scale.dim() == 4:
         state_scale = state_scale.squeeze(-1)
-    with using(**config):
+    with using(**config) if config else contextlib.nullcontext():
         return step(
             arrays | {"state": _quantized(arrays["state"], state_scale), "out": out},
             **slots,

@@ -36,6 +36,9 @@ def selective_state_update(
     Raises:
         ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``.
     """
+    if state_batch_indices is not None and getattr(state_batch_indices, "ndim", 1) != 1:
+        came = tuple(state_batch_indices.shape)
+        raise ValueError(f"state_batch_indices: expected one axis, (batch,), got shape {came}")
     given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     out = step(with_heads(given), dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)
     if state_batch_indices is not None:

@@ -1,5 +1,6 @@
 """vLLM's ``vllm.model_executor.layers.mamba.ops.mamba_ssm.selective_state_update``, the function over Triton."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def selective_state_update(
     if enable_stochastic_rounding and num_accepted_tokens is None:
         seed = torch.randint(2**63 - 1, (), device=state.device)
         config = {"philox_rounds": cache_philox_rounds}
-    with using(**config):
+    with using(**config) if config else contextlib.nullcontext():
         step(
             with_heads(arrays),
             **slots,

@@ -1,8 +1,4 @@
-"""``update`` under ``torch.compile``: an operator that says what it changes, so that nobody has to look into it.
-
-A graph can be traced once ``warm_up``, or ``update`` itself, was called with the same flags: before, finding the
-frontend is part of the call, and ``torch.compile`` cannot trace an import.
-"""
+"""``update`` as an operator of Torch, which says what it changes and is opaque to Dynamo and to dispatch modes."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,16 +6,13 @@ from typing import Any
 
 import torch
 
-from ssu_bridge.config import SSUConfig, get_config
+from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Options
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends.base import Arrays, launcher_of, named, returned
+from ssu_bridge.frontends.base import Arrays, launcher_of, named, refuse_copy, returned
 from ssu_bridge.frontends.torch import transforms
-
-# The configuration that is in force while the graph is traced is the graph's. This is all that
-# torch.compiler.assume_constant_result does, but for importing the compiler, which takes two seconds.
-get_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+from ssu_bridge.frontends.torch.seeds import seeded
 
 _WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written)
 
@@ -29,10 +22,15 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
 
     Raises:
         UnsupportedError: a transform or a gradient would be lost; the message names it.
+        TypeError, ValueError: ``donate`` or ``check_indices`` is set.
     """
+    refuse_copy(options)
+    if options.check_indices:
+        raise ValueError("check_indices: expected False while Torch traces, where indices have no values yet, got True")
     if refusal := transforms.functorch_refusal():
         raise UnsupportedError(refusal)
     transforms.require_no_grad(named(arrays, out))
+    arrays = seeded(arrays, options)
     x = arrays[1]
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     config = options.config

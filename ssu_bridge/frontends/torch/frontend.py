@@ -14,6 +14,7 @@ from ssu_bridge.frontends.base import SEED, Arrays, named, refuse_copy, returned
 from ssu_bridge.frontends.torch import custom_op, transforms
 from ssu_bridge.frontends.torch.host import from_host, to_host
 from ssu_bridge.frontends.torch.metadata import Key, key_of, problem_of
+from ssu_bridge.frontends.torch.seeds import seeded
 from ssu_bridge.frontends.torch.signature_cache import SignatureCache, new_out, tell_autograd
 
 
@@ -33,9 +34,8 @@ class Launcher:
     def __call__(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
         """Run one call and return what ``update`` does."""
         if self._seeds or len(arrays) > SEED:
-            arrays = self._with_seed(arrays, out)
-        if torch.compiler.is_compiling():
-            return custom_op.trace(self._options, arrays, out)
+            transforms.require_supported(named(arrays, out))  # they fail in drawing a seed
+            arrays = seeded(arrays, self._options)
         try:
             results = self.repeated.run(arrays, out)
         except Exception:
@@ -70,11 +70,6 @@ class Launcher:
         transforms.require_no_grad(named(arrays, out))
         return found
 
-    def _with_seed(self, arrays: Arrays, out: torch.Tensor | None) -> Arrays:
-        if not torch.compiler.is_compiling():
-            transforms.require_supported(named(arrays, out))  # they fail in drawing a seed
-        return seeded(arrays, self._options)
-
 
 def launcher(state_type: type, options: Options) -> Launcher:
     """Return what runs calls with these options."""
@@ -90,21 +85,6 @@ def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tupl
     """Return the choice for the device that the tensors are on."""
     with_any_seed = with_seed(arrays, options, lambda _: torch.zeros((), dtype=torch.int64, device=arrays[0].device))
     return (consider_problem(problem_of(key_of(with_any_seed, out), options)),)
-
-
-def seeded(arrays: Arrays, options: Options) -> Arrays:
-    """Return the arrays with the seed in one on the state's device; if it has to be drawn, by Torch's generator there.
-
-    In a CUDA graph that generator gives each replay a seed of its own.
-    """
-
-    def make(value: int | None) -> torch.Tensor:
-        state, narrow = arrays[0], torch.iinfo(torch.int64)
-        if value is None:
-            return torch.randint(narrow.min, narrow.max, (), dtype=torch.int64, device=state.device)
-        return torch.full((), value, dtype=torch.int64, device=state.device)
-
-    return with_seed(arrays, options, make)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -61,8 +61,6 @@ CASES = {name: (name, call) for name, call in REFUSED.items()} | MADE_OF_THEM
 def test_a_transform_of_functions_is_refused_by_its_name(given, name, compiled):
     transform, call = CASES[name]
     torch._dynamo.reset()
-    if compiled:
-        step(**tensors())
     held = given["state"].clone()
     with pytest.raises(ssu_bridge.UnsupportedError, match=transform):
         (torch.compile(call, backend="eager") if compiled else call)(given)
@@ -133,8 +131,6 @@ def test_jit_trace_records_the_step(given):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(given, strict):
-    step(**tensors())
-
     class Model(torch.nn.Module):
         def forward(self, state, x):
             return function(state, x)
@@ -180,8 +176,45 @@ def test_fake_tensors_in_their_mode_have_the_shapes_of_the_results(given):
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_call_that_would_lose_a_gradient_is_refused(given):
     torch._dynamo.reset()
-    step(**tensors())
     held = given["state"].clone()
     with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad"):
         torch.compile(function, backend="eager")(given["state"], given["x"].requires_grad_())
     assert torch.equal(given["state"], held)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_using_inside_compiled_code(backend):
+    """The configuration in force is that of the blocks that are traced, and what they leave out that of the caller."""
+    a = to_mode(ROUNDED.arrays(seed=1), "torch")
+    flags = {**ROUNDED.flags, "rand_seed": 5}
+
+    def rounded(a, config):
+        with ssu_bridge.using(config), ssu_bridge.using(algorithm="simple"):
+            inside = ssu_bridge.get_config()
+            results = ssu_bridge.update(**a, **flags)
+        return results, (inside.philox_rounds, str(inside.backend), inside.algorithm)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rounded, backend=backend, fullgraph=True)
+    before, seen = ssu_bridge.get_config(), []
+    for config in (ssu_bridge.SSUConfig(backend="reference", philox_rounds=7), ssu_bridge.SSUConfig(backend="cpu")):
+        held = [{**a, "state": a["state"].clone()} for _ in range(2)]
+        results, fields = compiled(held[0], config)
+        expected, wanted = rounded(held[1], config)
+        assert fields == wanted == (config.philox_rounds, str(config.backend), "simple")
+        for got, right in zip(results, expected, strict=True):
+            assert torch.equal(got, right)
+        seen.append(results[1])
+    assert not torch.equal(*seen)  # other rounds, other numbers
+    assert ssu_bridge.get_config() == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_check_indices_is_refused_in_a_graph_and_works_in_code_that_is_not_one_graph():
+    a = tensors()
+    checked = lambda a: ssu_bridge.update(**a, **CASE.flags, check_indices=True)[0]  # noqa: E731
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="check_indices: expected False while Torch traces"):
+        torch.compile(checked, backend="eager", fullgraph=True)(a)
+    assert torch.equal(torch.compile(checked, backend="eager")(a), step(**tensors())[0])

@@ -1,0 +1,77 @@
+"""What TorchDynamo traces in place of functions of this package that it cannot trace.
+
+It imports no Torch: Dynamo finds the replacements as attributes of the functions. ``_torchdynamo_inline`` names the
+function to trace instead; ``_dynamo_marked_constant``, which ``torch.compiler.assume_constant_result`` sets as well,
+makes Dynamo call a function while it traces and keep the result. The arguments of such a function are Python constants.
+"""
+
+import dataclasses
+from typing import Any
+
+from ssu_bridge.config import SSUConfig, get_config, using
+from ssu_bridge.core.problem import Options, options_of
+
+# The using() blocks around what is being traced, the innermost last: the configuration that one starts from (None: that
+# in force outside of the graph) and the fields replaced in it. Empty outside of tracing.
+_blocks: list[tuple[SSUConfig | None, dict[str, Any]]] = []
+
+
+def tracing() -> bool:
+    """Return whether TorchDynamo traces the caller."""
+    return False
+
+
+def options_in_graph(*flags: Any) -> Options:
+    """Return the options of a call that is traced, from the arguments of ``options_of`` but for the configuration."""
+    return _options(flags, *_innermost())
+
+
+def _tracing_in_graph() -> bool:
+    return True
+
+
+class _UsingInGraph:
+    """A ``using`` block that is traced: the configuration in force is then the one at the time of tracing."""
+
+    def __init__(self, config: SSUConfig | None, fields: dict[str, Any]):
+        self.config, self.fields = config, fields
+
+    def __enter__(self) -> SSUConfig:
+        if self.config is None and _blocks:
+            config, fields = _blocks[-1]
+            _blocks.append((config, {**fields, **self.fields}))
+        else:
+            _blocks.append((self.config, self.fields))
+        return get_config()
+
+    def __exit__(self, *exception: object) -> None:
+        _blocks.pop()
+
+
+def _using_in_graph(config: SSUConfig | None = None, /, **fields: Any) -> _UsingInGraph:
+    return _UsingInGraph(config, fields)
+
+
+def _get_config_in_graph() -> SSUConfig:
+    return _config(*_innermost())
+
+
+def _innermost() -> tuple[SSUConfig | None, tuple[str, ...], tuple[Any, ...]]:
+    config, fields = _blocks[-1] if _blocks else (None, {})
+    return config, tuple(fields), tuple(fields.values())
+
+
+def _config(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any, ...]) -> SSUConfig:
+    base = get_config() if config is None else config
+    return dataclasses.replace(base, **dict(zip(names, values, strict=True)))
+
+
+def _options(flags: tuple[Any, ...], *configured: Any) -> Options:
+    return options_of(*(*flags, _config(*configured)))
+
+
+tracing._torchdynamo_inline = _tracing_in_graph  # type: ignore[attr-defined]
+using._torchdynamo_inline = _using_in_graph  # type: ignore[attr-defined]
+get_config._torchdynamo_inline = _get_config_in_graph  # type: ignore[attr-defined]
+_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_options._dynamo_marked_constant = True  # type: ignore[attr-defined]
