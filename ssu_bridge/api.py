@@ -4,7 +4,7 @@ import inspect
 import operator
 from typing import Any
 
-from ssu_bridge.config import SSUConfig, get_config
+from ssu_bridge.config import get_config
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Options, options_of
 from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
@@ -141,21 +141,10 @@ def update(
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
         results = trace(dynamo.options_in_graph(*flags, backend, algorithm), arrays, out)
         return _same_pairs(results, pairs) if pairs else results
-    # What _kind returns, written out, because it is looked up in every call.
-    kind: tuple[Any, ...]
-    softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
-    kind = (type(arrays[0]), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
-    if not (donate is True and disable_state_update is check_indices is False and intermediate_stride is _EVERY_TOKEN):
-        rare = (disable_state_update, donate, check_indices, intermediate_stride)
-        kind += (*rare, *map(type, rare))
-    try:
-        launch = _launchers[kind]
-    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
-        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
-        launch = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
-        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory with compiled programs
-            _launchers.clear()
-        _launchers[kind] = launch
+    launch = _launcher(
+        arrays, out, dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride,
+        backend, algorithm,
+    )  # fmt: skip
     return _same_pairs(launch(arrays, out), pairs) if pairs else launch(arrays, out)
 
 
@@ -168,19 +157,40 @@ def _same_pairs(results: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, 
     return results[0], *same
 
 
-# The launcher of each kind of call, by the type of its state and its flags: the only look-up of a repeated call.
+# The launcher of each kind of call, by the type of its state, its flags and the configuration: the only look-up of a
+# repeated call. At most 64, because each may keep compiled programs.
 _launchers: dict[tuple[Any, ...], Launch] = {}
 
 
-def _kind(state: Any, flags: tuple[Any, ...], config: SSUConfig) -> tuple[Any, ...]:
-    """Return the key of a call in ``_launchers``: its flags with their types, because 1 equals True but is no bool.
-
-    ``state`` is an array; for a quantised state, its values.
-    """
-    dt_softplus, pad_slot_id, *rare, backend, algorithm = flags
-    usual = (type(state), dt_softplus, type(dt_softplus), pad_slot_id, type(pad_slot_id), backend, algorithm, config)
-    is_usual = rare == [False, True, False, 1] and [*map(type, rare)] == [bool, bool, bool, int]
-    return usual if is_usual else (*usual, *rare, *map(type, rare))
+def _launcher(
+    arrays: Arrays,
+    out: Any,
+    dt_softplus: Any,
+    pad_slot_id: Any,
+    disable_state_update: Any,
+    donate: Any,
+    check_indices: Any,
+    intermediate_stride: Any,
+    backend: Any,
+    algorithm: Any,
+) -> Launch:
+    """Return what launches a call, whose flags come in the order of ``options_of``; a repeated call looks it up."""
+    # Flags count with their types, because 1 equals True but is no bool.
+    kind: tuple[Any, ...]
+    softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
+    kind = (type(arrays[0]), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
+    if not (donate is True and disable_state_update is check_indices is False and intermediate_stride is _EVERY_TOKEN):
+        rare = (disable_state_update, donate, check_indices, intermediate_stride)
+        kind += (*rare, *map(type, rare))
+    try:
+        return _launchers[kind]
+    except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
+        flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
+        launch = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
+        if len(_launchers) >= 64:
+            _launchers.clear()
+        _launchers[kind] = launch
+        return launch
 
 
 def _keeps_state(parent_tokens: Any, dst_state_batch_indices: Any, disable_state_update: Any) -> Any:
@@ -228,9 +238,7 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
     for choice in able:
         load(choice.problem)
     arrays, out, flags = _bound(*args, **kwargs)
-    config = get_config()
-    # So that the first call finds it: torch.compile cannot trace how it is made.
-    _launchers[_kind(arrays[0], flags, config)] = launcher_of(arrays, out, options_of(*(*flags, config)))
+    _launcher(arrays, out, *flags)  # so that the first call finds it: torch.compile cannot trace how it is made
     return explanation
 
 

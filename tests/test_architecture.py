@@ -35,6 +35,7 @@ CORE = [
     {"quantized"},
     {"arguments", "arrays"},
     {"rounding"},
+    {"bounded"},
 ]
 
 

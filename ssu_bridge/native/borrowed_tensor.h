@@ -2,14 +2,21 @@
 #ifndef SSU_BRIDGE_BORROWED_TENSOR_H_
 #define SSU_BRIDGE_BORROWED_TENSOR_H_
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
 
 namespace ssu_bridge {
 
 // A host tensor at `address`, for arrays that do not export themselves through DLPack. It does not keep the memory
 // alive. Strides count elements and may be zero.
 tvm::ffi::Tensor foreign_tensor(int64_t address, tvm::ffi::Shape shape, tvm::ffi::Shape strides, DLDataType dtype);
+
+// Returns fn(*addresses), which calls `function` on host tensors like `tensors` at these addresses, one for each, and
+// then once more on those at the places in `again`.
+tvm::ffi::Function make_at_addresses(tvm::ffi::Function function, tvm::ffi::Array<tvm::ffi::Tensor> tensors,
+                                     tvm::ffi::Array<int64_t> again);
 
 }  // namespace ssu_bridge
 
