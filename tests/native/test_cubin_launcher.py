@@ -52,6 +52,11 @@ def test_the_stride_of_one_entry_is_nothing(state):
     assert list(library().cubin_arguments((5, 1, 0), [(STRIDE, 0, 0, 4)], [odd, odd])) == [5, 0]
 
 
+def test_the_strides_of_an_empty_tensor_are_nothing(state):
+    odd = library().view(state.ctypes.data, (2, 0, 8, 16), (3, 7, 16, 1), "float32")
+    assert list(library().cubin_arguments((5, 1, 0), [(STRIDE, 0, 0, 4), (STRIDE, 0, 1, 4)], [odd, odd])) == [10, 0, 0]
+
+
 def test_the_tensor_that_counts_the_sequences(state):
     fences = np.zeros(4, "int64")
     assert packed(8, [], state, state, fences, tensor=2, less=1) == [3 * 8]

@@ -2,14 +2,16 @@
 
 #include <tvm/ffi/error.h>
 
+#include <algorithm>
+
 namespace ssu_bridge {
 namespace {
 
 uint64_t address_of(const DLTensor& tensor) { return reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset; }
 
 int64_t stride_of(const DLTensor& tensor, int64_t axis) {
-  // Nothing is multiplied with the stride of an axis of one element, and it may be anything.
-  if (tensor.shape[axis] <= 1) return 0;
+  // Nothing is multiplied with the strides of an axis of one element and of an empty tensor, and they may be anything.
+  if (tensor.shape[axis] <= 1 || std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0) return 0;
   if (tensor.strides) return tensor.strides[axis];
   int64_t dense = 1;
   while (++axis < tensor.ndim) dense *= tensor.shape[axis];
