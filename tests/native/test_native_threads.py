@@ -71,6 +71,41 @@ def test_many_callers_and_fork():
     assert result.returncode == 0, result.stderr
 
 
+MEMORY_SCRIPT = """
+import resource, sys
+import numpy as np
+sys.path.insert(0, {tests!r})
+from native import F16, library, problem, results_of, view
+def call(columns):
+    arguments = problem(np.random.default_rng(1), b=2, heads=8, columns=columns, groups=1, state=F16, other=F16)
+    arrays = {{**arguments, "out": np.zeros_like(arguments["x"])}}
+    kernel = library().cpu_kernel(list(arguments), results_of(arguments), True, -1, 10, "auto")
+    views = {{name: view(array) for name, array in arrays.items()}}
+    return arrays, lambda: kernel(*(views[name] for name in (*arguments, *results_of(arguments))))
+call(16)[1]()
+arrays, kernel = call(1 << 19)
+before = {{name: array.copy() for name, array in arrays.items()}}
+room = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), room[1]))
+try:
+    kernel()
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, room)
+assert all(array.tobytes() == before[name].tobytes() for name, array in arrays.items())
+kernel()
+assert arrays["out"].any()
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_scratch_without_memory_is_an_error_before_anything_is_written(threads):
+    result = run_script(MEMORY_SCRIPT.format(tests=HELPERS), SSU_BRIDGE_NUM_THREADS=str(threads))
+    assert result.returncode == 0, result.stderr
+    assert f"no memory for the scratch of a state with 524288 columns (dstate) on {threads} threads" in result.stdout
+
+
 def test_flushing_threads_change_nothing(rng):
     """XLA calls the kernel from threads that flush subnormal numbers to zero."""
     torch = pytest.importorskip("torch")

@@ -1,8 +1,12 @@
 #include "cpu/kernel.h"
 
+#include <tvm/ffi/error.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -35,34 +39,62 @@ constexpr int64_t kUntiedCost = 4;
 constexpr int64_t kRoundingCost = 4;
 constexpr int kUsualRounds = 10;
 
-// Scratch that stays with the thread, so that a call allocates nothing once its thread has met the size.
-void* thread_scratch(size_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local size_t size = 0;
-  constexpr size_t kAlignment = 64;
-  if (size < bytes + kAlignment) {
-    memory.reset(new char[bytes + kAlignment]);
-    size = bytes + kAlignment;
+// A piece of scratch for each of the threads of a call. The memory stays with the thread that calls, so that a call
+// allocates nothing once its thread has met the size. It is the caller that allocates, before anything is written: the
+// workers have nobody to tell that there is no memory.
+class ThreadScratch {
+ public:
+  ThreadScratch(const StepArguments& a, int threads) {
+    thread_local std::unique_ptr<char[]> memory;
+    thread_local size_t size = 0;
+    bytes_each_ = (scratch_bytes(a) + kAlignment - 1) / kAlignment * kAlignment;
+    size_t bytes = bytes_each_ * static_cast<size_t>(threads) + kAlignment;
+    if (a.columns > kMostColumns) refuse(a, threads);
+    if (size < bytes) {
+      size = 0;
+      memory.reset();
+      memory.reset(new (std::nothrow) char[bytes]);
+      if (!memory) refuse(a, threads);
+      size = bytes;
+    }
+    uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
+    begin_ = reinterpret_cast<char*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
-  uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
-  return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-}
+
+  void* of(int worker) const { return begin_ + bytes_each_ * static_cast<size_t>(worker); }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  // Of more, the number of bytes would not fit into 64 bits.
+  static constexpr int64_t kMostColumns = int64_t{1} << 36;
+
+  [[noreturn]] static void refuse(const StepArguments& a, int threads) {
+    TVM_FFI_THROW(MemoryError) << "no memory for the scratch of a state with " << a.columns << " columns (dstate) on "
+                               << threads << " threads; nothing was written";
+    std::abort();  // unreachable; the line above has no way to say so
+  }
+
+  char* begin_;
+  size_t bytes_each_;
+};
 
 class StepWork final : public ChunkedWork {
  public:
-  StepWork(const StepArguments& arguments, StepFunction step, int64_t items, int64_t items_per_chunk)
-      : arguments_(arguments), step_(step), items_(items), items_per_chunk_(items_per_chunk) {}
+  StepWork(const StepArguments& arguments, StepFunction step, const ThreadScratch& scratch, int64_t items,
+           int64_t items_per_chunk)
+      : arguments_(arguments), step_(step), scratch_(scratch), items_(items), items_per_chunk_(items_per_chunk) {}
 
-  void run_chunk(int64_t chunk) noexcept override {
+  void run_chunk(int64_t chunk, int worker) noexcept override {
     FloatEnvironment ieee;
     int64_t first = chunk * items_per_chunk_;
     int64_t last = std::min(items_, first + items_per_chunk_);
-    step_(arguments_, first, last, thread_scratch(scratch_bytes(arguments_)));
+    step_(arguments_, first, last, scratch_.of(worker));
   }
 
  private:
   const StepArguments& arguments_;
   const StepFunction step_;
+  const ThreadScratch& scratch_;
   const int64_t items_;
   const int64_t items_per_chunk_;
 };
@@ -108,7 +140,8 @@ void run_step(StepArguments& a, StepFunction step) {
   int64_t item_elements = a.rows_per_item * columns * tokens.most;
   int threads = threads_for(a, tokens.all);
   int64_t items_per_chunk = threads == 1 ? items : std::max<int64_t>(1, kChunkElements / item_elements);
-  StepWork work(a, step, items, items_per_chunk);
+  ThreadScratch scratch(a, threads);
+  StepWork work(a, step, scratch, items, items_per_chunk);
   run_chunks(work, (items + items_per_chunk - 1) / items_per_chunk, threads);
 }
 

@@ -8,9 +8,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 #include "cpu/usable_cores.h"
@@ -22,8 +22,9 @@ namespace {
 struct Job {
   Job(ChunkedWork& work, int64_t count, int helpers) : work(work), count(count), helpers_wanted(helpers) {}
 
-  void take_chunks() {
-    for (int64_t chunk; (chunk = next_chunk.fetch_add(1, std::memory_order_relaxed)) < count;) work.run_chunk(chunk);
+  void take_chunks(int worker) {
+    for (int64_t chunk; (chunk = next_chunk.fetch_add(1, std::memory_order_relaxed)) < count;)
+      work.run_chunk(chunk, worker);
   }
 
   ChunkedWork& work;
@@ -33,6 +34,7 @@ struct Job {
   // Under the pool's mutex.
   int helpers_wanted;
   int helpers_inside = 0;
+  int helpers_so_far = 0;
   std::condition_variable all_left;
   Job* later = nullptr;
 };
@@ -47,7 +49,7 @@ class ThreadPool {
       append(job);
     }
     wake(helpers);
-    job.take_chunks();
+    job.take_chunks(0);
     std::unique_lock<std::mutex> lock(mutex_);
     remove(job);
     job.all_left.wait(lock, [&] { return job.helpers_inside == 0; });
@@ -68,8 +70,9 @@ class ThreadPool {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
       for (int i = 1; i < thread_count(); ++i) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
-      // The callers do the work that the missing threads would have done.
+    } catch (const std::exception&) {
+      // No more threads (std::system_error) or memory for one (std::bad_alloc). The callers do the work that the missing
+      // threads would have done.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -80,11 +83,12 @@ class ThreadPool {
       job_posted_.wait(lock, [&] { return first_ != nullptr; });
       Job& job = *first_;
       ++job.helpers_inside;
+      int worker = ++job.helpers_so_far;
       if (--job.helpers_wanted == 0) remove(job);
       int wanted = first_ ? first_->helpers_wanted : 0;
       lock.unlock();
       wake(wanted);
-      job.take_chunks();
+      job.take_chunks(worker);
       lock.lock();
       // Nothing is left to take, so nobody else need come.
       remove(job);
@@ -146,7 +150,7 @@ int thread_count() {
 void run_chunks(ChunkedWork& work, int64_t count, int threads) {
   threads = static_cast<int>(std::min<int64_t>({threads, thread_count(), count}));
   if (threads > 1) return pool().run(work, count, threads - 1);
-  for (int64_t chunk = 0; chunk < count; ++chunk) work.run_chunk(chunk);
+  for (int64_t chunk = 0; chunk < count; ++chunk) work.run_chunk(chunk, 0);
 }
 
 }  // namespace ssu_bridge

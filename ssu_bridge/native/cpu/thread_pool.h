@@ -8,7 +8,9 @@ namespace ssu_bridge {
 
 // A piece of work cut into chunks 0..count-1, which may run in any order and at the same time.
 struct ChunkedWork {
-  virtual void run_chunk(int64_t chunk) noexcept = 0;
+  // `worker` is below the number of threads that run_chunks was called with, and no two threads have the same at a time.
+  // Nobody is there to catch an exception: what may throw, such as an allocation, comes before run_chunks.
+  virtual void run_chunk(int64_t chunk, int worker) noexcept = 0;
 
  protected:
   ~ChunkedWork() = default;
