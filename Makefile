@@ -34,6 +34,7 @@ memcheck: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files "*.cc" "*.h")
 	$(BIN)/mypy
 
 # Where pip's torch is a build with CUDA, this installs gigabytes of it; any build of Torch's CPU version will do.
@@ -42,7 +43,8 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements-ci.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps \
+	  --config-settings=cmake.define.SSU_BRIDGE_WERROR=ON --editable .
 	touch $@
 
 .venv/docs-installed: .venv/installed requirements-docs.txt

@@ -15,5 +15,5 @@ def test_a_wheel_has_every_module_and_no_native_source(tmp_path):
     [wheel] = tmp_path.iterdir()
     files = {file for file in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in file}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "ssu_bridge").rglob("*") if path.is_file()}
-    unshipped = {file for file in package if file.endswith((".cc", ".h", ".inc", ".pyc", ".so"))}
+    unshipped = {file for file in package if file.endswith((".cc", ".h", ".pyc", ".so"))}
     assert files == package - unshipped

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/step.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 
@@ -23,8 +23,8 @@ struct VariantPair {
   StepFunction large;
 };
 
-// The variant of that name for both, or for "auto" the best one for each. Raises ValueError for a name that this machine
-// cannot run.
+// The variant of that name for both, or for "auto" the best one for each. Raises ValueError for a name that this
+// machine cannot run.
 VariantPair find_variants(const std::string& name);
 
 }  // namespace ssu_bridge

@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/tables.h"
-#include "cpu/instruction_sets.h"
 #include "cpu/float_environment.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/tables.h"
 #include "cpu/tensor_reader.h"
 #include "cpu/thread_pool.h"
 
@@ -234,8 +234,7 @@ std::vector<Argument> parse_results(const ffi::Array<ffi::String>& names, const 
   std::string expected = "out", given;
   for (Argument argument : written) expected += std::string(", ") + kArgumentNames[static_cast<int>(argument)];
   for (const ffi::String& name : names) given += (given.empty() ? "" : ", ") + std::string(name);
-  if (given != expected)
-    TVM_FFI_THROW(ValueError) << "result_names: expected " << expected << ", got " << given;
+  if (given != expected) TVM_FFI_THROW(ValueError) << "result_names: expected " << expected << ", got " << given;
   return written;
 }
 

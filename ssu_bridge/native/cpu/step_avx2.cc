@@ -1,9 +1,7 @@
+// First, since it decides what the step is compiled for.
+#include "cpu/simd_avx2.h"
+
 #include "cpu/step.h"
-
-// The operations first: the step is written in them.
-#include "cpu/simd_avx2.inc"
-
-#include "cpu/step.inc"
 
 namespace ssu_bridge {
 

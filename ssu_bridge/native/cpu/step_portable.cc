@@ -1,10 +1,5 @@
 #include "cpu/step.h"
 
-// The operations first: the step is written in them.
-#include "cpu/simd_portable.inc"
-
-#include "cpu/step.inc"
-
 namespace ssu_bridge {
 
 void step_portable(const StepArguments& arguments, int64_t first, int64_t last, void* scratch) {

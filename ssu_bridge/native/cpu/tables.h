@@ -1,11 +1,11 @@
 // Which tokens, slots and entries the index tables name for a sequence. Any value may stand in a table: none of them
 // leads outside the memory that it is meant for.
 //
-// Static and free of the standard library for the reason that cpu_step.h gives.
+// Static and free of the standard library for the reason that step_arguments.h gives.
 #ifndef SSU_BRIDGE_CPU_TABLES_H_
 #define SSU_BRIDGE_CPU_TABLES_H_
 
-#include "cpu/step.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 

@@ -79,9 +79,7 @@ void check_device(const DLTensor& tensor, const char* name) {
   TVM_FFI_THROW(ValueError) << name << " must be in host memory, got DLPack device type " << static_cast<int>(type);
 }
 
-bool is_type(DLDataType type, int code, int bits) {
-  return type.code == code && type.bits == bits && type.lanes == 1;
-}
+bool is_type(DLDataType type, int code, int bits) { return type.code == code && type.bits == bits && type.lanes == 1; }
 
 [[noreturn]] void refuse_type(const DLTensor& tensor, const char* name, const char* expected) {
   TVM_FFI_THROW(ValueError) << name << " must be " << expected << ", got DLPack type code "
@@ -262,8 +260,8 @@ void read_intermediates(const CallTensors& tensors, StepArguments& a) {
     if (tensor->shape[axis + 1] != state.shape[axis])
       TVM_FFI_THROW(ValueError) << name << ": axis " << axis + 1 << " must have size " << state.shape[axis] << ", got "
                                 << tensor->shape[axis + 1];
-  a.intermediates = read_storage(*tensor, name, tensors[Argument::kIntermediateScales],
-                                 name_of(Argument::kIntermediateScales));
+  a.intermediates =
+      read_storage(*tensor, name, tensors[Argument::kIntermediateScales], name_of(Argument::kIntermediateScales));
   a.intermediates.steps = tensor->shape[1];
   if (a.intermediates.type != a.state.type) TVM_FFI_THROW(ValueError) << name << " must have the type of state";
 }

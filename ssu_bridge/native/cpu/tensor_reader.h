@@ -4,7 +4,7 @@
 
 #include <tvm/ffi/container/tensor.h>
 
-#include "cpu/step.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 

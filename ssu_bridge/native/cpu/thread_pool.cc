@@ -71,8 +71,8 @@ class ThreadPool {
     try {
       for (int i = 1; i < thread_count(); ++i) std::thread([this] { serve(); }).detach();
     } catch (const std::exception&) {
-      // No more threads (std::system_error) or memory for one (std::bad_alloc). The callers do the work that the missing
-      // threads would have done.
+      // No more threads (std::system_error) or memory for one (std::bad_alloc). The callers do the work that the
+      // missing threads would have done.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }

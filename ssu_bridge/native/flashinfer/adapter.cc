@@ -96,14 +96,22 @@ class Sizes {
   Axis axis(char letter) const {
     const DLTensor& state = *tensors_[kState];
     switch (letter) {
-      case 'H': return {state.shape[1], false};
-      case 'P': return {state.shape[2], false};
-      case 'p': return {state.shape[2], true};
-      case 'N': return {state.shape[3], false};
-      case 'n': return {state.shape[3], true};
-      case 'G': return {groups_, false};
-      case 'b': return {sequences_, false};
-      default: return {steps(), false};
+      case 'H':
+        return {state.shape[1], false};
+      case 'P':
+        return {state.shape[2], false};
+      case 'p':
+        return {state.shape[2], true};
+      case 'N':
+        return {state.shape[3], false};
+      case 'n':
+        return {state.shape[3], true};
+      case 'G':
+        return {groups_, false};
+      case 'b':
+        return {sequences_, false};
+      default:
+        return {steps(), false};
     }
   }
 
@@ -186,7 +194,7 @@ class FlashInferKernel {
       outer = 1;
       ++axes;
     }
-    for (; *axes; ++axes) inner[count++] = sizes.axis(*axes);
+    for (; *axes && count < StridedView::kMaxAxes; ++axes) inner[count++] = sizes.axis(*axes);
     return result.view(tensor, outer, inner, count);
   }
 

@@ -1,4 +1,12 @@
 // Rows of quantised states: int16, int8 or float8_e4m3fn with one float32 scale.
+#ifndef SSU_BRIDGE_CPU_QUANTISE_H_
+#define SSU_BRIDGE_CPU_QUANTISE_H_
+
+#include <string.h>
+
+#include "cpu/rounding.h"
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
@@ -117,3 +125,5 @@ inline void write_quantised(Element* to, float* scale, const float* from, int64_
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_QUANTISE_H_

@@ -1,4 +1,13 @@
 // The steps of all tokens of a sequence, on rows that are held in float32 meanwhile and stored where a table says so.
+#ifndef SSU_BRIDGE_CPU_TOKENS_H_
+#define SSU_BRIDGE_CPU_TOKENS_H_
+
+#include <string.h>
+
+#include "cpu/item.h"
+#include "cpu/step_arguments.h"
+#include "cpu/tables.h"
+#include "cpu/tile.h"
 
 namespace ssu_bridge {
 namespace {
@@ -34,9 +43,10 @@ void step_through_tiles(const StepArguments& a, int64_t first, int64_t last, voi
   Scratch scratch(memory, a.columns);
   Tile tile(static_cast<float*>(memory) + direct_scratch_floats(a.columns), a);
   RowNumbers numbers;
-  for (int64_t number = first; number < last; ++number)
-    step_tokens(a, item_of(a, number), scratch, tile, numbers);
+  for (int64_t number = first; number < last; ++number) step_tokens(a, item_of(a, number), scratch, tile, numbers);
 }
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_TOKENS_H_

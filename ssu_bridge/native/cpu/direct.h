@@ -1,4 +1,12 @@
 // The step of a token from the slot that a sequence reads straight to the slot that it writes.
+#ifndef SSU_BRIDGE_CPU_DIRECT_H_
+#define SSU_BRIDGE_CPU_DIRECT_H_
+
+#include <string.h>
+
+#include "cpu/item.h"
+#include "cpu/step_arguments.h"
+#include "cpu/tables.h"
 
 namespace ssu_bridge {
 namespace {
@@ -42,3 +50,5 @@ void step_directly(const StepArguments& a, int64_t first, int64_t last, void* me
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_DIRECT_H_

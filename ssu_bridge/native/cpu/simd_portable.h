@@ -1,28 +1,19 @@
 // Four floats at a time in the vector extensions of GCC and Clang, for any processor.
 //
-// This is the reference for the other simd_*.inc files, which offer the same functions over wider registers. A partial
+// This is the reference for the other simd_*.h, which offer the same functions over wider registers. A partial
 // load reads `count` elements and sets the other lanes to zero; a partial store writes `count` elements.
+#ifndef SSU_BRIDGE_CPU_SIMD_PORTABLE_H_
+#define SSU_BRIDGE_CPU_SIMD_PORTABLE_H_
+
 #include <string.h>
 
+#include "cpu/step_arguments.h"
+#include "cpu/vector_bits.h"
+
 namespace ssu_bridge {
 namespace {
 
-typedef float Vec __attribute__((vector_size(16)));
 typedef uint16_t Words __attribute__((vector_size(8)));
-constexpr int64_t kLanes = 4;
-constexpr int kRowGroup = 4;
-
-}  // namespace
-}  // namespace ssu_bridge
-
-#include "cpu/bits.inc"
-
-namespace ssu_bridge {
-namespace {
-
-struct Pair {
-  Vec even, odd;
-};
 
 inline Vec splat(float value) { return Vec{value, value, value, value}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
@@ -191,3 +182,5 @@ inline void store_sums(const Vec (&rows)[kRowGroup], float* sums) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_SIMD_PORTABLE_H_

@@ -2,6 +2,14 @@
 //
 // Every number belongs to one row of one head of one sequence, and the operations on a row and their order depend on
 // nothing outside it: not on the batch, the block of rows it is in, or the thread.
+#ifndef SSU_BRIDGE_CPU_ITEM_H_
+#define SSU_BRIDGE_CPU_ITEM_H_
+
+#include "cpu/blocks.h"
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
+#include "cpu/vector_math.h"
 
 // In one piece with the loop over the items: calls cost a sixth more where rows are short.
 #define SSU_BRIDGE_INLINE inline __attribute__((always_inline))
@@ -231,3 +239,5 @@ SSU_BRIDGE_INLINE void step_item(const StepArguments& a, const Item& item, const
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_ITEM_H_

@@ -1,4 +1,9 @@
 // Rows of numbers between memory and float32 scratch.
+#ifndef SSU_BRIDGE_CPU_ROWS_H_
+#define SSU_BRIDGE_CPU_ROWS_H_
+
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
@@ -30,12 +35,12 @@ inline void read_as(float* to, const Element* from, int64_t count, int64_t strid
 
 inline void read(float* to, const Operand& from, int64_t offset, int64_t count, int64_t stride) {
   switch (from.type) {
-    case ElementType::kFloat32:
-      return read_as(to, static_cast<const float*>(from.data) + offset, count, stride);
     case ElementType::kBFloat16:
       return read_as(to, static_cast<const BFloat16*>(from.data) + offset, count, stride);
     case ElementType::kFloat16:
       return read_as(to, static_cast<const Float16*>(from.data) + offset, count, stride);
+    default:
+      return read_as(to, static_cast<const float*>(from.data) + offset, count, stride);
   }
 }
 
@@ -48,12 +53,12 @@ inline void write_as(Element* to, const float* from, int64_t count) {
 
 inline void write(void* to, ElementType type, int64_t offset, const float* from, int64_t count) {
   switch (type) {
-    case ElementType::kFloat32:
-      return write_as(static_cast<float*>(to) + offset, from, count);
     case ElementType::kBFloat16:
       return write_as(static_cast<BFloat16*>(to) + offset, from, count);
     case ElementType::kFloat16:
       return write_as(static_cast<Float16*>(to) + offset, from, count);
+    default:
+      return write_as(static_cast<float*>(to) + offset, from, count);
   }
 }
 
@@ -65,3 +70,5 @@ inline void spread(float* row, int64_t count) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_ROWS_H_

@@ -3,6 +3,11 @@
 // A block is one vector of consecutive columns, or, for BFloat16, a pair of vectors: the even columns and the odd ones,
 // since that order needs no shuffles. A row is cut into widest blocks and what is left over, which is one vector if it
 // fits into one. B and C are brought into the same order beforehand, rows of A as they are loaded.
+#ifndef SSU_BRIDGE_CPU_BLOCKS_H_
+#define SSU_BRIDGE_CPU_BLOCKS_H_
+
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
@@ -70,3 +75,5 @@ inline void order_row(float* row, int64_t columns) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_BLOCKS_H_

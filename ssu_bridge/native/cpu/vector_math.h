@@ -1,5 +1,9 @@
-// exp, softplus and SiLU over a vector, from the operations of a simd_*.inc file.
+// exp, softplus and SiLU over a vector, from the operations of simd.h.
 // The coefficients are Chebyshev interpolants, good to 2e-8; results are within about two units in the last place.
+#ifndef SSU_BRIDGE_CPU_VECTOR_MATH_H_
+#define SSU_BRIDGE_CPU_VECTOR_MATH_H_
+
+#include "cpu/simd.h"
 
 namespace ssu_bridge {
 namespace {
@@ -48,3 +52,5 @@ inline Vec silu(Vec z) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_VECTOR_MATH_H_

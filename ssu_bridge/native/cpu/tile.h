@@ -1,10 +1,19 @@
 // A tile: the rows of an item in float32, between their storage and the steps of their tokens.
+#ifndef SSU_BRIDGE_CPU_TILE_H_
+#define SSU_BRIDGE_CPU_TILE_H_
+
+#include "cpu/item.h"
+#include "cpu/philox.h"
+#include "cpu/quantise.h"
+#include "cpu/rounding.h"
+#include "cpu/rows.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
 
 struct Tile {
-  float* rows;      // they end in zeros, up to a whole vector
+  float* rows;  // they end in zeros, up to a whole vector
   int64_t stride;
   uint32_t* words;  // random_scratch_words(columns) of them
 
@@ -97,3 +106,5 @@ inline void store_tile(const StepArguments& a, const Item& item, const Tile& til
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_TILE_H_

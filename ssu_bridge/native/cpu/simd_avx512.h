@@ -1,25 +1,15 @@
 // Sixteen floats at a time: AVX-512 F, BW, DQ and VL.
-// Included once, by step_avx512.cc. See simd_portable.inc for what each function means.
+// To be included before simd.h. See simd_portable.h for what each function means.
+#ifndef SSU_BRIDGE_CPU_SIMD_AVX512_H_
+#define SSU_BRIDGE_CPU_SIMD_AVX512_H_
+
 #include <immintrin.h>
 
-namespace ssu_bridge {
-namespace {
-
-using Vec = __m512;
-constexpr int64_t kLanes = 16;
-constexpr int kRowGroup = 8;
-
-}  // namespace
-}  // namespace ssu_bridge
-
-#include "cpu/bits.inc"
+#include "cpu/step_arguments.h"
+#include "cpu/vector_bits.h"
 
 namespace ssu_bridge {
 namespace {
-
-struct Pair {
-  Vec even, odd;
-};
 
 inline Vec splat(float value) { return _mm512_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
@@ -147,3 +137,5 @@ inline void store_sums(const Vec (&rows)[kRowGroup], float* sums) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_SIMD_AVX512_H_

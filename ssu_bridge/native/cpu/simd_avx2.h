@@ -1,26 +1,16 @@
 // Eight floats at a time: AVX2 with FMA and F16C.
-// Included once, by step_avx2.cc. See simd_portable.inc for what each function means.
+// To be included before simd.h. See simd_portable.h for what each function means.
+#ifndef SSU_BRIDGE_CPU_SIMD_AVX2_H_
+#define SSU_BRIDGE_CPU_SIMD_AVX2_H_
+
 #include <immintrin.h>
 #include <string.h>
 
-namespace ssu_bridge {
-namespace {
-
-using Vec = __m256;
-constexpr int64_t kLanes = 8;
-constexpr int kRowGroup = 4;
-
-}  // namespace
-}  // namespace ssu_bridge
-
-#include "cpu/bits.inc"
+#include "cpu/step_arguments.h"
+#include "cpu/vector_bits.h"
 
 namespace ssu_bridge {
 namespace {
-
-struct Pair {
-  Vec even, odd;
-};
 
 inline Vec splat(float value) { return _mm256_set1_ps(value); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
@@ -179,3 +169,5 @@ inline void store_sums(const Vec (&rows)[kRowGroup], float* sums) {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_SIMD_AVX2_H_

@@ -1,4 +1,10 @@
 // Rounding float32 numbers to the grid of what they will be stored as.
+#ifndef SSU_BRIDGE_CPU_ROUNDING_H_
+#define SSU_BRIDGE_CPU_ROUNDING_H_
+
+#include "cpu/rows.h"
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
@@ -98,3 +104,5 @@ inline void write_float(Element* to, const float* from, int64_t count, const uin
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_ROUNDING_H_

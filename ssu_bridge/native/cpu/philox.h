@@ -1,5 +1,12 @@
 // Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): random words that depend on a
 // key and a counter alone.
+#ifndef SSU_BRIDGE_CPU_PHILOX_H_
+#define SSU_BRIDGE_CPU_PHILOX_H_
+
+#include <string.h>
+
+#include "cpu/simd.h"
+#include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 namespace {
@@ -91,3 +98,5 @@ class RandomWords {
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_PHILOX_H_

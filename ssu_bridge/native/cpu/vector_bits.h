@@ -1,9 +1,34 @@
-// Operations on the bits of a vector, in the vector extensions of GCC and Clang: the same text for every Vec.
-// Included once by each simd_*.inc, which defines Vec before and kLanes.
+// The vector of the instruction set that a file is compiled for, and operations on its bits in the vector extensions of
+// GCC and Clang: the same text for every Vec.
+#ifndef SSU_BRIDGE_CPU_VECTOR_BITS_H_
+#define SSU_BRIDGE_CPU_VECTOR_BITS_H_
+
+#include <stdint.h>
 #include <string.h>
+
+#if defined(SSU_BRIDGE_CPU_SIMD_AVX512_H_) || defined(SSU_BRIDGE_CPU_SIMD_AVX2_H_)
+#include <immintrin.h>
+#endif
 
 namespace ssu_bridge {
 namespace {
+
+// Floats in a vector, and rows of the state that are stepped at a time, as many as there are registers for.
+#if defined(SSU_BRIDGE_CPU_SIMD_AVX512_H_)
+using Vec = __m512;
+constexpr int kRowGroup = 8;
+#elif defined(SSU_BRIDGE_CPU_SIMD_AVX2_H_)
+using Vec = __m256;
+constexpr int kRowGroup = 4;
+#else
+typedef float Vec __attribute__((vector_size(16)));
+constexpr int kRowGroup = 4;
+#endif
+constexpr int64_t kLanes = sizeof(Vec) / sizeof(float);
+
+struct Pair {
+  Vec even, odd;
+};
 
 // Comparisons give Ints of -1 where they hold and 0 elsewhere.
 typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
@@ -34,3 +59,5 @@ inline Vec to_float(Ints a) { return __builtin_convertvector(a, Vec); }
 
 }  // namespace
 }  // namespace ssu_bridge
+
+#endif  // SSU_BRIDGE_CPU_VECTOR_BITS_H_
