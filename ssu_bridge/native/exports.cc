@@ -3,14 +3,14 @@
 
 #include <cstring>
 
-#include "cpu/kernel.h"
-#include "cpu/instruction_sets.h"
-#include "cuda/cubin_kernel.h"
-#include "flashinfer/adapter.h"
 #include "borrowed_tensor.h"
-#include "torch/signature_cache.h"
-#include "cuda/recorded_events.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/kernel.h"
 #include "cpu/thread_pool.h"
+#include "cuda/cubin_kernel.h"
+#include "cuda/recorded_events.h"
+#include "flashinfer/adapter.h"
+#include "torch/signature_cache.h"
 
 namespace {
 

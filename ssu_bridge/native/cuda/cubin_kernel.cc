@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cuda/cubin_module.h"
-#include "cuda/tensors.h"
 #include "cuda/kernel_arguments.h"
+#include "cuda/tensors.h"
 
 namespace ssu_bridge {
 namespace {
@@ -119,16 +119,14 @@ std::vector<int> parse_in_place(const ffi::Array<int64_t>& inputs, int64_t tenso
 
 ffi::Function make_cubin_kernel(ffi::Bytes cubin, ffi::String name, int64_t shared_bytes, int64_t num_warps,
                                 ffi::Array<int64_t> grid, int64_t tensors, ffi::Array<int64_t> in_place,
-                                ffi::Array<ffi::Array<int64_t>> arguments, int64_t scratch_pointers,
-                                bool overlapping) {
+                                ffi::Array<ffi::Array<int64_t>> arguments, int64_t scratch_pointers, bool overlapping) {
   check_counts(num_warps, tensors, scratch_pointers, arguments.size());
   unsigned shared = static_cast<unsigned>(shared_bytes);
   auto module = std::make_shared<CubinModule>(cubin, name, shared);
-  return ffi::Function::FromPacked(
-      CubinKernel(std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp),
-                  parse_grid(grid, tensors), static_cast<int>(tensors), parse_in_place(in_place, tensors),
-                  parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers),
-                  overlapping));
+  return ffi::Function::FromPacked(CubinKernel(
+      std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp), parse_grid(grid, tensors),
+      static_cast<int>(tensors), parse_in_place(in_place, tensors),
+      parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers), overlapping));
 }
 
 ffi::Array<int64_t> cubin_arguments(ffi::Array<int64_t> grid, ffi::Array<ffi::Array<int64_t>> arguments,

@@ -26,8 +26,8 @@ constexpr int kMaxKernelArguments = 64;
 // From rows of (kind, tensor, axis, divisor). Raises ValueError for one that makes no sense with so many tensors.
 std::vector<KernelArgument> parse_kernel_arguments(const tvm::ffi::Array<tvm::ffi::Array<int64_t>>& rows, int tensors);
 
-// Writes the value of each argument. Raises ValueError for one that is not a multiple of its divisor, or of an axis that
-// the tensor does not have.
+// Writes the value of each argument. Raises ValueError for one that is not a multiple of its divisor, or of an axis
+// that the tensor does not have.
 void read_kernel_arguments(const std::vector<KernelArgument>& arguments, const DLTensor* const* tensors,
                            uint64_t* values);
 

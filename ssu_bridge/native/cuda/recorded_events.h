@@ -11,8 +11,8 @@ namespace ssu_bridge {
 // driver fails.
 void record_work(int64_t ordinal, int64_t stream);
 
-// A kernel that changes nothing, over tensors of one device and as many results in the same memory: it lets the stream of
-// TVM-FFI's environment wait for what has been noted of any stream of that device.
+// A kernel that changes nothing, over tensors of one device and as many results in the same memory: it lets the stream
+// of TVM-FFI's environment wait for what has been noted of any stream of that device.
 tvm::ffi::Function make_waiting_kernel();
 
 }  // namespace ssu_bridge

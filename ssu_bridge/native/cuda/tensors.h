@@ -13,8 +13,9 @@ void check_on_one_device(const DLTensor* const* tensors, int count);
 void check_in_place(const DLTensor* const* tensors, int input, int result);
 
 // Makes `input`, which is to be updated in place, the tensor `result`. Where that has other memory, it first gets the
-// elements, on the stream of the call: XLA forgets that the two are one where it writes a result straight into a slice of
-// another array, and then the input must stay as it is. Raises ValueError for other memory that is not like the input's.
+// elements, on the stream of the call: XLA forgets that the two are one where it writes a result straight into a slice
+// of another array, and then the input must stay as it is. Raises ValueError for other memory that is not like the
+// input's.
 void move_to_result(const DLTensor*& input, const DLTensor* result);
 
 }  // namespace ssu_bridge
