@@ -1,4 +1,4 @@
-#include "signature_cache.h"
+#include "torch/signature_cache.h"
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
