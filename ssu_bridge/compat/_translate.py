@@ -23,7 +23,7 @@ def with_heads(arguments: dict[str, Any]) -> dict[str, Any]:
     result = dict(arguments)
     for name, tensor in arguments.items():
         axes = _AXES.get(name, "")
-        if tensor is not None and tensor.dim() == len(axes) - 1:
+        if tensor is not None and tensor.ndim == len(axes) - 1:
             result[name] = tensor.unsqueeze(axes.index("G" if "G" in axes else "H"))
     return result
 
@@ -54,7 +54,7 @@ def step(arrays: dict[str, Any], **rest: Any) -> Any:
 
 def rows(table: Any, sequences: int) -> Any:
     """Return the rows of a table that belong to sequences, without those to spare."""
-    return None if table is None else table[:sequences]
+    return table if table is None or table.shape[0] <= sequences else table[:sequences]
 
 
 def _taken(name: str, tensor: Any, is_written: bool) -> Any:

@@ -3,6 +3,8 @@
 import contextlib
 from typing import Any
 
+import torch
+
 from ssu_bridge.backends.flashinfer.backend import ALIKE
 from ssu_bridge.compat._translate import rows, step, with_heads
 from ssu_bridge.config import using
@@ -81,14 +83,14 @@ def selective_state_update(
     """
     if backend not in ("auto", "flashinfer", "cake"):
         raise ValueError(f"backend: expected auto, flashinfer or cake, got {backend!r}")
-    packed = cu_seqlens is not None and x.dim() == 3
-    several = not packed and (cache_steps >= 1 or x.dim() == 4)
+    packed = cu_seqlens is not None and x.ndim == 3
+    several = not packed and (cache_steps >= 1 or x.ndim == 4)
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     tables = {"state_batch_indices": state_batch_indices, "dst_state_batch_indices": dst_state_batch_indices}
     _require_alike({**arrays, **tables, "out": out})
     arrays = with_heads(arrays)
     if several:
-        arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.dim() == 3}
+        arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.ndim == 3}
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
     slots = {name: rows(table, sequences) for name, table in tables.items()}
     if packed or several:
@@ -97,7 +99,7 @@ def selective_state_update(
             "intermediate_state_indices": intermediate_state_indices,
         }
         _require_alike({"state": state, **tables, **entries})
-        if num_accepted_tokens is not None and state_batch_indices is not None and state_batch_indices.dim() == 1:
+        if num_accepted_tokens is not None and state_batch_indices is not None and state_batch_indices.ndim == 1:
             # The one slot, however many were accepted.
             columns = 1 if packed else arrays["x"].shape[1]
             slots["state_batch_indices"] = slots["state_batch_indices"][:, None].repeat(1, columns)
@@ -109,7 +111,7 @@ def selective_state_update(
     config: dict[str, Any] = {}
     if rand_seed is not None:
         config["philox_rounds"] = _checked_rounds(philox_rounds, state_scale)
-    if state_scale is not None and state_scale.dim() == 4:
+    if state_scale is not None and state_scale.ndim == 4:
         state_scale = state_scale.squeeze(-1)
     with using(**config) if config else contextlib.nullcontext():
         return step(
@@ -134,7 +136,7 @@ def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
 
 def _require_alike(given: dict[str, Any]) -> None:
     """Check what FlashInfer does and ``update`` does not: dtypes that have to be the same."""
-    dtypes = {name: tensor.dtype for name, tensor in given.items() if tensor is not None}
+    dtypes = {name: tensor.dtype for name, tensor in given.items() if isinstance(tensor, torch.Tensor)}
     for like, names in ALIKE.items():
         for name in names:
             if name in dtypes and dtypes[name] != (expected := dtypes.get(like, dtypes[name])):

@@ -43,4 +43,4 @@ def selective_state_update(
     out = step(with_heads(given), dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)
     if state_batch_indices is not None:
         out.masked_fill_((state_batch_indices < 0)[:, None, None], 0)
-    return out if state.dim() > 3 else out.squeeze(1)
+    return out if state.ndim > 3 else out.squeeze(1)

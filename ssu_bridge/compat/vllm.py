@@ -63,14 +63,11 @@ def selective_state_update(
         raise TypeError("out: expected a tensor of x's shape, got None")
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "out": out}
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = {
-        "state_batch_indices": _table(state_batch_indices, sequences),
-        "dst_state_batch_indices": _table(dst_state_batch_indices, sequences),
-    }
+    read, write = rows(state_batch_indices, sequences), rows(dst_state_batch_indices, sequences)
     if num_accepted_tokens is None:
-        slots = {name: None if table is None else table[:, 0] for name, table in slots.items()}
-    elif slots["dst_state_batch_indices"] is None:
-        slots["dst_state_batch_indices"] = slots["state_batch_indices"]
+        read, write = _first_column(read), _first_column(write)
+    else:
+        read, write = _with_columns(read), _with_columns(read if write is None else write)
     seed, config = None, {}
     if enable_stochastic_rounding and num_accepted_tokens is None:
         seed = torch.randint(2**63 - 1, (), device=state.device)
@@ -78,7 +75,8 @@ def selective_state_update(
     with using(**config) if config else contextlib.nullcontext():
         step(
             with_heads(arrays),
-            **slots,
+            state_batch_indices=read,
+            dst_state_batch_indices=write,
             dt_softplus=dt_softplus,
             pad_slot_id=null_block_id if pad_slot_id is None else pad_slot_id,
             num_accepted_tokens=rows(num_accepted_tokens, sequences),
@@ -87,6 +85,9 @@ def selective_state_update(
         )
 
 
-def _table(table: Any, sequences: int) -> Any:
-    """Return a table with a column for each token, of so many rows."""
-    return rows(table if table is None or table.dim() == 2 else table[:, None], sequences)
+def _first_column(table: Any) -> Any:
+    return table if table is None or table.ndim != 2 else table[:, 0]
+
+
+def _with_columns(table: Any) -> Any:
+    return table if table is None or table.ndim != 1 else table[:, None]

@@ -64,7 +64,7 @@ def require_supported(given: Mapping[str, torch.Tensor]) -> None:
     if forward_ad._current_level < 0:
         return
     for name, tensor in given.items():
-        if isinstance(tensor, torch.Tensor) and _tangent(tensor) is not None:
+        if _tangent(tensor) is not None:
             raise UnsupportedError(
                 f"{name}: it has a tangent of forward-mode AD (torch.autograd.forward_ad), and {_NO_DERIVATIVE}, "
                 "or pass forward_ad.unpack_dual(tensor).primal"
@@ -86,5 +86,7 @@ def require_no_grad(given: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def _tangent(tensor: torch.Tensor) -> torch.Tensor | None:
+def _tangent(tensor: Any) -> torch.Tensor | None:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        return None  # the check of the call refuses it
     return forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call, no-any-return]
