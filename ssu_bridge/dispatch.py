@@ -1,6 +1,7 @@
 """The table of backends, and the choice of one for a Problem before anything is launched."""
 
 import dataclasses
+import functools
 import importlib
 import logging
 from collections.abc import Iterable
@@ -113,6 +114,28 @@ def _row_matches(row: dict[str, Any], problem: Problem) -> bool:
     return same and all(least <= value <= most for value, (least, most) in ranges)
 
 
+def choose(problem: Problem) -> Choice:
+    """Return the choice for a Problem, of a backend that supports it.
+
+    It is kept: JAX asks for it when it traces a call and again when it lowers it. A refusal is not kept, because what
+    is missing may be installed.
+
+    Raises:
+        UnsupportedError, BackendNotAvailableError: as :func:`load`.
+    """
+    sizes = (problem.sequences, problem.tokens, problem.slots, problem.columns, problem.entries)
+    # Symbolic sizes of jax.export cannot be compared with those of another program.
+    return (_chosen if all(type(size) is int for size in sizes) else _chosen.__wrapped__)(problem)
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(problem: Problem) -> Choice:
+    choice = consider_problem(problem)
+    if choice.backend is None:
+        raise choice.error()
+    return choice
+
+
 def load(problem: Problem) -> Kernel:
     """Return the kernel of the backend that is selected for a Problem, ready to be launched.
 
@@ -120,9 +143,8 @@ def load(problem: Problem) -> Kernel:
         UnsupportedError: the requested backend refuses it, or under ``auto`` every backend does.
         BackendNotAvailableError: the requested backend is not installed.
     """
-    choice = consider_problem(problem)
-    if choice.backend is None:
-        raise choice.error()
+    choice = choose(problem)
+    assert choice.backend is not None
     for passed in choice.answers:
         if passed.backend is choice.backend:
             break

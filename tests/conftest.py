@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssu_bridge import get_config, set_config, using
+from ssu_bridge import dispatch, get_config, set_config, using
 
 # A second virtual one, for arrays that are not where the others are.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -26,6 +26,14 @@ def _same_config_after():
     before = get_config()
     yield
     set_config(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_choices():
+    """Forget which backends were chosen: a test may have replaced what they refuse."""
+    dispatch._chosen.cache_clear()
+    yield
+    dispatch._chosen.cache_clear()
 
 
 @pytest.fixture(autouse=True)

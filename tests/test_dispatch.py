@@ -15,7 +15,7 @@ from modes import PAIRS, bits, convert, to_host, to_mode
 import ssu_bridge
 from ssu_bridge import dispatch
 from ssu_bridge.backends.base import DeviceKernel
-from ssu_bridge.frontends.jax import ffi_targets
+from ssu_bridge.frontends.jax import ffi_targets, metadata
 from ssu_bridge.testing.cases import Case
 
 CASE = Case("choose", headdim=8, dstate=16)
@@ -211,6 +211,18 @@ def test_each_backend_names_its_programs_by_the_fields_that_it_uses():
         call = ffi_targets.parse(name)
         assert call.kernel == f"ssu_bridge.{backend}(x)"
         assert call.options.config.backend == backend
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "xla"])
+def test_a_first_jax_call_describes_and_chooses_once(monkeypatch, backend):
+    arrays = to_mode(Case("once", headdim=4, dstate=8, pad_slot_id=-919).arrays(seed=1), "jax")
+    described, considered = [], []
+    describe, consider = metadata.describe, dispatch.consider_problem
+    monkeypatch.setattr(metadata, "describe", lambda *a, **k: described.append(a) or describe(*a, **k))
+    monkeypatch.setattr(dispatch, "consider_problem", lambda problem: considered.append(problem) or consider(problem))
+    ssu_bridge.update(**arrays, pad_slot_id=-919, backend=backend)
+    assert len(described) == 1
+    assert len(considered) == 1
 
 
 def test_the_table_of_targets_has_an_end(monkeypatch):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import update
+from ssu_bridge.bench.cpu import calls
 from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, interleaved
@@ -29,6 +30,7 @@ def main() -> Figures:
     figures = _print_jit()
     _print_jax_host()
     _print_torch_host()
+    _print_calls()
     return figures
 
 
@@ -102,8 +104,8 @@ def _tiny_arrays() -> dict[str, Any]:
 
 
 def _print_jax_host() -> None:
-    calls, _ = eager_calls({name: jnp.array(array) for name, array in _tiny_arrays().items()})
-    times = interleaved(calls, rounds=200, seconds=0.004)
+    jax_calls, _ = eager_calls({name: jnp.array(array) for name, array in _tiny_arrays().items()})
+    times = interleaved(jax_calls, rounds=200, seconds=0.004)
     print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
     for name, timing in times.items():
         _print_row(name, timing)
@@ -130,6 +132,15 @@ def _print_torch_host() -> None:
     print(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}")
     _print_row("update", times["update"])
     _print_row("Tensor.add_, for comparison", times["add_"])
+
+
+def _print_calls() -> None:
+    print("\nhost time of calls with NumPy arrays, ten arrays, a tiny problem")
+    for name, timing in calls.numpy_calls(_tiny_arrays()).items():
+        _print_row(name, timing)
+    print("\ntime of first calls, which trace and compile")
+    for name, timing in calls.first_calls(_tiny_arrays()).items():
+        _print_row(name, timing)
 
 
 def _print_row(name: str, timing: Timing) -> None:

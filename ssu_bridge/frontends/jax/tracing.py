@@ -9,9 +9,10 @@ import numpy as np
 from ssu_bridge.backends.base import TracedKernel
 from ssu_bridge.config import Backend
 from ssu_bridge.core.arguments import STATE
-from ssu_bridge.core.problem import Options
+from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.quantized import QuantizedState
-from ssu_bridge.dispatch import consider_problem, load
+from ssu_bridge.dispatch import choose, load
+from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework, returned
 from ssu_bridge.frontends.jax.metadata import copied_from_host, described, platforms, refuse_out, require_live, words
 from ssu_bridge.frontends.jax.sharding.explicit import explicit_mesh, on_explicit_shards
@@ -45,11 +46,9 @@ def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
     problem = described(options, arrays)
     if "rand_seed" in arrays:
         arrays["rand_seed"] = words(arrays["rand_seed"])
-    choices = [consider_problem(problem.on(*platform)) for platform in platforms().items()]
-    if all(choice.backend is None for choice in choices):
-        raise choices[0].error()
+    _require_supported(problem)
     mesh = explicit_mesh(arrays.values())
-    results = _run(options, arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, _run)
+    results = _run_described(problem, arrays) if mesh is None else on_explicit_shards(problem, arrays, mesh, _run)
     after = dict(zip(problem.results, results, strict=True))
     for name, result in after.items():
         if isinstance(given.get(name), jax.Ref):
@@ -60,9 +59,24 @@ def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
     return returned({**{name: kept.get(name, array) for name, array in arrays.items()}, **after})
 
 
+def _require_supported(problem: Problem) -> None:
+    """Raise the error of the process's default platform, if no platform has a backend for the call."""
+    errors = []
+    for platform in platforms().items():
+        try:
+            choose(problem.on(*platform))
+            return
+        except (UnsupportedError, BackendNotAvailableError) as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def _run(options: Options, arrays: dict[str, Any]) -> tuple[Any, ...]:
-    problem = described(options, arrays)
-    if options.config.backend is Backend.XLA:
+    return _run_described(described(options, arrays), arrays)
+
+
+def _run_described(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    if problem.options.config.backend is Backend.XLA:
         # Traced in place rather than behind the primitive, it can be differentiated.
         kernel = load(problem.on(*next(iter(platforms().items()))))
         assert isinstance(kernel, TracedKernel)
