@@ -45,7 +45,7 @@ def in_torch(state: jax.Array, seeds: range) -> jax.Array:
 
 
 def main() -> None:
-    """Pass a state to and fro, and compare with steps that were all taken in one framework."""
+    """Pass a state back and forth, and compare it with the same steps in one framework."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often the state goes to and fro")
     ssu_bridge.add_cli_args(parser)

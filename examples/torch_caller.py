@@ -32,7 +32,7 @@ class Layer(torch.nn.Module):
     def forward(self, token: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Take one token of each sequence, (batch, HIDDEN); the state in ``slots`` is updated in place."""
         x, B, C, dt = self.in_proj(token).split([INNER, SHARED, SHARED, NHEADS], dim=-1)
-        # Slices of one projection are strided along the batch, and are taken as they are.
+        # Slices of one projection are strided along the batch, and may be passed as they are.
         y, _ = ssu_bridge.update(
             self.state,
             x.unflatten(-1, (NHEADS, HEADDIM)),

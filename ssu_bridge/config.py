@@ -60,7 +60,7 @@ class SSUConfig:
         stochastic_rounding: round float16, bfloat16, int8 and float8 states stochastically.
         philox_rounds: rounds of the Philox generator; 0 means 10.
         strict_in_place: raise ``NotInPlaceError`` if an eager JAX call could not update the state in place,
-            instead of warning once. Under ``jax.jit`` the outer donation decides, and nothing is said.
+            instead of warning once. Under ``jax.jit`` the outer donation decides, without a warning.
         triton_tile: (rows of headdim, warps) of a program of the Triton kernel, powers of two; None: as measured for
             the GPU. It does not change the results.
 
@@ -181,7 +181,7 @@ def get_config() -> SSUConfig:
     """Return the configuration in force here.
 
     It is that of the innermost ``using``, else that of ``set_config``, else what the environment variables
-    ``SSU_BRIDGE_BACKEND`` and ``SSU_BRIDGE_ALGORITHM`` said when the process first asked, else the default.
+    ``SSU_BRIDGE_BACKEND`` and ``SSU_BRIDGE_ALGORITHM`` contained when the process first read them, else the default.
     """
     global _process_config
     local = _local_config.get()

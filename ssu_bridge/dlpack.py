@@ -138,7 +138,7 @@ def after_torch(state: Any) -> Any:
 
     if (platform := metadata.platform_of(device)[0]) != "cuda":
         raise ValueError(f"state: expected a CPU or CUDA device, got one of {platform}")
-    after = stream_wait.behind_torch(arrays, device)
+    after = stream_wait.after_torch(arrays, device)
     return QuantizedState(*after) if pair else after[0]
 
 

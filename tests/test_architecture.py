@@ -30,7 +30,7 @@ LAYERS = [
 CORE = [
     {"validate"},
     {"shapes"},
-    {"slots"},
+    {"aliasing", "slots"},
     {"problem"},
     {"quantized"},
     {"arguments", "arrays"},

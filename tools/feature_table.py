@@ -10,7 +10,7 @@ from ssu_bridge.core.validate import describe
 from ssu_bridge.dispatch import BACKENDS, module
 from ssu_bridge.testing.cases import CASES, Case
 
-# FlashInfer does some of each, by sizes and what else is asked for: docs/flashinfer.md.
+# FlashInfer supports some of each, depending on sizes and other arguments: docs/flashinfer.md.
 COLUMNS = tuple(backend for backend in BACKENDS if backend is not Backend.FLASHINFER)
 
 # Where a backend runs, if not on the CPU. Refusals look at the description of a call alone: no GPU is needed.

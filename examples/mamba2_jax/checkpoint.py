@@ -1,4 +1,4 @@
-"""Checkpoint folders in the Hugging Face layout: config.json beside model.safetensors, whole or in shards."""
+"""Checkpoint folders in the Hugging Face layout: config.json and model.safetensors, whole or in shards."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ class Mamba2Config:
         use_bias: whether in_proj and out_proj have a bias.
         use_conv_bias: whether the convolution has one.
         tie_word_embeddings: whether the head is the embedding.
-        residual_in_fp32: whether the residual stream is float32 beside narrower weights.
+        residual_in_fp32: whether the residual stream is float32 alongside narrower weights.
     """
 
     vocab_size: int

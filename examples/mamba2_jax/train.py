@@ -136,7 +136,7 @@ def _layer(config: Mamba2Config, layer: model.Layer, state: model.State, x: jax.
     heads, B, C = model.split_heads(config, model.convolve(layer, window))
     A = -jnp.exp(layer.A_log)
 
-    @jax.checkpoint  # what is between two states is computed again, where keeping it would take several times the room
+    @jax.checkpoint  # recomputes what lies between two states; storing it would take several times the memory
     def token(ssm: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         x, dt, B, C = inputs
         step = ssu_bridge.update(ssm, x, dt, A, B, C, layer.D, dt_bias=layer.dt_bias, dt_softplus=True, backend="xla")

@@ -38,7 +38,7 @@ Kernel = DeviceKernel | HostKernel | TracedKernel
 
 
 class BackendModule(Protocol):
-    """What each module of this package has. None of its functions touches an array.
+    """The interface of a backend's module. None of its functions touches an array.
 
     Attributes:
         PLATFORM: the platform that its kernels run on; None: any.

@@ -1,4 +1,4 @@
-"""The tables of what was measured, which choices are made by: a TOML file each, with a table for each GPU in it."""
+"""The tables of measurements that choices are based on: TOML files with a table for each GPU."""
 
 import functools
 import tomllib

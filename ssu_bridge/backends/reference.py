@@ -33,7 +33,7 @@ class Store(NamedTuple):
 
 
 class Exact(NamedTuple):
-    """The step before anything is rounded, and how much rounding it could bear.
+    """The exact results of a step, before rounding, and the error bounds of rounding.
 
     Attributes:
         out: (rows, H, P), float64; rows are the tokens of all sequences, one after another.
@@ -88,7 +88,7 @@ def _run(problem: Problem, arrays: dict[str, np.ndarray], out: np.ndarray) -> No
 
 
 def single(values: np.ndarray) -> np.ndarray:
-    """Round to float32; a value beyond its range becomes infinite, as everywhere."""
+    """Return values rounded to float32; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 

@@ -102,7 +102,7 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
 
 
 class _Packing(NamedTuple):
-    """Which rows are whose: sequence i has those from starts[i] to before ends[i], and comes in turn turns[i]."""
+    """The rows of each sequence: sequence i has starts[i] to ends[i] - 1 and is computed in turn turns[i]."""
 
     starts: Any
     ends: Any
@@ -161,7 +161,7 @@ def _turn(
 
 
 def _later_turns(take: Callable[..., Any], packing: _Packing, results: Any) -> Any:
-    """Take all turns but the first, mostly none, ahead of it: so a gradient does not need memory for both at once."""
+    """Compute all turns but the first, usually none, before it, so that a gradient needs no memory for both at once."""
     import jax
     import jax.numpy as jnp
 
@@ -170,7 +170,7 @@ def _later_turns(take: Callable[..., Any], packing: _Packing, results: Any) -> A
     def none(results: Any, _: Any) -> Any:
         return results
 
-    @jax.checkpoint  # a gradient must not keep room for what it would need of each
+    @jax.checkpoint  # a gradient must not store the intermediates of each turn
     def body(results: Any, turn: Any) -> tuple[Any, None]:
         return jax.lax.cond((turn > 0) & (turn <= last), take, none, results, turn), None
 
@@ -223,7 +223,7 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
     if "dt_bias" in arrays:
         dt = dt + by_channel("dt_bias")
     if problem.options.dt_softplus:
-        # Above 20 the exponential is not needed, and must not overflow in the branch that is not taken either. Not
+        # Above 20 the exponential is not needed, and must not overflow in the branch that is not selected either. Not
         # by jnp.minimum, which passes half of a gradient on where its arguments are equal.
         large = dt > 20
         dt = jnp.where(large, dt, jnp.log1p(jnp.exp(jnp.where(large, 0, dt))))

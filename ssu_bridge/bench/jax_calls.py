@@ -1,4 +1,4 @@
-"""An eager JAX call of ``update``, and one of a trivial jitted function with the same arguments to hold it against."""
+"""An eager JAX call of ``update``, and a trivial jitted function with the same arguments to compare it with."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,5 +55,5 @@ def _trivial(**options: Any) -> Any:
 
 
 def ratios(medians: dict[str, float]) -> str:
-    """Say how long update takes, in times of the others."""
+    """Return the ratios of update's time to the others', in words."""
     return ", ".join(f"{medians['update'] / medians[name]:.2f} times {name}" for name in (TRIVIAL, DROPPING))

@@ -1,4 +1,4 @@
-"""Whether calls leave anything behind: a process's memory and its XLA FFI targets, over many calls.
+"""The growth of a process's memory and of its XLA FFI targets over many calls.
 
 python -m ssu_bridge.bench.memory
 """
@@ -26,12 +26,12 @@ _XLA_CLEANS_UP = 6.0
 
 
 class Growth(NamedTuple):
-    """What some calls left behind.
+    """What a number of calls added to the process.
 
     Attributes:
         calls: how many there were.
         at_once: by how many bytes the process's resident memory had grown when they ended.
-        resident: the same once XLA had cleaned up behind them, of memory that is in use: before both looks the C
+        resident: the same after XLA had freed what the calls left, of memory that is in use: before both looks the C
             library gives free memory back, so that nothing that is kept hides in what was free before.
         device: by how many bytes JAX's memory on the device did; None where the device does not say, as a CPU.
         targets: how many XLA FFI targets there are after them.
@@ -73,7 +73,7 @@ def traced(calls: int) -> Growth:
 
 
 def of_jax(calls: int) -> Growth:
-    """Measure, for comparison, calls of a function of JAX's own that changes the same state in place."""
+    """Measure, for comparison, calls of a plain jitted function that changes the same state in place."""
     arrays = {name: jnp.array(array) for name, array in CASE.arrays(seed=0).items()}
     state = [arrays.pop("state")]
 
@@ -90,7 +90,7 @@ def of_jax(calls: int) -> Growth:
 
 
 def growth(run: Callable[[int], None], calls: int) -> Growth:
-    """Measure what ``run(calls)`` leaves behind, after a first run of some."""
+    """Return what ``run(calls)`` adds to the process, after a first run of some."""
     import jax_tvm_ffi
 
     run(_WARM_UP)
@@ -130,7 +130,7 @@ def main() -> None:
     measures = (("eager", eager, arguments.eager), ("traced", traced, arguments.traced))
     for name, measure, calls in (*measures, ("a function of JAX's own", of_jax, arguments.eager)):
         left = measure(calls)
-        device = "not told" if left.device is None else f"{left.device:+d} bytes"
+        device = "unknown" if left.device is None else f"{left.device:+d} bytes"
         print(
             f"{name}: {left.calls} calls, resident memory {left.resident / 2**20:+.2f} MB "
             f"({left.at_once / 2**20:+.2f} MB at once), on the device {device}, {left.targets} targets"

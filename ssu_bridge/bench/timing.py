@@ -1,4 +1,4 @@
-"""Timing functions side by side, so that what disturbs the machine disturbs them alike."""
+"""Timing functions in turn, so that a disturbance of the machine affects all of them."""
 
 import gc
 import statistics
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Timing(NamedTuple):
-    """Seconds a call: the median of the rounds, and the quartiles around it."""
+    """Seconds per call: the median of the rounds, and the quartiles around it."""
 
     median: float
     lower: float

@@ -37,7 +37,7 @@ def step(arrays: dict[str, Any], **rest: Any) -> Any:
     given = {name: _taken(name, tensor, name in written) for name, tensor in arrays.items()}
     if given["state"] is not arrays["state"]:
         warnings.warn(
-            f"state: copied as a whole, because the axes behind the slots are not dense in memory "
+            f"state: copied as a whole, because the trailing axes of the slots are not dense in memory "
             f"(strides {tuple(arrays['state'].stride())})",
             RuntimeWarning,
             stacklevel=3,

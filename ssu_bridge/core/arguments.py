@@ -71,7 +71,7 @@ def patterns(name: str, form: str, heads_axis: bool) -> tuple[str, ...]:
     """Return the shapes that an array may have in a call, in symbols."""
     shapes = [shape.replace("*", TOKEN_AXES[form]) for shape in ARGUMENTS[name].shapes]
     if not heads_axis:
-        # Without heads nothing can be tied to one; what is left after H is taken out stands once.
+        # Without heads nothing can be tied to one; the shapes without H need no duplicates.
         shapes = [shape.replace("H", "") for shape in shapes if not shape.endswith("H")]
     return tuple(shapes)
 

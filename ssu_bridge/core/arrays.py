@@ -1,4 +1,4 @@
-"""Arrays of any framework: whose they are and what they are.
+"""Arrays of any framework: which framework they belong to, and their metadata.
 
 Nothing here imports a framework: an array of one can only arrive where that framework has been imported already.
 """
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class ArrayInfo(NamedTuple):
-    """What :class:`ssu_bridge.core.problem.Problem` needs to know of one array.
+    """The metadata of one array that a Problem is made from.
 
     Attributes:
         shape: its sizes.

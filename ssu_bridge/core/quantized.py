@@ -69,7 +69,7 @@ def paired(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpaired(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`paired`."""
+    """Return the arrays by kernels' names again: the inverse of ``paired``."""
     result = dict(arrays)
     for name, scale in SCALES.items():
         if isinstance(pair := result.get(name), QuantizedState):

@@ -38,7 +38,7 @@ def nearest(xp: Any, values: Any, dtype: str) -> Any:
 def rounded(values: np.ndarray, dtype: str, words: np.ndarray | None = None) -> np.ndarray:
     """Round float32 values to a dtype: to nearest even, or stochastically with a random word (uint32) for each.
 
-    With lo <= |v| < hi the neighbours of |v| in the dtype, hi is taken if floor((|v| - lo) / (hi - lo) * 2**24) is more
+    With lo <= |v| < hi the neighbours of |v| in the dtype, it is hi if floor((|v| - lo) / (hi - lo) * 2**24) is more
     than the word's upper 24 bits, else lo. A finite number becomes none that is infinite or out of range.
     """
     # A value beyond the dtype's range becomes infinite, as everywhere.

@@ -110,8 +110,8 @@ class Shapes:
             dense.insert(0, step)
             step *= n
         axes = list(zip(info.shape, info.strides, strict=True))
-        behind = zip(axes[len(axes) - inner :], dense, strict=True)
-        if any(n > 1 and stride != expected for (n, stride), expected in behind):
+        trailing = zip(axes[len(axes) - inner :], dense, strict=True)
+        if any(n > 1 and stride != expected for (n, stride), expected in trailing):
             raise ValueError(
                 f"{name}: expected {self._spell(pattern[len(pattern) - inner :])} to be dense in memory "
                 f"(strides {tuple(dense)}), got strides {info.strides}; make it contiguous"

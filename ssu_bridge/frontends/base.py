@@ -28,7 +28,7 @@ Launch = Callable[[Arrays, Any], tuple[Any, ...]]
 
 
 class Frontend(Protocol):
-    """What each frontend can do."""
+    """The interface of a frontend."""
 
     def launcher(self, state_type: type, options: Options) -> Launch:
         """Return the function that checks the arrays of a call, chooses a backend and launches its kernel."""
@@ -73,7 +73,7 @@ def launcher_of(arrays: Arrays, out: Any, options: Options) -> Launch:
 
 
 def _check_and_launch(side: Frontend, launch: Launch, options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
-    """Look at the index tables on the host before the call is launched."""
+    """Check the index tables on the host, then launch the call."""
     problem = side.consider(arrays, out, options)[0].problem
     if problem.traced:
         if any(name in problem.names for name in TABLES):
@@ -132,7 +132,7 @@ def _dtype_name(array: Any) -> str:
 def require_one_framework(arrays: Arrays, out: Any = None) -> None:
     """Check that every argument is an array, and all are of one framework.
 
-    NumPy arrays may stand beside JAX arrays, as JAX takes them, except for the state.
+    NumPy arrays may be passed along with JAX arrays, converted as JAX does, except for the state.
 
     Raises:
         TypeError: naming the argument.

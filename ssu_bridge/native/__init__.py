@@ -1,4 +1,4 @@
-"""The native library: found beside the installed package, loaded once, at the first need of it."""
+"""The native library, which lies in the installed package and is loaded once, when it is first needed."""
 
 import functools
 from typing import Any

@@ -93,7 +93,7 @@ def results_by_name(results: tuple[Any, ...]) -> dict[str, Any]:
 def judge(
     problem: Problem, backend: Backend, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
 ) -> tuple[Row, ...]:
-    """Compare the results of a call with the exact ones, by the rules that its backend is under.
+    """Compare the results of a call with the exact ones, by the rules for its backend.
 
     FlashInfer computes softplus as log(1 + exp(d)); it rounds stochastically by random numbers of its own, and to zero
     what float16 has no normal number for: docs/flashinfer.md.

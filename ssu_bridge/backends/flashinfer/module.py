@@ -1,4 +1,4 @@
-"""FlashInfer's private entry: what it compiles a module for, and how the module is had. Nothing else touches it.
+"""FlashInfer's private entry point: the parameters of a module and its loading. No other file touches it.
 
 It compiles one for each set of dtypes and sizes, with nvcc and in about half a minute, and keeps it on disk.
 """
@@ -22,7 +22,7 @@ _SOURCE = "mamba/selective_state_update.py"
 
 
 class Module(NamedTuple):
-    """What a module of FlashInfer is compiled for, by FlashInfer's names; dtypes are Torch's, by their names."""
+    """The parameters that FlashInfer compiles a module for, under its names; dtypes by Torch's names."""
 
     state_dtype: str
     input_dtype: str
@@ -51,7 +51,7 @@ ARGUMENTS = (
 
 
 def missing() -> str | None:
-    """Say what FlashInfer lacks to be called from here, and what to do about it; or None. This does not import it."""
+    """Return why FlashInfer cannot be called, and the remedy; or None. This does not import FlashInfer."""
     spec = importlib.util.find_spec("flashinfer")
     if spec is None or not spec.submodule_search_locations:
         return f"FlashInfer is not installed: {_INSTALL}"
@@ -112,7 +112,7 @@ def _signature(source: Path) -> tuple[tuple[str, ...], str]:
 
 
 def _has_compiler() -> bool:
-    """Look for nvcc where FlashInfer does."""
+    """Return whether nvcc is where FlashInfer looks for it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     homes = [home] if home else ["/usr/local/cuda"]
     found = [os.environ.get("FLASHINFER_NVCC"), *(f"{home}/bin/nvcc" for home in homes)]

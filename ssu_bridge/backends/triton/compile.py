@@ -31,7 +31,7 @@ _SEED_BYTES = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Specialisation:
-    """All that is compiled into a kernel, and which one. How many sequences, slots and tokens, and strides are not."""
+    """Everything that is compiled into a kernel. Numbers of sequences, slots and tokens, and strides, are not."""
 
     kernel: str
     capability: tuple[int, int]
@@ -91,7 +91,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
 
 
 class Kind(enum.IntEnum):
-    """What the launcher passes of a tensor, by its numbers."""
+    """The properties of a tensor that the launcher can pass, by their numbers in native code."""
 
     ADDRESS = 0
     STRIDE = 1
@@ -99,7 +99,7 @@ class Kind(enum.IntEnum):
 
 
 class Argument(NamedTuple):
-    """An argument of the kernel: what of which tensor and axis, and of what it is promised to be a multiple."""
+    """An argument of the kernel: the property, the tensor, the axis, and a divisor of the value."""
 
     kind: Kind
     tensor: int
@@ -108,7 +108,7 @@ class Argument(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How many programs there are: so many for each entry of a tensor's first axis, ``less`` of them left out."""
+    """The number of programs: ``programs`` * (length of a tensor's first axis - ``less``)."""
 
     programs: int
     tensor: int
@@ -116,7 +116,7 @@ class Grid(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched. It follows from the specialisation alone, and so is never stored."""
+    """The launch parameters of a kernel. They follow from the specialisation and are never stored."""
 
     grid: Grid
     # The inputs that the results after out are, by their numbers.

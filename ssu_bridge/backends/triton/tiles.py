@@ -1,8 +1,8 @@
-"""Which tile of the state a program of the Triton kernel updates, by the table in tiles.toml.
+"""The tile of the state that a program of the Triton kernel updates, from the table in tiles.toml.
 
 Every tile for one set of sizes and dtypes must lie in the threads' registers in the same way along dstate, or the sum
-over it would be taken in another order and the result's bits would depend on the tile, and so on the batch. It does if
-each thread has at least one full vector, and rows are split between the warps always or never.
+over it would have another order and the result's bits would depend on the tile, and so on the batch. It does if each
+thread has at least one full vector, and rows are split between the warps always or never.
 """
 
 import math

@@ -102,7 +102,7 @@ def in_turn(loops: Sequence[Callable[[], float]], rounds: int = 9) -> list[Timin
 
 
 def print_host() -> None:
-    """Print the host time of an eager call beside that of a trivial jitted function with as many arguments."""
+    """Print the host time of an eager call and of a trivial jitted function with as many arguments."""
     arrays = _arguments(1, 1)
     calls, states = eager_calls({**arrays, "state_batch_indices": arrays["state_batch_indices"][0]})
     times = _host_times(calls, states)

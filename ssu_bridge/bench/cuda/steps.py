@@ -15,7 +15,7 @@ COPIES = ("scale in place", "memcpy")
 
 
 class Sizes(NamedTuple):
-    """Of a layer."""
+    """The sizes of a layer."""
 
     nheads: int
     headdim: int

@@ -1,4 +1,4 @@
-"""GPU times of calls that are captured in CUDA graphs, so that no host time is in them, and the host's times alone."""
+"""GPU times of calls in CUDA graphs, which exclude host time, and host times."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

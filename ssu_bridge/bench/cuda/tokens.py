@@ -14,12 +14,12 @@ from ssu_bridge.progress import progress, say
 _BATCHES = (16, 64, 256)
 _TOKENS = (1, 4, 8)
 _DTYPES = (torch.bfloat16, torch.float32, torch.int8, torch.int16)
-# What FlashInfer is asked for too; each is a module that its nvcc compiles.
+# Measured on FlashInfer as well; it compiles a module with nvcc for each.
 _FLASHINFER = tuple(itertools.product((torch.bfloat16, torch.float32), (4, 8)))
 
 
 def main() -> None:
-    """Print a row for each dtype of the state, number of tokens and batch: what the order of auto is taken from."""
+    """Print a row for each dtype of the state, number of tokens and batch; auto's order comes from these figures."""
     both = importlib.util.find_spec("flashinfer") is not None
     if both:
         with ThreadPoolExecutor() as pool:

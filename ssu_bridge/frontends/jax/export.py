@@ -34,7 +34,7 @@ _DTYPES = {
 
 # Stands for a size that a program leaves open. A call may have as many slots, entries, columns and steps.
 _OPEN = 2**62
-# As few as fit beside any numbers of those that are not left open.
+# The fewest that fit with any numbers of the sizes that are not symbolic.
 _FEWEST = {"b": 1, "Q": 2, "T": 1, "L": 1}
 
 
@@ -124,7 +124,7 @@ def _call(target: str, kinds: list[ArrayInfo]) -> Call:
 
 
 def _problem(call: Call, kinds: list[ArrayInfo]) -> Problem:
-    # Operands behind the arrays tell XLA the shapes of the results, where sizes are left open.
+    # Operands after the arrays give XLA the shapes of the results, where sizes are symbolic.
     arrays = _closed(dict(zip(call.names, kinds[: len(call.names)], strict=True)))
     return describe(arrays, call.options, framework="jax", platform=None, traced=True)
 

@@ -12,7 +12,7 @@ from ssu_bridge.core.problem import Options, Problem, options_of
 from ssu_bridge.dispatch import module
 from ssu_bridge.errors import TooManyKernelsError
 
-# What jax-tvm-ffi has room for in a process.
+# The capacity of jax-tvm-ffi's table of targets in a process.
 CAPACITY = 1024
 # JAX's name for a lowering platform and jax-tvm-ffi's.
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu"}

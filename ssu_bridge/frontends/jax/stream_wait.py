@@ -16,7 +16,7 @@ from ssu_bridge.native import library
 _TARGET = "ssu_bridge.wait_for_recorded_work"
 
 
-def behind_torch(arrays: tuple[jax.Array, ...], device: jax.Device) -> tuple[jax.Array, ...]:
+def after_torch(arrays: tuple[jax.Array, ...], device: jax.Device) -> tuple[jax.Array, ...]:
     """Return arrays, in the same memory, that are there when what Torch's current stream has been given is done.
 
     They are arguments and results of the call that waits, so that no computation with them can come before it.

@@ -33,7 +33,7 @@ def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
 
 
 def trace(options: Options, *positional: Any) -> tuple[Any, ...]:
-    """Return what ``update`` does, but None for what the program does not return: :func:`with_given` puts it there.
+    """Return what ``update`` returns, with None for what the program does not return: ``with_given`` fills it in.
 
     That is a state that is only read, which the program would have to copy, and a ``jax.Ref``, which is written here.
 
@@ -77,7 +77,7 @@ def _run(options: Options, arrays: dict[str, Any]) -> tuple[Any, ...]:
 
 def _run_described(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
     if problem.options.config.backend is Backend.XLA:
-        # Traced in place rather than behind the primitive, it can be differentiated.
+        # Traced into the program instead of becoming the primitive, it can be differentiated.
         kernel = load(problem.on(*next(iter(platforms().items()))))
         assert isinstance(kernel, TracedKernel)
         return kernel.function(dict(zip(arrays, vary_alike(arrays.values()), strict=True)))
@@ -90,7 +90,7 @@ def _run_described(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def with_given(arrays: Arrays, results: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Put what was given to a call where :func:`trace` returns None for it."""
+    """Fill in the arguments of a call where ``trace`` returns None."""
     return results[0], *map(_with_given, results[1:], returned({**named(arrays), "out": None})[1:])
 
 

@@ -94,7 +94,7 @@ def _merged(array: Any) -> Any:
 
 
 def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) -> dict[str, Any]:
-    """Return the tables of the one step. A call's first slot is ``stride`` behind that of the call before."""
+    """Return the tables of the one step. A call's first slot is ``stride`` after that of the previous call."""
     result = {name: _merged(arrays[name]) for name in _BY_SEQUENCE if name in arrays and name != _EDGES}
     call = jnp.repeat(jnp.arange(size), problem.sequences)
     read = read_slots(jnp, problem, result)
@@ -117,7 +117,7 @@ def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) ->
 
 
 def _moved(places: Any, call: Any, stride: int) -> Any:
-    """Number the places of each call behind those of the call before; negative ones are pads, and stay."""
+    """Return the places, those of each call numbered after those of the previous one; negative ones (padding) stay."""
     call = call.reshape(-1, *[1] * (places.ndim - 1)).astype(places.dtype)
     return jnp.where(places >= 0, places + call * stride, -1)
 
@@ -135,7 +135,7 @@ def _edges(edges: Any, rows: int) -> Any:
 
 
 def _with_gaps(table: Any, size: int) -> Any:
-    """Put a table's rows in that order, with one of pads behind each call."""
+    """Put a table's rows in that order, with a row of padding after each call."""
     table = table.reshape(size, table.shape[0] // max(size, 1), *table.shape[1:])[::-1]
     gaps = [(0, 0), (0, 1), *[(0, 0)] * (table.ndim - 2)]
     return _merged(jnp.pad(table, gaps, constant_values=-1))

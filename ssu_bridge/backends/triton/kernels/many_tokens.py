@@ -159,7 +159,7 @@ def many_tokens(
     for token in range(length):
         xs, d = next_x.to(tl.float32), next_dt.to(tl.float32)
         Bs, Cs = next_B.to(tl.float32), next_C.to(tl.float32)
-        # What the next token needs is asked for before this one is computed, so that it does not wait.
+        # The next token's inputs are loaded before this token is computed, so that the next one does not wait.
         following = tl.minimum(token + 1, length - 1)
         next_x = tl.load(x + following * x_token_stride, mask=row_mask)
         next_dt = tl.load(dt + following * dt_token_stride, mask=dt_mask)

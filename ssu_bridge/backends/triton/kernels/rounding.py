@@ -7,7 +7,7 @@ stored of a float8 state is handled as bytes, by integer arithmetic, so that eve
 import triton
 import triton.language as tl
 
-# 1.5 * 2**23: added to a number below 2**22 and taken away again, it leaves the nearest integer, ties to even.
+# 1.5 * 2**23: added to a number below 2**22 and subtracted again, it leaves the nearest integer, ties to even.
 _ROUNDER = tl.constexpr(12582912.0)
 _SIGNIFICAND_BITS = tl.constexpr(23)
 _EXPONENT_BIAS = tl.constexpr(127)
