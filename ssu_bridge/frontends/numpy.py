@@ -1,5 +1,6 @@
 """The NumPy frontend: arrays on the host, handed to kernels by their addresses."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,27 @@ from ssu_bridge.frontends.base import (
     with_seed,
 )
 from ssu_bridge.native import library
+
+
+class _ArrayStruct(ctypes.Structure):
+    """NumPy's C-struct array interface, which gives an address in a quarter of the time of ``__array_interface__``."""
+
+    _fields_ = (
+        ("two", ctypes.c_int),
+        ("nd", ctypes.c_int),
+        ("typekind", ctypes.c_char),
+        ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("data", ctypes.c_size_t),
+    )
+
+
+# A function object of our own, so that nobody else sets its types.
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_size_t, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 class _Step(NamedTuple):
@@ -69,7 +91,8 @@ def launcher(state_type: type, options: Options) -> Launch:
         if out is None:
             out = np.empty(arrays[1].shape, arrays[1].dtype)
         if step.run is not None:
-            step.run(*[a.__array_interface__["data"][0] for a in (*arrays, out) if a is not None])
+            holders = [a.__array_struct__ for a in (*arrays, out) if a is not None]
+            step.run(*[_ArrayStruct.from_address(_pointer(holder, None)).data for holder in holders])
         elif step.host is not None:
             step.host(named(arrays), out)
         return (out, arrays[0]) if step.state_alone else returned({**given, "out": out})
