@@ -3,6 +3,7 @@
 import functools
 
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, missing_jax_ffi
+from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -41,5 +42,6 @@ def _kernel(
     # The first six arrays are always there, and the results follow from the names but for whether the state is one.
     optional = ",".join(names[6:])
     flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={'state' in results:d};philox={rounds}"
-    function = library().cpu_kernel(names, results, dt_softplus, pad_slot_id, rounds, "auto")
+    shapes = [ARGUMENTS[name].shapes for name in (*names, "out")]
+    function = library().cpu_kernel(names, shapes, results, dt_softplus, pad_slot_id, rounds, "auto")
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function)

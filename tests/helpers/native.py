@@ -7,6 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
+from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
 from ssu_bridge.native import library
 
@@ -15,12 +16,8 @@ BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 INT8, INT16 = np.dtype(np.int8), np.dtype(np.int16)
 ROUNDABLE = (BF16, F16, INT8, FP8)
 ISAS = list(library().cpu_isas())
-ORDER = (
-    *("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_batch_indices", "dst_state_batch_indices"),
-    *("num_accepted_tokens", "cu_seqlens", "intermediate_states", "intermediate_state_indices", "state_scale"),
-    *("intermediate_state_scales", "rand_seed"),
-)
-WRITTEN = ("state", "intermediate_states", "state_scale", "intermediate_state_scales")
+ORDER = tuple(name for name in ARGUMENTS if name != "out")
+WRITTEN = tuple(name for name in ORDER if ARGUMENTS[name].written)
 _GUARD, _GUARD_BYTE = 1024, 0xA5
 
 
@@ -62,6 +59,11 @@ def results_of(names, update=True):
     return ["out", *(name for name in names if name in WRITTEN and name not in kept)]
 
 
+def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto"):
+    shapes = [ARGUMENTS[name].shapes if name in ARGUMENTS else ["H"] for name in (*names, "out")]
+    return library().cpu_kernel(names, shapes, results, softplus, pad, rounds, isa)
+
+
 def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10):
     """Run the kernel and return its results by name, or the input of the name where it is none.
 
@@ -74,7 +76,7 @@ def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10
     given = {name: guarded[name][1] if name in guarded else array for name, array in arguments.items()}
     before = {name: array.tobytes() for name, array in given.items() if name not in results}
 
-    kernel = library().cpu_kernel(list(given), results, softplus, pad, rounds, isa)
+    kernel = cpu_kernel(list(given), results, softplus, pad, rounds, isa)
     views = {name: view(array) for name, array in {**given, "out": guarded["out"][1]}.items()}
     kernel(*(views[name] for name in (*given, *results)))
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import tiny
-from native import BF16, F16, FP8, INT8, INT16, ISAS, ROUNDABLE, run_all, stored, view
+from native import BF16, F16, FP8, INT8, INT16, ISAS, ROUNDABLE, cpu_kernel, run_all, stored, view
 
 from ssu_bridge.core.rounding import slot_words
-from ssu_bridge.native import library
 
 QUANTISED = (INT16, INT8, FP8)
 
@@ -105,7 +104,7 @@ def test_elements_far_into_the_state():
     ones, out = np.ones((1, 1, rows), np.float32), np.zeros((1, 1, rows), np.float32)
     arrays = (state, ones, ones, np.zeros(1, np.float32), value, value, np.array([place]), np.array([1, 2], np.uint32))
     names = ["state", "x", "dt", "A", "B", "C", "state_batch_indices", "rand_seed"]
-    kernel = library().cpu_kernel(names, ["out", "state"], False, -1, 10, "auto")
+    kernel = cpu_kernel(names, ["out", "state"], softplus=False)
     kernel(*map(view, (*arrays, out, state)))
     words = slot_words(place, (rows, columns), 0, 0, (1, 2), 10)
     np.testing.assert_array_equal(bits(one).reshape(rows, columns), ((words >> 8) < 2**23).astype(np.uint16))

@@ -75,11 +75,11 @@ MEMORY_SCRIPT = """
 import resource, sys
 import numpy as np
 sys.path.insert(0, {tests!r})
-from native import F16, library, problem, results_of, view
+from native import F16, cpu_kernel, problem, results_of, view
 def call(columns):
     arguments = problem(np.random.default_rng(1), b=2, heads=8, columns=columns, groups=1, state=F16, other=F16)
     arrays = {{**arguments, "out": np.zeros_like(arguments["x"])}}
-    kernel = library().cpu_kernel(list(arguments), results_of(arguments), True, -1, 10, "auto")
+    kernel = cpu_kernel(list(arguments), results_of(arguments))
     views = {{name: view(array) for name, array in arrays.items()}}
     return arrays, lambda: kernel(*(views[name] for name in (*arguments, *results_of(arguments))))
 call(16)[1]()

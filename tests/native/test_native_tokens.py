@@ -16,6 +16,7 @@ from native import (
     ISAS,
     ORDER,
     ROUNDABLE,
+    cpu_kernel,
     expected_all,
     results_of,
     run_all,
@@ -24,8 +25,6 @@ from native import (
     stored,
     view,
 )
-
-from ssu_bridge.native import library
 
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 
@@ -245,7 +244,7 @@ def test_strides(rng):
     strided |= {name: np.repeat(arguments[name], 2, axis=0)[::2] for name in arguments if name in wanted}
     strided["out"] = np.full((3, 8, *arguments["x"].shape[2:]), np.nan, np.float32)[:, ::2]
     names = [name for name in ORDER if name in arguments]
-    kernel = library().cpu_kernel(names, results_of(names), True, -1, 10, "auto")
+    kernel = cpu_kernel(names, results_of(names))
     kernel(*(view(strided[name]) for name in (*names, *results_of(names))))
     for name in results_of(names):
         assert same_bits(np.ascontiguousarray(strided[name]), wanted[name]), name

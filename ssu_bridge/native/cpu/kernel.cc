@@ -145,14 +145,19 @@ void run_step(StepArguments& a, StepFunction step) {
   run_chunks(work, (items + items_per_chunk - 1) / items_per_chunk, threads);
 }
 
+bool holds(const std::vector<Argument>& arguments, Argument argument) {
+  return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
+}
+
 class CpuKernel {
  public:
-  CpuKernel(std::vector<Argument> inputs, std::vector<Argument> written, bool softplus, int64_t pad_slot, int rounds,
-            const VariantPair& steps)
+  CpuKernel(std::vector<Argument> inputs, CallLayouts layouts, std::vector<Argument> written, bool softplus,
+            int64_t pad_slot, int rounds, const VariantPair& steps)
       : inputs_(std::move(inputs)),
+        layouts_(std::move(layouts)),
         written_(std::move(written)),
         softplus_(softplus),
-        updates_state_(!written_.empty() && written_.front() == Argument::kState),
+        updates_state_(holds(written_, Argument::kState)),
         pad_slot_(pad_slot),
         rounds_(rounds),
         steps_(steps) {}
@@ -173,7 +178,7 @@ class CpuKernel {
     step_arguments.pad_slot = pad_slot_;
     step_arguments.updates_state = updates_state_;
     step_arguments.random.rounds = rounds_;
-    read_tensors(tensors, step_arguments);
+    read_tensors(tensors, layouts_, step_arguments);
     run_step(step_arguments, step_for(step_arguments));
   }
 
@@ -191,6 +196,7 @@ class CpuKernel {
   }
 
   std::vector<Argument> inputs_;
+  CallLayouts layouts_;
   std::vector<Argument> written_;
   bool softplus_;
   bool updates_state_;
@@ -199,40 +205,46 @@ class CpuKernel {
   VariantPair steps_;
 };
 
-// The position of each name among kArgumentNames; they must ascend and hold the required ones.
+// The arguments of these names, which hold the required ones.
 std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
   std::vector<Argument> arguments;
-  int next = 0;
   for (const ffi::String& name : names) {
-    int found = next;
+    int found = 0;
     while (found < kArguments && name != kArgumentNames[found]) ++found;
-    if (found == kArguments)
-      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name)
-                                << "' is unknown, twice there or out of order";
+    if (found == kArguments || holds(arguments, static_cast<Argument>(found)))
+      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name) << "' is unknown or twice there";
     arguments.push_back(static_cast<Argument>(found));
-    next = found + 1;
   }
   for (int i = 0; i < kRequiredArguments; ++i)
-    if (i >= static_cast<int>(arguments.size()) || static_cast<int>(arguments[i]) != i)
+    if (!holds(arguments, static_cast<Argument>(i)))
       TVM_FFI_THROW(ValueError) << "argument_names: '" << kArgumentNames[i] << "' is missing";
   return arguments;
 }
 
-bool holds(const std::vector<Argument>& arguments, Argument argument) {
-  return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
+// The shapes of the inputs, then those of out.
+CallLayouts parse_shapes(const ffi::Array<ffi::Array<ffi::String>>& shapes, const std::vector<Argument>& inputs) {
+  if (shapes.size() != inputs.size() + 1)
+    TVM_FFI_THROW(ValueError) << "shapes: expected those of " << inputs.size() << " inputs and of out, got "
+                              << shapes.size();
+  CallLayouts layouts;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    layouts.inputs[static_cast<int>(inputs[i])] = parse_layouts(shapes[static_cast<int64_t>(i)]);
+  layouts.out = parse_layouts(shapes.back());
+  return layouts;
 }
 
-// What is written besides out. That follows from the inputs but for whether the state is updated.
+// What is written besides out, in the order of the inputs. It follows from them but for whether the state is updated.
 std::vector<Argument> parse_results(const ffi::Array<ffi::String>& names, const std::vector<Argument>& inputs) {
-  bool updates_state = names.size() > 1 && names[1] == kArgumentNames[static_cast<int>(Argument::kState)];
+  bool updates_state = std::find(names.begin(), names.end(), "state") != names.end();
   std::vector<Argument> written;
-  for (Argument argument :
-       {Argument::kState, Argument::kIntermediates, Argument::kScales, Argument::kIntermediateScales}) {
-    bool is_of_state = argument == Argument::kState || argument == Argument::kScales;
-    if (holds(inputs, argument) && (updates_state || !is_of_state)) written.push_back(argument);
-  }
   std::string expected = "out", given;
-  for (Argument argument : written) expected += std::string(", ") + kArgumentNames[static_cast<int>(argument)];
+  for (Argument argument : inputs) {
+    bool is_state = argument == Argument::kState || argument == Argument::kScales;
+    bool is_intermediate = argument == Argument::kIntermediates || argument == Argument::kIntermediateScales;
+    if (!is_intermediate && !(is_state && updates_state)) continue;
+    written.push_back(argument);
+    expected += std::string(", ") + kArgumentNames[static_cast<int>(argument)];
+  }
   for (const ffi::String& name : names) given += (given.empty() ? "" : ", ") + std::string(name);
   if (given != expected) TVM_FFI_THROW(ValueError) << "result_names: expected " << expected << ", got " << given;
   return written;
@@ -246,13 +258,15 @@ int parse_rounds(int64_t rounds) {
 
 }  // namespace
 
-ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ffi::String> result_names,
-                              bool dt_softplus, int64_t pad_slot_id, int64_t philox_rounds, ffi::String isa) {
+ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ffi::Array<ffi::String>> shapes,
+                              ffi::Array<ffi::String> result_names, bool dt_softplus, int64_t pad_slot_id,
+                              int64_t philox_rounds, ffi::String isa) {
   thread_count();  // so that a wrong setting is reported here
   std::vector<Argument> inputs = parse_names(argument_names);
   std::vector<Argument> written = parse_results(result_names, inputs);
-  return ffi::Function::FromPacked(CpuKernel(std::move(inputs), std::move(written), dt_softplus, pad_slot_id,
-                                             parse_rounds(philox_rounds), find_variants(isa)));
+  CallLayouts layouts = parse_shapes(shapes, inputs);
+  return ffi::Function::FromPacked(CpuKernel(std::move(inputs), std::move(layouts), std::move(written), dt_softplus,
+                                             pad_slot_id, parse_rounds(philox_rounds), find_variants(isa)));
 }
 
 }  // namespace ssu_bridge

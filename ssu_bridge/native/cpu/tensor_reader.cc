@@ -2,6 +2,7 @@
 
 #include <tvm/ffi/error.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
@@ -31,20 +32,7 @@ namespace {
 
 const char* name_of(Argument argument) { return kArgumentNames[static_cast<int>(argument)]; }
 
-// Layouts are written as one letter an axis: b sequence, t token, g group, h head, p row, n column. A state without a
-// head axis has the second set; an empty layout stands for no second form. The axes of the tokens, where there are any,
-// come first.
 using Axes = std::string_view;
-struct Layouts {
-  bool has_tokens;
-  Axes with_heads[2];
-  Axes without_heads[2];
-};
-constexpr Layouts kRowLayouts = {true, {"hp", ""}, {"p", ""}};
-constexpr Layouts kStepLayouts = {true, {"hp", "h"}, {"p", ""}};
-constexpr Layouts kDecayLayouts = {false, {"hpn", "h"}, {"pn", ""}};
-constexpr Layouts kGroupLayouts = {true, {"gn", "n"}, {"gn", "n"}};
-constexpr Layouts kWeightLayouts = {false, {"hp", "h"}, {"p", ""}};
 
 struct Sizes {
   bool has_heads;
@@ -55,13 +43,13 @@ struct Sizes {
     switch (axis) {
       case 'b':
         return b;
-      case 't':
+      case 'T':
         return t;
-      case 'g':
+      case 'G':
         return g;
-      case 'h':
+      case 'H':
         return h;
-      case 'p':
+      case 'P':
         return p;
       default:
         return n;
@@ -119,12 +107,12 @@ int64_t& stride_of(Operand& operand, char axis) {
   switch (axis) {
     case 'b':
       return operand.batch_stride;
-    case 't':
+    case 'T':
       return operand.token_stride;
-    case 'g':
-    case 'h':
+    case 'G':
+    case 'H':
       return operand.head_stride;
-    case 'p':
+    case 'P':
       return operand.row_stride;
     default:
       return operand.column_stride;
@@ -133,8 +121,8 @@ int64_t& stride_of(Operand& operand, char axis) {
 
 Axes layout_for(const DLTensor& tensor, const char* name, const Layouts& layouts, const Sizes& sizes) {
   int axes = tensor.ndim - (layouts.has_tokens ? length(sizes.token_axes) : 0);
-  for (Axes layout : sizes.has_heads ? layouts.with_heads : layouts.without_heads)
-    if (!layout.empty() && length(layout) == axes) return layout;
+  for (const std::string& layout : layouts.axes[sizes.has_heads])
+    if (length(layout) == axes) return layout;
   TVM_FFI_THROW(ValueError) << name << " has " << tensor.ndim << " axes, which does not go with a state "
                             << (sizes.has_heads ? "of 4" : "of 3") << " and the axes of x";
   std::abort();  // unreachable, as above
@@ -277,12 +265,12 @@ void read_tokens(const CallTensors& tensors, Sizes& sizes, StepArguments& a) {
   if (starts) {
     if (starts->ndim != 1 || starts->shape[0] < 1)
       TVM_FFI_THROW(ValueError) << "cu_seqlens must have shape (sequences + 1,)";
-    sizes.token_axes = "t";
+    sizes.token_axes = "T";
     sizes.b = starts->shape[0] - 1;
     sizes.t = x.shape[0];
     a.sequence_starts = read_table(tensors, Argument::kSequenceStarts, sizes.b + 1);
   } else {
-    sizes.token_axes = axes == 2 ? "bt" : "b";
+    sizes.token_axes = axes == 2 ? "bT" : "b";
     sizes.b = x.shape[0];
     sizes.t = axes == 2 ? x.shape[1] : 1;
   }
@@ -323,38 +311,54 @@ void read_seed(const CallTensors& tensors, StepArguments& a) {
   a.random.is_used = true;
 }
 
-void read_out(const DLTensor& out, const Sizes& sizes, StepArguments& a) {
-  a.out = read_operand(out, "out", kRowLayouts, sizes);
+void read_out(const DLTensor& out, const Layouts& layouts, const Sizes& sizes, StepArguments& a) {
+  a.out = read_operand(out, "out", layouts, sizes);
   if (!is_dense_from(out, length(sizes.token_axes)))
     TVM_FFI_THROW(ValueError) << "out must be contiguous behind its token axes";
 }
 
 }  // namespace
 
-void read_tensors(const CallTensors& tensors, StepArguments& a) {
+Layouts parse_layouts(const tvm::ffi::Array<tvm::ffi::String>& shapes) {
+  Layouts layouts;
+  for (const tvm::ffi::String& shape : shapes) {
+    std::string axes = shape;
+    layouts.has_tokens = axes[0] == '*';
+    if (layouts.has_tokens) axes.erase(0, 1);
+    layouts.axes[true].push_back(axes);
+    // Without heads nothing can be tied to one.
+    if (!axes.empty() && axes.back() == 'H') continue;
+    axes.erase(std::remove(axes.begin(), axes.end(), 'H'), axes.end());
+    layouts.axes[false].push_back(axes);
+  }
+  return layouts;
+}
+
+void read_tensors(const CallTensors& tensors, const CallLayouts& layouts, StepArguments& a) {
   Sizes sizes = read_state(tensors, a);
   read_tokens(tensors, sizes, a);
   read_groups(tensors, sizes, a);
 
-  auto read = [&](Argument argument, const Layouts& layouts) {
+  auto read = [&](Argument argument) {
     const DLTensor* tensor = tensors[argument];
-    return tensor ? read_operand(*tensor, name_of(argument), layouts, sizes) : Operand();
+    const Layouts& shapes = layouts.inputs[static_cast<int>(argument)];
+    return tensor ? read_operand(*tensor, name_of(argument), shapes, sizes) : Operand();
   };
-  a.x = read(Argument::kX, kRowLayouts);
-  a.dt = read(Argument::kDt, kStepLayouts);
-  a.A = read(Argument::kA, kDecayLayouts);
-  a.B = read(Argument::kB, kGroupLayouts);
-  a.C = read(Argument::kC, kGroupLayouts);
-  a.D = read(Argument::kD, kWeightLayouts);
-  a.z = read(Argument::kZ, kRowLayouts);
-  a.dt_bias = read(Argument::kDtBias, kWeightLayouts);
+  a.x = read(Argument::kX);
+  a.dt = read(Argument::kDt);
+  a.A = read(Argument::kA);
+  a.B = read(Argument::kB);
+  a.C = read(Argument::kC);
+  a.D = read(Argument::kD);
+  a.z = read(Argument::kZ);
+  a.dt_bias = read(Argument::kDtBias);
   a.read_slots = read_table(tensors, Argument::kReadSlots, sizes.b, true);
   a.write_slots = read_table(tensors, Argument::kWriteSlots, sizes.b, true);
   a.accepted_tokens = read_table(tensors, Argument::kAcceptedTokens, sizes.b);
   a.intermediate_entries = read_table(tensors, Argument::kIntermediateEntries, sizes.b);
   read_intermediates(tensors, a);
   read_seed(tensors, a);
-  read_out(*tensors.out, sizes, a);
+  read_out(*tensors.out, layouts.out, sizes, a);
 
   if (!tensors[Argument::kReadSlots] && a.state.entries < a.sequences)
     TVM_FFI_THROW(ValueError) << "state has " << a.state.entries << " slots for " << a.sequences << " sequences";

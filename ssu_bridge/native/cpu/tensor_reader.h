@@ -2,13 +2,18 @@
 #ifndef SSU_BRIDGE_CPU_TENSOR_READER_H_
 #define SSU_BRIDGE_CPU_TENSOR_READER_H_
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/string.h>
+
+#include <string>
+#include <vector>
 
 #include "cpu/step_arguments.h"
 
 namespace ssu_bridge {
 
-// In the order in which they are passed; the first six are always there.
+// What a call may pass besides out, in any order; the first six are always there.
 enum class Argument {
   kState,
   kX,
@@ -41,8 +46,21 @@ struct CallTensors {
   const DLTensor* operator[](Argument argument) const { return inputs[static_cast<int>(argument)]; }
 };
 
+// The shapes that an operand may have, in the letters of the table of arguments in core/arguments.py: H heads, P rows,
+// N columns, G groups, and a * for the axes of the tokens, which come first where there are any.
+struct Layouts {
+  bool has_tokens = false;
+  // The axes besides those of the tokens, beside a state without a head axis and beside one with it.
+  std::vector<std::string> axes[2];
+};
+Layouts parse_layouts(const tvm::ffi::Array<tvm::ffi::String>& shapes);
+
+struct CallLayouts {
+  Layouts inputs[kArguments], out;
+};
+
 // Fills in everything that the tensors tell. Raises ValueError for a device, type, shape or layout that is not taken.
-void read_tensors(const CallTensors& tensors, StepArguments& arguments);
+void read_tensors(const CallTensors& tensors, const CallLayouts& layouts, StepArguments& arguments);
 
 }  // namespace ssu_bridge
 
