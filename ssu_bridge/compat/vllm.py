@@ -63,7 +63,7 @@ def selective_state_update(
         raise TypeError("out: expected a tensor of x's shape, got None")
     null = null_block_id if pad_slot_id is None else pad_slot_id
     key = ("vllm", dt_softplus, type(dt_softplus), null, type(null))
-    raw = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
+    raw: tuple[Any, ...] = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
     if num_accepted_tokens is not None and dst_state_batch_indices is None:
         raw = (*raw[:-1], state_batch_indices)
     if not num_accepted_tokens is cu_seqlens is None:

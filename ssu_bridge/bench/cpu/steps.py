@@ -132,6 +132,22 @@ def _print_torch_host() -> None:
     print(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}")
     _print_row("update", times["update"])
     _print_row("Tensor.add_, for comparison", times["add_"])
+    _print_torch_turns()
+
+
+def _print_torch_turns() -> None:
+    from ssu_bridge.bench.cpu import torch_calls
+
+    times = interleaved(torch_calls.problems_in_turn(), rounds=200, seconds=0.004)
+    print(f"\nhost time of {torch_calls.PROBLEMS} eager Torch calls, and the ratio to one problem's")
+    one, *_ = times.values()
+    for name, timing in times.items():
+        _print_row(f"{name} ({timing.median / one.median:.2f})", timing)
+    times = interleaved(torch_calls.drop_ins(), rounds=200, seconds=0.004)
+    print("\nhost time of an eager call of a drop-in, and the ratio to update's on the same tensors")
+    for name, timing in times.items():
+        alike = times["update, out given" if name.endswith("out given") else "update"]
+        _print_row(f"{name} ({timing.median / alike.median:.2f})", timing)
 
 
 def _print_calls() -> None:
