@@ -19,7 +19,7 @@ PROBLEMS = len(_VARIANTS)
 
 
 def problems_in_turn() -> dict[str, Callable[[], object]]:
-    """Return calls of the same number: all of one problem, and of problems that differ in dtype, strides and options."""
+    """Return as many calls of one problem as of problems that differ in dtype, strides and options."""
     calls = [functools.partial(update, **_problem(*variant)) for variant in _VARIANTS]
 
     def one() -> None:
@@ -34,7 +34,7 @@ def problems_in_turn() -> dict[str, Callable[[], object]]:
 
 
 def drop_ins() -> dict[str, Callable[[], object]]:
-    """Return ``update`` and the drop-ins on the same tensors; mamba_ssm's makes its output, as ``update`` does first."""
+    """Return ``update`` and the drop-ins on the same tensors; that of mamba_ssm makes its output."""
     a, out = _problem(torch.float32, True, torch.float32, 1), torch.zeros(1, H, P)
     views = {
         "dt": a["dt"][..., None].expand(1, H, P),
