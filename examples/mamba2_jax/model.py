@@ -137,8 +137,8 @@ def convolve(layer: Layer, window: jax.Array) -> jax.Array:
     """
     width = layer.conv.shape[-1]
     length = window.shape[1] - width + 1
-    result = sum(window[:, i : i + length] * layer.conv[:, 0, i] for i in range(width))
-    return jax.nn.silu(result if layer.conv_bias is None else result + layer.conv_bias)
+    result = sum(window[:, i : i + length] * layer.conv[None, None, :, 0, i] for i in range(width))
+    return jax.nn.silu(result if layer.conv_bias is None else result + layer.conv_bias[None, None])
 
 
 def split_heads(config: Mamba2Config, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -169,10 +169,15 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """Scale x to a mean square of one along its last axis, in float32; the result has the weight's dtype."""
     x = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return (x * scale).astype(weight.dtype) * weight
+    return (x * scale).astype(weight.dtype) * over(x, weight)
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Multiply the last axis by a weight of (out, in) and add the bias."""
     product = x @ weight.T
-    return product if bias is None else product + bias
+    return product if bias is None else product + over(product, bias)
+
+
+def over(x: jax.Array, parameter: jax.Array) -> jax.Array:
+    """Give a parameter the leading axes that x has beyond its own, of size 1."""
+    return parameter.reshape(*[1] * (x.ndim - parameter.ndim), *parameter.shape)

@@ -40,12 +40,15 @@ _TOKENWISE = ("x", "dt", "B", "C", "z")
 
 
 def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    import jax
     import jax.numpy as jnp
 
-    read = read_slots(jnp, problem, arrays)
-    form = {"single": _single, "multi": _multi, "packed": _packed}[problem.form]
-    results = form(problem, arrays, read)
-    return tuple(results[name] for name in problem.results)
+    # The caller's modes are about the caller's arithmetic; this one's axes and dtypes are meant as they are.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        read = read_slots(jnp, problem, arrays)
+        form = {"single": _single, "multi": _multi, "packed": _packed}[problem.form]
+        results = form(problem, arrays, read)
+        return tuple(results[name] for name in problem.results)
 
 
 def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""JAX's strict modes: the calls, transforms and examples run in each, and give what they give without."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from modes import to_mode
+
+import ssu_bridge
+from mamba2_jax import model, train
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generate import decode, prefill
+from mamba2_jax.initial import random_weights
+from mamba2_jax.sampling import Sampling
+from ssu_bridge.testing.cases import Case
+
+MODES = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "NaN": lambda: jax.debug_nans(True),
+    "checks": lambda: jax.enable_checks(True),
+    "leaks": lambda: jax.checking_leaks(),
+    "x64": lambda: jax.enable_x64(True),
+}
+SMALL = {"sequences": 2, "slots": 3, "nheads": 2, "ngroups": 1, "headdim": 2, "dstate": 4, "indices": (2, 0)}
+CASES = {
+    "mixed": Case("mixed", **{**SMALL, "indices": None}, untied=("A", "dt", "D", "dt_bias"),
+                  dtypes={"*": "bfloat16", "state": "float32", "A": "float32"}),
+    "columns": Case("columns", **{**SMALL, "indices": ((2, 0), (0, 1))}, tokens=2, destinations=((2, 1), (0, -1)),
+                    accepted=(2, 0)),
+    "packed": Case("packed", **SMALL, tokens=4, cu_seqlens=(0, 3, 4), steps=2, entries=(1, 0)),
+    "quantised": Case("quantised", **SMALL, dtypes={"state": "int8"}, seed=3),
+}  # fmt: skip
+BACKENDS = ("cpu", "xla", "reference", pytest.param("triton", marks=pytest.mark.gpu))
+
+
+def run(case, backend):
+    """Return what an eager call does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a state that was copied
+        return ssu_bridge.update(**to_mode(case.arrays(2), "jax"), **case.flags, backend=backend)
+
+
+def lowered(case, backend):
+    """Lower a call under the transforms that there are, to programs; what JAX compiles of them no mode changes."""
+    rest = to_mode(case.arrays(2), "jax")
+    state, x = rest.pop("state"), rest.pop("x")
+    step = functools.partial(ssu_bridge.update, **case.flags, backend=backend)
+    both = jax.tree.map(lambda array: jnp.stack([array, array]), (state, x))
+    functions = [
+        (lambda state, x: step(state, x, **rest), (state, x)),
+        (jax.vmap(lambda state, x: step(state, x, **rest)), both),
+        (lambda state, xs: jax.lax.scan(lambda s, x: step(s, x, **rest)[1::-1], state, xs), (state, both[1])),
+    ]
+    if backend == "xla":
+        functions.append((jax.grad(lambda x: step(state, x, **rest)[0].astype("float32").sum()), (x,)))
+        functions.append((lambda x: jax.jvp(lambda x: step(state, x, **rest)[0], (x,), (x,)), (x,)))
+    return [jax.jit(function).lower(*given) for function, given in functions]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_each_call_and_transform(mode, case, backend):
+    expected = without_a_mode(case, backend)
+    if expected is None:
+        pytest.skip("refused without a mode, too")
+    with MODES[mode]():
+        got = run(CASES[case], backend)
+        programs = [] if backend == "reference" else lowered(CASES[case], backend)
+    assert len(programs) == {"reference": 0, "xla": 5}.get(backend, 3)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(*(np.array(a).astype("float32") for a in (one, other)), rtol=1e-6, atol=1e-6)
+
+
+@functools.cache
+def without_a_mode(case, backend):
+    """Return the same outside of any mode, None for what a backend refuses."""
+    arrays = to_mode(CASES[case].arrays(2), "jax")
+    able = ssu_bridge.explain(**arrays, **CASES[case].flags, backend=backend).backend
+    return None if able is None else run(CASES[case], backend)
+
+
+TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2, use_bias=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_example_model_is_trained_and_draws(mode):
+    with MODES[mode]():
+        weights = random_weights(TINY, jax.random.key(0))
+        states = model.zero_states(TINY, 3, "float32", "float32")
+        tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, 256)
+
+        def loss(weights):
+            return train.cross_entropy(train.window_logits(TINY, weights, states, tokens[:, :-1])[0], tokens[:, 1:])
+
+        jax.jit(jax.grad(loss)).lower(weights)
+        slots, keys = jnp.array([2]), jax.random.key(0)[None]
+        progress = prefill(TINY, weights, states, tokens[:1], slots)
+        drawn, _ = decode(TINY, weights, progress, slots, keys, count=2, sampling=Sampling())
+    assert drawn.shape == (1, 2)
+    assert ((drawn >= 0) & (drawn < 256)).all()
