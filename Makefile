@@ -1,14 +1,19 @@
 # Everything here sets itself up: a virtual environment in .venv, the pinned packages, the native build.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= $(shell nproc)
 
-.PHONY: demo test check bench lint docs plots memcheck clean
+.PHONY: demo test test-all check bench lint docs plots memcheck clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
 
+# As many processes as cores; what only a nightly run needs is left out.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) -m "not nightly"
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -n $(JOBS)
 
 check: .venv/installed
 	$(BIN)/python -m ssu_bridge check
