@@ -1,14 +1,16 @@
-"""What calls cost on the host besides the step: NumPy arrays, alone and beside JAX arrays, and first calls of JAX."""
+"""What calls cost on the host besides the step: NumPy arrays, first calls of JAX, and preparing an exported program."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssu_bridge import update, using
+from ssu_bridge import export_checks, prepare, update, using
 from ssu_bridge.bench.timing import Timing, interleaved, summary
 
 # Of fields that no backend uses on a CPU.
@@ -48,6 +50,20 @@ def first_calls(arrays: dict[str, Any], rounds: int = 5) -> dict[str, Timing]:
         for name, values in zip(samples, ([first], others), strict=True):
             samples[name] += values
     return {name: summary(values) for name, values in samples.items()}
+
+
+def preparations(arrays: dict[str, Any], nbytes: int = 40_000_000) -> dict[str, Timing]:
+    """Time ``prepare`` for a program that holds large constants, and, to compare with, printing that program."""
+    constants = np.random.default_rng(0).random(nbytes // 4, np.float32)
+    given = {name: jnp.array(array) for name, array in arrays.items()}
+    step = functools.partial(update, backend="cpu")
+    program = jax.jit(lambda given: (step(**given), constants * given["x"].sum()))
+    exported = jax.export.export(program, disabled_checks=export_checks())(given)
+    calls = {
+        f"prepare, {nbytes / 1e6:.0f} MB of constants": lambda: prepare(exported),
+        "printing the program, for comparison": exported.mlir_module,
+    }
+    return interleaved(calls, rounds=5, seconds=0)
 
 
 def _timed(arrays: dict[str, np.ndarray], pad: int, fields: dict[str, Any]) -> float:

@@ -157,6 +157,9 @@ def _print_calls() -> None:
     print("\ntime of first calls, which trace and compile")
     for name, timing in calls.first_calls(_tiny_arrays()).items():
         _print_row(name, timing)
+    print("\ntime to prepare an exported program")
+    for name, timing in calls.preparations(_tiny_arrays()).items():
+        _print_row(name, timing)
 
 
 def _print_row(name: str, timing: Timing) -> None:
