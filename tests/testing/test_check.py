@@ -50,8 +50,12 @@ def spoiled(monkeypatch, spoil, backend=cpu):
 
         return kernel._replace(function=function)
 
+    put_in_place(monkeypatch, backend, load)
+
+
+def put_in_place(monkeypatch, backend, load):
+    """Have a backend load other kernels, for calls that were checked before, too."""
     monkeypatch.setattr(backend, "load", load)
-    # A call that was checked once has the kernel that it had then.
     monkeypatch.setattr(api, "_launchers", {})
 
 
@@ -136,9 +140,7 @@ def test_the_random_numbers_are_looked_at():
 
 
 def test_an_output_that_is_not_written_fails(monkeypatch):
-    monkeypatch.setattr(
-        cpu, "load", lambda problem: reference.load(problem)._replace(function=lambda arrays, out: None)
-    )
+    put_in_place(monkeypatch, cpu, lambda problem: reference.load(problem)._replace(function=lambda arrays, out: None))
     report = ssu_bridge.check(**CASE.arrays(seed=3), **CASE.flags, backend="cpu")
     assert not report.rows[0].passed
     assert np.isnan(report.rows[0].absolute)
