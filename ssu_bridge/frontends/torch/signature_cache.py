@@ -1,8 +1,10 @@
 """Repeated calls: those that look like one that was checked run again without a look at each tensor from Python."""
 
+import operator
 from typing import Any
 
 import torch
+from torch._C import _increment_version
 
 from ssu_bridge.core.arguments import ARGUMENTS, STATE
 from ssu_bridge.core.problem import Options
@@ -12,9 +14,10 @@ from ssu_bridge.frontends.torch.metadata import PLAIN_TYPES
 from ssu_bridge.native import library
 
 _NAMES = [name for name in ARGUMENTS if name != "out"]
-_NO_GRAD_PLACES = [place for place, name in enumerate(_NAMES) if name in transforms.NO_GRAD]
-# Calls with fewer arguments than this write nothing but the output and the state.
+# Calls with no more arguments than this write nothing but the output and the state.
 _WRITTEN_NEXT = _NAMES.index("intermediate_states")
+# Of the arguments before that one, which every call has room for, those whose gradient would be lost.
+_pick_no_grad = operator.itemgetter(*[i for i, name in enumerate(_NAMES[:_WRITTEN_NEXT]) if name in transforms.NO_GRAD])
 # Kernels of one launcher: sizes that vary without end must not fill the memory.
 _LIMIT = 1024
 
@@ -51,7 +54,8 @@ class SignatureCache:
         if not self._run(result, *arrays):
             return None
         if len(arrays) <= _WRITTEN_NEXT and self._writes_state:
-            return tell_autograd(result, state)
+            _increment_version((result, state))
+            return result, state
         written = [a for place in self._written if place < len(arrays) and (a := arrays[place]) is not None]
         tell_autograd(result, *written)
         return returned(named(arrays, result))
@@ -72,14 +76,15 @@ def new_out(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def tell_autograd(*written: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def tell_autograd(*written: torch.Tensor) -> None:
     """Tell autograd of writes that it did not see, or it would use a saved tensor that has changed."""
-    torch.autograd.graph.increment_version(written)
-    return written
+    _increment_version(written)
 
 
 def _loses_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
     if out is not None and out.requires_grad:
         return True
-    places = (place for place in _NO_GRAD_PLACES if place < len(arrays))
-    return any(a.requires_grad for place in places if (a := arrays[place]) is not None)
+    for array in _pick_no_grad(arrays):
+        if array is not None and array.requires_grad:
+            return True
+    return any(array is not None and array.requires_grad for array in arrays[_WRITTEN_NEXT : _WRITTEN_NEXT + 1])
