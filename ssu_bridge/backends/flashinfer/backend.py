@@ -104,6 +104,7 @@ def load(problem: Problem) -> DeviceKernel:
 def _kernel(specialisation: _Specialisation) -> DeviceKernel:
     function = library().flashinfer_kernel(
         module.load(specialisation.module),
+        module.PARAMETERS,
         specialisation.names,
         specialisation.one_token_axis,
         specialisation.dt_softplus,

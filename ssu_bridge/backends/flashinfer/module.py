@@ -42,12 +42,17 @@ class Module(NamedTuple):
         return ",".join("-" if value is None else str(value) for value in self)
 
 
-# The arguments of a module's function, in their order: what the native adapter passes.
+# The arguments of a module's function, in their order.
 ARGUMENTS = (
     "state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, dst_state_batch_indices, pad_slot_id, "
     "state_scale, output, disable_state_update, intermediate_states_buffer, intermediate_state_indices, "
     "intermediate_state_scales, rand_seed, cache_steps, cu_seqlens, num_accepted_tokens, algorithm"
 )
+
+
+# The same by our names, as the native adapter takes them.
+_RENAMED = {"output": "out", "intermediate_states_buffer": "intermediate_states"}
+PARAMETERS = tuple(_RENAMED.get(name, name) for name in ARGUMENTS.split(", "))
 
 
 def missing() -> str | None:

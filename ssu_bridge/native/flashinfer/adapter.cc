@@ -21,44 +21,35 @@ constexpr const char* kAlgorithmNames[] = {"auto", "simple", "vertical", "horizo
 // What its bulk copies need of an address.
 constexpr uint64_t kBulkCopyBytes = 128;
 
-// The positions of its arguments that are not arrays.
-constexpr int kArguments = 24;
-constexpr int kSoftplus = 9;
-constexpr int kPadSlot = 12;
-constexpr int kNoUpdate = 15;
-constexpr int kCacheSteps = 20;
-constexpr int kAlgorithm = 23;
-
 // An argument of FlashInfer that is an array. `axes` has a letter for each: * the token axes, S the slots, b the
 // sequences, K the steps of the intermediate states, H, P, N, G the sizes of these names; in small letters they repeat.
 // "=" stands for the axes that the array has and "1" for a single int64. `bulk` marks what bulk copies may read.
 struct Parameter {
   const char* name;
-  int position;
   const char* axes;
   bool bulk = false;
 };
 
 constexpr Parameter kParameters[] = {
-    {"state", 0, "SHPN", true},
-    {"x", 1, "*HP", true},
-    {"dt", 2, "*Hp"},
-    {"A", 3, "Hpn"},
-    {"B", 4, "*GN", true},
-    {"C", 5, "*GN", true},
-    {"D", 6, "Hp"},
-    {"z", 7, "*HP", true},
-    {"dt_bias", 8, "Hp"},
-    {"state_batch_indices", 10, "="},
-    {"dst_state_batch_indices", 11, "="},
-    {"state_scale", 13, "SHP", true},
-    {"out", 14, "*HP"},
-    {"intermediate_states", 16, "="},
-    {"intermediate_state_indices", 17, "="},
-    {"intermediate_state_scales", 18, "bKHP"},
-    {"rand_seed", 19, "1"},
-    {"cu_seqlens", 21, "="},
-    {"num_accepted_tokens", 22, "="},
+    {"state", "SHPN", true},
+    {"x", "*HP", true},
+    {"dt", "*Hp"},
+    {"A", "Hpn"},
+    {"B", "*GN", true},
+    {"C", "*GN", true},
+    {"D", "Hp"},
+    {"z", "*HP", true},
+    {"dt_bias", "Hp"},
+    {"state_batch_indices", "="},
+    {"dst_state_batch_indices", "="},
+    {"state_scale", "SHP", true},
+    {"out", "*HP"},
+    {"intermediate_states", "="},
+    {"intermediate_state_indices", "="},
+    {"intermediate_state_scales", "bKHP"},
+    {"rand_seed", "1"},
+    {"cu_seqlens", "="},
+    {"num_accepted_tokens", "="},
 };
 constexpr int kParameterCount = sizeof(kParameters) / sizeof(Parameter);
 // Their places in the table.
@@ -70,6 +61,32 @@ int place_of(const std::string& name) {
   TVM_FFI_THROW(ValueError) << "FlashInfer takes no array " << name;
   return -1;
 }
+
+// Where each of its arguments stands, arrays and others.
+class Positions {
+ public:
+  explicit Positions(const ffi::Array<ffi::String>& parameters)
+      : softplus(find(parameters, "dt_softplus")),
+        pad_slot(find(parameters, "pad_slot_id")),
+        no_update(find(parameters, "disable_state_update")),
+        cache_steps(find(parameters, "cache_steps")),
+        algorithm(find(parameters, "algorithm")),
+        count(static_cast<int>(parameters.size())) {
+    for (int i = 0; i < kParameterCount; ++i) arrays[i] = find(parameters, kParameters[i].name);
+  }
+
+  int arrays[kParameterCount];
+  int softplus, pad_slot, no_update, cache_steps, algorithm;
+  int count;
+
+ private:
+  static int find(const ffi::Array<ffi::String>& parameters, const std::string& name) {
+    for (size_t i = 0; i < parameters.size(); ++i)
+      if (name == std::string(parameters[i])) return static_cast<int>(i);
+    TVM_FFI_THROW(ValueError) << "FlashInfer has no parameter " << name;
+    return -1;
+  }
+};
 
 // The tensors of a call by their places; null for one that is absent.
 struct Tensors {
@@ -131,9 +148,11 @@ class Sizes {
 
 class FlashInferKernel {
  public:
-  FlashInferKernel(ffi::Function function, const ffi::Array<ffi::String>& names, bool one_token_axis, bool dt_softplus,
-                   int64_t pad_slot_id, bool disable_state_update, int64_t algorithm, int64_t longest)
+  FlashInferKernel(ffi::Function function, const ffi::Array<ffi::String>& parameters,
+                   const ffi::Array<ffi::String>& names, bool one_token_axis, bool dt_softplus, int64_t pad_slot_id,
+                   bool disable_state_update, int64_t algorithm, int64_t longest)
       : function_(std::move(function)),
+        at_(parameters),
         one_token_axis_(one_token_axis),
         dt_softplus_(dt_softplus),
         pad_slot_id_(pad_slot_id),
@@ -149,20 +168,20 @@ class FlashInferKernel {
     Sizes sizes(tensors);
     if (sizes.empty) return;
     StridedView views[kParameterCount];
-    ffi::AnyView arguments[kArguments];  // None, unless set
+    std::vector<ffi::AnyView> arguments(at_.count);  // None, unless set
     for (int i = 0; i < kParameterCount; ++i)
-      if (tensors[i]) arguments[kParameters[i].position] = view(*tensors[i], kParameters[i].axes, sizes, views[i]);
+      if (tensors[i]) arguments[at_.arrays[i]] = view(*tensors[i], kParameters[i].axes, sizes, views[i]);
     if (!tensors[kD]) {
       const Axis axes[] = {sizes.axis('H'), sizes.axis('p')};
-      arguments[kParameters[kD].position] = views[kD].null(*tensors[kDt], axes, 2);
+      arguments[at_.arrays[kD]] = views[kD].null(*tensors[kDt], axes, 2);
     }
-    arguments[kSoftplus] = dt_softplus_;
-    arguments[kPadSlot] = pad_slot_id_;
-    arguments[kNoUpdate] = disable_state_update_;
-    arguments[kCacheSteps] = longest_ ? longest_ : sizes.steps();
-    arguments[kAlgorithm] = algorithm(tensors);
+    arguments[at_.softplus] = dt_softplus_;
+    arguments[at_.pad_slot] = pad_slot_id_;
+    arguments[at_.no_update] = disable_state_update_;
+    arguments[at_.cache_steps] = longest_ ? longest_ : sizes.steps();
+    arguments[at_.algorithm] = algorithm(tensors);
     ffi::Any result;
-    function_.CallPacked(arguments, kArguments, &result);
+    function_.CallPacked(arguments.data(), at_.count, &result);
   }
 
  private:
@@ -215,6 +234,7 @@ class FlashInferKernel {
   }
 
   ffi::Function function_;
+  Positions at_;
   // For each tensor of a call, its place in kParameters.
   std::vector<int> order_;
   bool one_token_axis_;
@@ -227,10 +247,11 @@ class FlashInferKernel {
 
 }  // namespace
 
-ffi::Function make_flashinfer_kernel(ffi::Function function, ffi::Array<ffi::String> names, bool one_token_axis,
-                                     bool dt_softplus, int64_t pad_slot_id, bool disable_state_update,
-                                     int64_t algorithm, int64_t longest) {
-  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), names, one_token_axis, dt_softplus,
+ffi::Function make_flashinfer_kernel(ffi::Function function, ffi::Array<ffi::String> parameters,
+                                     ffi::Array<ffi::String> names, bool one_token_axis, bool dt_softplus,
+                                     int64_t pad_slot_id, bool disable_state_update, int64_t algorithm,
+                                     int64_t longest) {
+  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), parameters, names, one_token_axis, dt_softplus,
                                                     pad_slot_id, disable_state_update, algorithm, longest));
 }
 

@@ -24,7 +24,7 @@ from flashinfer_calls import (
 )
 
 import ssu_bridge
-from ssu_bridge.backends import flashinfer
+from ssu_bridge.backends.flashinfer import backend as flashinfer
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.testing.cases import Case
 
