@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
 from ssu_bridge.core.arguments import ARGUMENTS
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
@@ -20,7 +20,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse devices other than the CPU, and what the kernel lacks."""
     if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
-    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
+    return lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:
@@ -32,16 +32,19 @@ def load(problem: Problem) -> DeviceKernel:
     """Return the kernel: dtypes, sizes and strides are read in each call, the rest is compiled in."""
     options = problem.options
     rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
-    return _kernel(problem.names, problem.results, options.dt_softplus, options.pad_slot_id, rounds)
+    flags = (options.dt_softplus, options.pad_slot_id, rounds, options.intermediate_stride)
+    return _kernel(problem.names, problem.results, *flags)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    names: tuple[str, ...], results: tuple[str, ...], dt_softplus: bool, pad_slot_id: int, rounds: int
+    names: tuple[str, ...], results: tuple[str, ...], dt_softplus: bool, pad_slot_id: int, rounds: int, stride: int
 ) -> DeviceKernel:
     # The first six arrays are always there, and the results follow from the names but for whether the state is one.
     optional = ",".join(names[6:])
     flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={'state' in results:d};philox={rounds}"
+    if stride > 1:
+        flags += f";stride={stride}"
     shapes = [ARGUMENTS[name].shapes for name in (*names, "out")]
-    function = library().cpu_kernel(names, shapes, results, dt_softplus, pad_slot_id, rounds, "auto")
+    function = library().cpu_kernel(names, shapes, results, dt_softplus, pad_slot_id, rounds, "auto", stride)
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function)

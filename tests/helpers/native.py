@@ -59,12 +59,12 @@ def results_of(names, update=True):
     return ["out", *(name for name in names if name in WRITTEN and name not in kept)]
 
 
-def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto"):
+def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1):
     shapes = [ARGUMENTS[name].shapes if name in ARGUMENTS else ["H"] for name in (*names, "out")]
-    return library().cpu_kernel(names, shapes, results, softplus, pad, rounds, isa)
+    return library().cpu_kernel(names, shapes, results, softplus, pad, rounds, isa, stride)
 
 
-def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10):
+def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):
     """Run the kernel and return its results by name, or the input of the name where it is none.
 
     What is written is a copy between guard bytes; those and everything that is only read must not change.
@@ -76,7 +76,7 @@ def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10
     given = {name: guarded[name][1] if name in guarded else array for name, array in arguments.items()}
     before = {name: array.tobytes() for name, array in given.items() if name not in results}
 
-    kernel = cpu_kernel(list(given), results, softplus, pad, rounds, isa)
+    kernel = cpu_kernel(list(given), results, softplus, pad, rounds, isa, stride)
     views = {name: view(array) for name, array in {**given, "out": guarded["out"][1]}.items()}
     kernel(*(views[name] for name in (*given, *results)))
 
@@ -116,7 +116,7 @@ def loaded(values, scale):
         return values.astype(np.float32) * (np.float32(1) if scale is None else scale[..., None])
 
 
-def expected_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10):
+def expected_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):
     """Return what a call must give, from float32 calls of one token and one sequence each and the rules of storing.
 
     Exact to the bit, except for the out of a call that the kernel steps from slot to slot, where the dtype of the state

@@ -18,7 +18,7 @@ inline StateRows<State> slot_rows(const StepArguments& a, const Item& item, cons
   int64_t offset = (item.head * a.rows + item.row) * a.columns;
   State* state = static_cast<State*>(a.state.data);
   StateRows<State> rows = {static_cast<State*>(scratch.zeros), 0, static_cast<State*>(scratch.refuse), 0};
-  if (source == kNone) {
+  if (!starts_from_slot(a, item.sequence, source)) {
     memset(scratch.zeros, 0, static_cast<size_t>(padded(a.columns)) * sizeof(State));
   } else {
     rows.from = state + source * a.state.stride + offset;

@@ -152,7 +152,7 @@ bool holds(const std::vector<Argument>& arguments, Argument argument) {
 class CpuKernel {
  public:
   CpuKernel(std::vector<Argument> inputs, CallLayouts layouts, std::vector<Argument> written, bool softplus,
-            int64_t pad_slot, int rounds, const VariantPair& steps)
+            int64_t pad_slot, int rounds, const VariantPair& steps, int64_t intermediate_stride)
       : inputs_(std::move(inputs)),
         layouts_(std::move(layouts)),
         written_(std::move(written)),
@@ -160,7 +160,8 @@ class CpuKernel {
         updates_state_(holds(written_, Argument::kState)),
         pad_slot_(pad_slot),
         rounds_(rounds),
-        steps_(steps) {}
+        steps_(steps),
+        intermediate_stride_(intermediate_stride) {}
 
   void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
     int inputs = static_cast<int>(inputs_.size());
@@ -177,6 +178,7 @@ class CpuKernel {
     step_arguments.softplus = softplus_;
     step_arguments.pad_slot = pad_slot_;
     step_arguments.updates_state = updates_state_;
+    step_arguments.intermediate_stride = intermediate_stride_;
     step_arguments.random.rounds = rounds_;
     read_tensors(tensors, layouts_, step_arguments);
     run_step(step_arguments, step_for(step_arguments));
@@ -203,6 +205,7 @@ class CpuKernel {
   int64_t pad_slot_;
   int rounds_;
   VariantPair steps_;
+  int64_t intermediate_stride_;
 };
 
 // The arguments of these names, which hold the required ones.
@@ -260,13 +263,16 @@ int parse_rounds(int64_t rounds) {
 
 ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ffi::Array<ffi::String>> shapes,
                               ffi::Array<ffi::String> result_names, bool dt_softplus, int64_t pad_slot_id,
-                              int64_t philox_rounds, ffi::String isa) {
+                              int64_t philox_rounds, ffi::String isa, int64_t intermediate_stride) {
+  if (intermediate_stride < 1)
+    TVM_FFI_THROW(ValueError) << "intermediate_stride: expected at least 1, got " << intermediate_stride;
   thread_count();  // so that a wrong setting is reported here
   std::vector<Argument> inputs = parse_names(argument_names);
   std::vector<Argument> written = parse_results(result_names, inputs);
   CallLayouts layouts = parse_shapes(shapes, inputs);
   return ffi::Function::FromPacked(CpuKernel(std::move(inputs), std::move(layouts), std::move(written), dt_softplus,
-                                             pad_slot_id, parse_rounds(philox_rounds), find_variants(isa)));
+                                             pad_slot_id, parse_rounds(philox_rounds), find_variants(isa),
+                                             intermediate_stride));
 }
 
 }  // namespace ssu_bridge

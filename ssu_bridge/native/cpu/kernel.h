@@ -16,7 +16,8 @@ namespace ssu_bridge {
 tvm::ffi::Function make_cpu_kernel(tvm::ffi::Array<tvm::ffi::String> argument_names,
                                    tvm::ffi::Array<tvm::ffi::Array<tvm::ffi::String>> shapes,
                                    tvm::ffi::Array<tvm::ffi::String> result_names, bool dt_softplus,
-                                   int64_t pad_slot_id, int64_t philox_rounds, tvm::ffi::String isa);
+                                   int64_t pad_slot_id, int64_t philox_rounds, tvm::ffi::String isa,
+                                   int64_t intermediate_stride);
 
 }  // namespace ssu_bridge
 

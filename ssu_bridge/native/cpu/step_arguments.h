@@ -60,6 +60,15 @@ struct IndexTable {
   bool has_columns = false;  // one a token
 };
 
+// A flag for each sequence. `data` is null where they are absent.
+struct FlagTable {
+  const uint8_t* data = nullptr;
+  int64_t stride = 0;
+};
+
+// The most tokens of a sequence that are a tree.
+constexpr int64_t kMaxTreeTokens = 64;
+
 // States that a call may read and write: the slots, or the entries of the intermediate states, which hold a state for
 // each of several steps. Steps, heads, rows and columns lie densely inside an entry, and so do the scales, one for each
 // row.
@@ -95,6 +104,10 @@ struct StepArguments {
 
   Operand x, dt, A, B, C, D, z, dt_bias, out;
   IndexTable read_slots, write_slots, accepted_tokens, sequence_starts, intermediate_entries;
+  // The token whose state a token continues, a row for each sequence, or for each token when there is sequence_starts.
+  IndexTable parents;
+  FlagTable has_initial_state;
+  int64_t intermediate_stride = 1;
   int64_t pad_slot = -1;
   bool softplus = false;
 
@@ -130,8 +143,10 @@ static inline int64_t random_scratch_words(int64_t columns) { return padded(colu
 
 static inline size_t scratch_bytes(const StepArguments& a) {
   int64_t floats = direct_scratch_floats(a.columns);
-  // The rows of the state, and random words for one of them.
-  if (!a.is_direct) floats += padded(a.columns) * a.rows_per_item + random_scratch_words(a.columns);
+  // The rows of the state, of a tree after each token too, and random words for one row.
+  int64_t tiles = 1;
+  if (a.parents.data) tiles += a.tokens < kMaxTreeTokens ? a.tokens : kMaxTreeTokens;
+  if (!a.is_direct) floats += tiles * padded(a.columns) * a.rows_per_item + random_scratch_words(a.columns);
   return static_cast<size_t>(floats) * sizeof(float);
 }
 

@@ -30,7 +30,14 @@ static inline TokenRange tokens_of(const StepArguments& a, int64_t sequence) {
   if (!a.sequence_starts.data) return {0, a.tokens};
   int64_t first = bounded(index_in(a.sequence_starts, sequence, 0), 0, a.tokens);
   int64_t end = bounded(index_in(a.sequence_starts, sequence + 1, 0), first, a.tokens);
-  return {first, end - first};
+  return {first, bounded(end - first, 0, a.parents.data ? kMaxTreeTokens : a.tokens)};
+}
+
+// The token of a tree whose state a token continues, or kNone for the state that its sequence starts from.
+static inline int64_t parent_of(const StepArguments& a, int64_t sequence, const TokenRange& tokens, int64_t token) {
+  int64_t parent =
+      a.sequence_starts.data ? index_in(a.parents, tokens.first + token, 0) : index_in(a.parents, sequence, token);
+  return parent < 0 || parent >= token ? kNone : parent;
 }
 
 // The slot that a column of a table names, or kNone for a pad. A column that the table does not have is one.
@@ -51,18 +58,30 @@ static inline int64_t read_slot(const StepArguments& a, int64_t sequence) {
   return slot_in(a, a.read_slots, sequence, column);
 }
 
+// Whether a sequence that read `source` starts from the state there, and not from zeros.
+static inline bool starts_from_slot(const StepArguments& a, int64_t sequence, int64_t source) {
+  if (source == kNone) return false;
+  return !a.has_initial_state.data || a.has_initial_state.data[sequence * a.has_initial_state.stride] != 0;
+}
+
 // The slot for the state after a token of a sequence that read `source`, or kNone where it is not stored in a slot.
 static inline int64_t write_slot(const StepArguments& a, int64_t sequence, int64_t source, int64_t token,
                                  bool is_last) {
   if (source == kNone || !a.updates_state) return kNone;
   if (a.write_slots.data && a.write_slots.has_columns) return slot_in(a, a.write_slots, sequence, token);
-  if (!is_last) return kNone;
+  if (!is_last || a.parents.data) return kNone;  // a tree has no last state
   return a.write_slots.data ? slot_in(a, a.write_slots, sequence, 0) : source;
 }
 
-// The entry of the intermediate states for the state after a token, or kNone.
+// The step of an entry of the intermediate states for the state after a token, or kNone.
+static inline int64_t intermediate_step(const StepArguments& a, int64_t token) {
+  int64_t count = (token + 1) / a.intermediate_stride;
+  return count * a.intermediate_stride == token + 1 && count <= a.intermediates.steps ? count - 1 : kNone;
+}
+
+// The entry, or kNone.
 static inline int64_t intermediate_entry(const StepArguments& a, int64_t sequence, int64_t source, int64_t token) {
-  if (source == kNone || !a.intermediates.data || token >= a.intermediates.steps) return kNone;
+  if (source == kNone || !a.intermediates.data || intermediate_step(a, token) == kNone) return kNone;
   int64_t entry = a.intermediate_entries.data ? index_in(a.intermediate_entries, sequence, 0) : source;
   return entry < 0 || entry >= a.intermediates.entries ? kNone : entry;
 }

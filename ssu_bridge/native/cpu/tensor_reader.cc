@@ -24,6 +24,8 @@ const char* const kArgumentNames[kArguments] = {"state",
                                                 "cu_seqlens",
                                                 "intermediate_states",
                                                 "intermediate_state_indices",
+                                                "parent_tokens",
+                                                "has_initial_state",
                                                 "state_scale",
                                                 "intermediate_state_scales",
                                                 "rand_seed"};
@@ -172,6 +174,34 @@ IndexTable read_table(const CallTensors& tensors, Argument argument, int64_t row
     table.column_stride = stride_of(*tensor, 1, 1);
   }
   table.stride = stride_of(*tensor, 0, table.columns);
+  return table;
+}
+
+// A number for each token: (sequences, tokens), or (rows,) of packed ones and of single tokens.
+IndexTable read_parents(const CallTensors& tensors, const Sizes& sizes) {
+  bool has_both = length(sizes.token_axes) == 2;
+  IndexTable table = read_table(tensors, Argument::kParents, sizes.token_axes == "t" ? sizes.t : sizes.b, has_both);
+  if (!table.data) return table;
+  if (table.has_columns != has_both || (has_both && table.columns != sizes.t))
+    TVM_FFI_THROW(ValueError) << name_of(Argument::kParents) << " must have the first axes of x";
+  if (has_both && sizes.t > kMaxTreeTokens)
+    TVM_FFI_THROW(ValueError) << "a tree has at most " << kMaxTreeTokens << " tokens, got " << sizes.t;
+  return table;
+}
+
+FlagTable read_flags(const CallTensors& tensors, Argument argument, int64_t count) {
+  FlagTable table;
+  const DLTensor* tensor = tensors[argument];
+  if (!tensor) return table;
+  const char* name = name_of(argument);
+  check_device(*tensor, name);
+  check_memory(*tensor, name);
+  if (!is_type(tensor->dtype, kDLBool, 8) && !is_type(tensor->dtype, kDLUInt, 8))
+    refuse_type(*tensor, name, "bool or uint8");
+  if (tensor->ndim != 1 || tensor->shape[0] != count)
+    TVM_FFI_THROW(ValueError) << name << " must have shape (" << count << ",)";
+  table.data = static_cast<const uint8_t*>(data_of(*tensor));
+  table.stride = stride_of(*tensor, 0, 1);
   return table;
 }
 
@@ -356,6 +386,8 @@ void read_tensors(const CallTensors& tensors, const CallLayouts& layouts, StepAr
   a.write_slots = read_table(tensors, Argument::kWriteSlots, sizes.b, true);
   a.accepted_tokens = read_table(tensors, Argument::kAcceptedTokens, sizes.b);
   a.intermediate_entries = read_table(tensors, Argument::kIntermediateEntries, sizes.b);
+  a.parents = read_parents(tensors, sizes);
+  a.has_initial_state = read_flags(tensors, Argument::kHasInitialState, sizes.b);
   read_intermediates(tensors, a);
   read_seed(tensors, a);
   read_out(*tensors.out, layouts.out, sizes, a);

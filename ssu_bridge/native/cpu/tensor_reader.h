@@ -30,11 +30,13 @@ enum class Argument {
   kSequenceStarts,
   kIntermediates,
   kIntermediateEntries,
+  kParents,
+  kHasInitialState,
   kScales,
   kIntermediateScales,
   kSeed,
 };
-constexpr int kArguments = 18;
+constexpr int kArguments = 20;
 constexpr int kRequiredArguments = 6;
 extern const char* const kArgumentNames[kArguments];
 

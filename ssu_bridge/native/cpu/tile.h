@@ -17,13 +17,32 @@ struct Tile {
   int64_t stride;
   uint32_t* words;  // random_scratch_words(columns) of them
 
-  Tile(float* memory, const StepArguments& a)
-      : rows(memory),
-        stride(padded(a.columns)),
-        words(reinterpret_cast<uint32_t*>(memory + padded(a.columns) * a.rows_per_item)) {}
-
   float* row(int64_t r) const { return rows + r * stride; }
 };
+
+// The tiles of an item: that of the state that a sequence starts from and, of a tree, one behind it for each token.
+struct Tiles {
+  uint32_t* words;
+  float* rows;
+  int64_t stride, size;
+
+  Tiles(float* memory, const StepArguments& a)
+      : words(reinterpret_cast<uint32_t*>(memory)),
+        rows(memory + random_scratch_words(a.columns)),
+        stride(padded(a.columns)),
+        size(padded(a.columns) * a.rows_per_item) {}
+
+  Tile first() const { return {rows, stride, words}; }
+  // Of the state after a token of a tree; for kNone the first.
+  Tile after(int64_t token) const { return {rows + (token + 1) * size, stride, words}; }
+};
+
+// Puts the zeros where the rows of a tile end.
+inline void end_rows(const StepArguments& a, const Item& item, const Tile& tile) {
+  if (tile.stride == a.columns) return;
+  size_t bytes = static_cast<size_t>(tile.stride - a.columns) * sizeof(float);
+  for (int64_t r = 0; r < item.rows; ++r) memset(tile.row(r) + a.columns, 0, bytes);
+}
 
 // The rows of an item where they are stored.
 struct StoredRows {

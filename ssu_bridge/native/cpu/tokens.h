@@ -15,35 +15,41 @@ namespace {
 inline void store_state(const StepArguments& a, const Item& item, int64_t source, int64_t token, bool is_last,
                         const Tile& tile) {
   int64_t entry = intermediate_entry(a, item.sequence, source, token);
-  if (entry != kNone) store_tile(a, item, tile, a.intermediates, entry, token, token, kIntermediate);
+  if (entry != kNone)
+    store_tile(a, item, tile, a.intermediates, entry, intermediate_step(a, token), token, kIntermediate);
   int64_t slot = write_slot(a, item.sequence, source, token, is_last);
   if (slot != kNone) store_tile(a, item, tile, a.state, slot, 0, token, kSlot);
 }
 
-inline void step_tokens(const StepArguments& a, Item item, const Scratch& scratch, const Tile& tile,
+inline void step_tokens(const StepArguments& a, Item item, const Scratch& scratch, const Tiles& tiles,
                         RowNumbers& numbers) {
   TokenRange tokens = tokens_of(a, item.sequence);
   if (tokens.count == 0) return;
   int64_t source = read_slot(a, item.sequence);
-  if (source == kNone)
-    memset(tile.rows, 0, static_cast<size_t>(item.rows * tile.stride) * sizeof(float));
+  Tile from = tiles.first(), to = from;
+  if (starts_from_slot(a, item.sequence, source))
+    load_tile(a, item, from, a.state, source);
   else
-    load_tile(a, item, tile, a.state, source);
-  StateRows<float> rows = {tile.rows, tile.stride, tile.rows, tile.stride};
+    memset(from.rows, 0, static_cast<size_t>(item.rows * from.stride) * sizeof(float));
   for (int64_t token = 0; token < tokens.count; ++token) {
+    if (a.parents.data) {
+      from = tiles.after(parent_of(a, item.sequence, tokens, token));
+      to = tiles.after(token);
+      end_rows(a, item, to);
+    }
     item.token = tokens.first + token;
     read_group<float>(scratch.B, a.B, item, a.columns);
     read_group<float>(scratch.C, a.C, item, a.columns);
-    step_item(a, item, rows, scratch, numbers);
-    store_state(a, item, source, token, token + 1 == tokens.count, tile);
+    step_item(a, item, StateRows<float>{from.rows, from.stride, to.rows, to.stride}, scratch, numbers);
+    store_state(a, item, source, token, token + 1 == tokens.count, to);
   }
 }
 
 void step_through_tiles(const StepArguments& a, int64_t first, int64_t last, void* memory) {
   Scratch scratch(memory, a.columns);
-  Tile tile(static_cast<float*>(memory) + direct_scratch_floats(a.columns), a);
+  Tiles tiles(static_cast<float*>(memory) + direct_scratch_floats(a.columns), a);
   RowNumbers numbers;
-  for (int64_t number = first; number < last; ++number) step_tokens(a, item_of(a, number), scratch, tile, numbers);
+  for (int64_t number = first; number < last; ++number) step_tokens(a, item_of(a, number), scratch, tiles, numbers);
 }
 
 }  // namespace
