@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ssu_bridge.backends.base import BackendModule, Feature, Kernel, features
 from ssu_bridge.backends.measured import measured
-from ssu_bridge.config import Backend, SSUConfig
+from ssu_bridge.config import FORMS, Backend, SSUConfig
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 
@@ -168,6 +168,8 @@ def program_options(options: Options, platforms: Iterable[str], *, seeded: bool)
     fields = {field for backend in selectable for field in backend.CONFIG_FIELDS}
     if not seeded:  # configured stochastic rounding then has an error, that a seed is missing
         fields = fields - {"philox_rounds"} | {"stochastic_rounding"}
+    if options.config.algorithm in FORMS:  # for which a backend with one form may refuse the call
+        fields = fields | {"algorithm"}
     config = SSUConfig(requested, **{field: getattr(options.config, field) for field in fields})
     return dataclasses.replace(options, donate=True, check_indices=False, config=config)
 

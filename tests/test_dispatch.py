@@ -17,6 +17,7 @@ from ssu_bridge import dispatch
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.frontends.jax import ffi_targets, metadata
 from ssu_bridge.testing.cases import Case
+from ssu_bridge.testing.check import results_by_name
 
 CASE = Case("choose", headdim=8, dstate=16)
 
@@ -31,7 +32,7 @@ def quantized(arrays, dtype="int8"):
 
 # What backends refuse, as changes to a call, and what the refusal must name.
 REFUSED = {
-    "trees": (lambda a: {**several_tokens(a), "parent_tokens": np.zeros((3, 2), "int32")}, "parent_tokens"),
+    "matrix": (several_tokens, r"matrix form of several tokens \(algorithm=\"matrix\"\)"),
     **{
         f"quantised {dtype}": (lambda a, d=dtype: {"state": quantized(a, d)}, "quantised states")
         for dtype in ("int16", "int8", "float8_e4m3fn")
@@ -47,7 +48,7 @@ EACH = [*(pair for pair in PAIRS if pair[0] != "jax.lax.scan"), ("numpy", "auto"
 @pytest.mark.parametrize(
     ("what", "mode", "backend"),
     [
-        *(("trees", *pair) for pair in EACH if pair[1] != "reference"),
+        *(("matrix", *pair) for pair in EACH if pair[1] != "reference"),
         *((what, m, "xla") for what in REFUSED for m in ("jax", "jax.jit")),
     ],
 )
@@ -56,11 +57,43 @@ def test_refused_not_ignored(what, mode, backend):
     arrays = CASE.arrays(seed=1)
     arguments = convert({**arrays, **change(arrays)}, mode)
     before = to_host(arguments, mode)
-    call = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
+    algorithm = {"matrix": "matrix"}.get(what, "auto")
+    call = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend, algorithm=algorithm)
     with pytest.raises(ssu_bridge.UnsupportedError, match=named):
         (jax.jit(call, donate_argnames="state") if mode == "jax.jit" else call)(**arguments)
     for name, after in to_host(arguments, mode).items():
         np.testing.assert_array_equal(bits(after), bits(before[name]))
+
+
+@pytest.mark.parametrize(("mode", "backend"), [pair for pair in EACH if pair[1] != "reference"])
+def test_one_token_satisfies_every_form(mode, backend):
+    arrays = CASE.arrays(seed=1)
+    for tokens in ({}, {n: arrays[n][:, None] for n in ("x", "dt", "B", "C", "z")}):
+        call = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
+        results = [
+            to_host(results_by_name(call(**convert({**arrays, **tokens}, mode), algorithm=form)), mode)
+            for form in ("auto", "loop", "matrix")
+        ]
+        for name, value in results[0].items():
+            for other in results[1:]:
+                np.testing.assert_array_equal(bits(other[name]), bits(value))
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "simple", "vertical", "horizontal"])
+@pytest.mark.parametrize(("mode", "backend"), [pair for pair in EACH if pair[1] != "reference"])
+def test_the_form_that_a_backend_has_and_kernels_of_flashinfer(mode, backend, algorithm):
+    arrays = {**CASE.arrays(seed=1), **several_tokens(CASE.arrays(seed=1))}
+    call = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
+    auto, named = (
+        to_host(results_by_name(call(**convert(arrays, mode), algorithm=a)), mode) for a in ("auto", algorithm)
+    )
+    for name, value in auto.items():
+        np.testing.assert_array_equal(bits(named[name]), bits(value))
+
+
+def test_the_reference_ignores_the_form():
+    arrays = {**CASE.arrays(seed=1), **several_tokens(CASE.arrays(seed=1))}
+    assert ssu_bridge.explain(**arrays, backend="reference", algorithm="matrix").backend == "reference"
 
 
 def test_a_jax_key_is_a_seed():
@@ -108,9 +141,9 @@ def test_explain_runs_nothing_and_reads_as_a_table():
     assert "cpu         selected, the first that supports the call" in text
     assert "xla         not supported: it runs on JAX arrays only" in text
     np.testing.assert_array_equal(bits(arrays["state"]), bits(state))
-    refused = ssu_bridge.explain(**{**arrays, **REFUSED["trees"][0](arrays)})
+    refused = ssu_bridge.explain(**{**arrays, **several_tokens(arrays)}, algorithm="matrix")
     assert refused.backend is None
-    assert re.search("not supported: it does not support .*trees of draft tokens", str(refused))
+    assert re.search("not supported: it does not support the matrix form of several tokens", str(refused))
 
 
 def test_explain_while_tracing_answers_for_each_platform():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import read_slots, slots
 
@@ -21,8 +22,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse arrays of other frameworks, quantised states and stochastic rounding, among others."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    lacking = (Feature.QUANTIZED, Feature.STOCHASTIC, Feature.TREES, Feature.FRESH, Feature.STRIDE)
-    return cannot(problem, *lacking) or lacks_form(problem, "loop")
+    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:
@@ -54,7 +54,7 @@ def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
 def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
     import jax.numpy as jnp
 
-    new, out = _token(problem, arrays, _load(problem, arrays["state"], read))
+    new, out = _token(problem, arrays, _load(problem, arrays, read))
     places = _places(problem, arrays, read, jnp.arange(problem.sequences), 0, True)
     written = {n: _store(array, places[n], new) for n, array in _stored_each_token(problem, arrays).items()}
     return _results(problem, arrays, read, written, new, out)
@@ -66,17 +66,19 @@ def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any
     import jax.numpy as jnp
 
     def body(carry: Any, token: Any) -> tuple[Any, Any]:
-        states, written = carry
-        rows, places = token
-        states, out = _token(problem, arrays | rows, states)
-        return (states, {name: _store(array, places[name], states) for name, array in written.items()}), out
+        kept, written = carry
+        rows, places, number = token
+        states, out = _token(problem, arrays | rows, _continued(kept, start, rows.get("parent_tokens"), number))
+        written = {name: _store(array, places[name], states) for name, array in written.items()}
+        return (_keep(kept, states, number), written), out
 
-    rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in _TOKENWISE if name in arrays}
+    rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in (*_TOKENWISE, "parent_tokens") if name in arrays}
     sequences, tokens = jnp.arange(problem.sequences)[None], jnp.arange(problem.tokens)[:, None]
     places = _places(problem, arrays, read, sequences, tokens, True)
-    start = _load(problem, arrays["state"], read), _stored_each_token(problem, arrays)
-    (states, written), outs = jax.lax.scan(body, start, (rows, places))
-    return _results(problem, arrays, read, written, states, jnp.moveaxis(outs, 0, 1))
+    start = _load(problem, arrays, read)
+    kept = _kept(problem, arrays, start, problem.tokens), _stored_each_token(problem, arrays)
+    (kept, written), outs = jax.lax.scan(body, kept, (rows, places, tokens[:, 0]))
+    return _results(problem, arrays, read, written, kept, jnp.moveaxis(outs, 0, 1))
 
 
 def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
@@ -89,13 +91,13 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
     out = jnp.zeros_like(arrays["x"])
     if not problem.sequences:
         return arrays | {"out": out}
-    packing = _Packing.of(arrays["cu_seqlens"], problem.tokens)
+    packing = _Packing.of(arrays["cu_seqlens"], problem.tokens, "parent_tokens" in arrays)
     written, final = _stored_each_token(problem, arrays), None
     if "state" in problem.results and "state" not in written:
         written["state"], final = arrays["state"], _final_slots(problem, arrays, read)
         final = jnp.arange(problem.sequences) if final is None else final
     # Loaded once for all turns: by each turn for itself, XLA copies the state.
-    start = _load(problem, arrays["state"], read)
+    start = _load(problem, arrays, read)
     turn = functools.partial(_turn, problem, arrays, read, start, final, packing)
     results = written, out
     if problem.sequences not in (1, 2):  # between two that share rows lies an empty one; a symbolic number is neither
@@ -114,12 +116,14 @@ class _Packing(NamedTuple):
     turns: Any
 
     @classmethod
-    def of(cls, cu_seqlens: Any, rows: int) -> Self:
+    def of(cls, cu_seqlens: Any, rows: int, is_tree: bool) -> Self:
         """Sequences share no row unless cu_seqlens decreases between them."""
         import jax.numpy as jnp
 
         edges = jnp.clip(cu_seqlens, 0, rows)
         starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
+        if is_tree:
+            ends = jnp.minimum(ends, starts + MOST_TOKENS_OF_A_TREE)
         row = jnp.arange(rows)[:, None]
         owned = (starts <= row) & (row < ends)
         # It decreases without that, too, in the one call that jax.vmap makes of several.
@@ -151,15 +155,17 @@ def _turn(
         places["state"] = jnp.where(is_owned & (row + 1 == packing.ends[sequence]), final[sequence], -1)
 
     def body(carry: Any, row: Any) -> tuple[Any, Any]:
-        state, written = carry
+        kept, written = carry
         own, places, sequence, token, is_owned = row
         own = {name: value[None] for name, value in own.items()}
-        new, out = _token(problem, arrays | own, jnp.where(token == 0, start[sequence], state))
+        old = _continued(kept, start[sequence], own.get("parent_tokens"), token)
+        new, out = _token(problem, arrays | own, jnp.where(token == 0, start[sequence], old))
         written = {name: _store(array, places[name], new) for name, array in written.items()}
-        return (new, written), jnp.where(is_owned, out[0], 0)
+        return (_keep(kept, new, token[0]), written), jnp.where(is_owned, out[0], 0)
 
-    own = {name: arrays[name] for name in _TOKENWISE if name in arrays}, places, sequence, token, is_owned[:, 0]
-    (_, written), outs = jax.lax.scan(body, (jnp.zeros_like(start[:1]), written), own)
+    own = {name: arrays[name] for name in (*_TOKENWISE, "parent_tokens") if name in arrays}
+    kept = _kept(problem, arrays, jnp.zeros_like(start[:1]), MOST_TOKENS_OF_A_TREE)
+    (_, written), outs = jax.lax.scan(body, (kept, written), (own, places, sequence, token, is_owned[:, 0]))
     return written, jnp.where(is_owned.reshape(-1, *[1] * (out.ndim - 1)), outs, out)
 
 
@@ -196,6 +202,34 @@ def _largest(numbers: Any) -> Any:
         return largest(numbers), False
 
     return largest(numbers)
+
+
+# --- The states that tokens continue ---
+
+# Of a chain that of the token before; of a tree those after all tokens before, with an axis of tokens in front.
+
+
+def _kept(problem: Problem, arrays: dict[str, Any], start: Any, most: int) -> Any:
+    """Return what is kept before the first token, of states that start so."""
+    import jax.numpy as jnp
+
+    return jnp.zeros((most, *start.shape), start.dtype) if "parent_tokens" in arrays else start
+
+
+def _keep(kept: Any, states: Any, token: Any) -> Any:
+    """Return what is kept after a token. A token behind the last of a tree, which is no sequence's, is dropped."""
+    return states if kept.ndim == states.ndim else kept.at[token].set(states, mode="drop")
+
+
+def _continued(kept: Any, start: Any, parents: Any, token: Any) -> Any:
+    """Return the states that a token of each of some sequences continues."""
+    import jax.numpy as jnp
+
+    if parents is None:
+        return kept
+    is_earlier = (parents >= 0) & (parents < token)
+    earlier = kept[jnp.where(is_earlier, parents, 0), jnp.arange(kept.shape[1])]
+    return jnp.where(is_earlier.reshape(-1, *[1] * (start.ndim - 1)), earlier, start)
 
 
 # --- One token ---
@@ -272,9 +306,11 @@ def _places(
         entry = arrays.get("intermediate_state_indices", jnp.arange(problem.sequences) if read is None else read)[
             sequence
         ]
-        inside = stores & (entry >= 0) & (entry < entries) & (token < steps)
+        stride = problem.options.intermediate_stride
+        step = token // stride
+        inside = stores & (entry >= 0) & (entry < entries) & ((token + 1) % stride == 0) & (step < steps)
         # Only entries in range are multiplied: others could overflow into it.
-        places["intermediate_states"] = jnp.where(inside, jnp.where(inside, entry, 0) * steps + token, -1)
+        places["intermediate_states"] = jnp.where(inside, jnp.where(inside, entry, 0) * steps + step, -1)
     return places
 
 
@@ -298,16 +334,19 @@ def _results(
     return arrays | results | {"out": out}
 
 
-def _load(problem: Problem, state: Any, places: Any) -> Any:
-    """Return states in float32; zeros for a pad."""
+def _load(problem: Problem, arrays: dict[str, Any], places: Any) -> Any:
+    """Return states in float32; zeros for a pad and for a sequence without an initial state."""
     import jax.numpy as jnp
 
-    if places is None:
-        return state[: problem.sequences].astype(jnp.float32)
-    if problem.slots == 0:
-        return jnp.zeros((problem.sequences, *state.shape[1:]), jnp.float32)
-    rows = state[jnp.where(places >= 0, places, 0)].astype(jnp.float32)
-    return jnp.where((places >= 0).reshape(-1, *[1] * (state.ndim - 1)), rows, 0)
+    state, has_state = arrays["state"], arrays.get("has_initial_state")
+    if places is not None:
+        has_state = places >= 0 if has_state is None else has_state & (places >= 0)
+        if problem.slots == 0:
+            return jnp.zeros((problem.sequences, *state.shape[1:]), jnp.float32)
+        rows = state[jnp.where(places >= 0, places, 0)].astype(jnp.float32)
+    else:
+        rows = state[: problem.sequences].astype(jnp.float32)
+    return rows if has_state is None else jnp.where(has_state.reshape(-1, *[1] * (state.ndim - 1)), rows, 0)
 
 
 def _store(array: Any, places: Any, rows: Any) -> Any:

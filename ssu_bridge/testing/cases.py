@@ -34,7 +34,7 @@ class Case:
         entries: the entries of the sequences; None for absent.
         intermediate_stride: as in ``update``.
         parents: the parent tokens, as the leading axes of x; None for absent.
-        has_initial_state: for each sequence; None for absent. The slots of those that have none hold NaN.
+        has_initial_state: for each sequence; None for absent. Slots that only those name that have none hold NaN.
         seed: of stochastic rounding; None for absent.
     """
 
@@ -118,8 +118,9 @@ class Case:
                 result[name] = np.array(table, self.dtypes.get(name, "int32"))
         if self.has_initial_state is not None:
             result["has_initial_state"] = np.array(self.has_initial_state, "bool")
-            slots = range(self.sequences) if self.indices is None else self.indices
-            fresh = [slot for slot, has in zip(slots, self.has_initial_state, strict=True) if not has]
+            named = list(range(self.sequences) if self.indices is None else self.indices)
+            read = [slot for slot, has in zip(named, self.has_initial_state, strict=True) if has]
+            fresh = [slot for slot in named if slot in range(self.slots) and slot not in read]
             result["state_scale" if "state_scale" in result else "state"][fresh] = np.nan
         if self.seed is not None:
             result["rand_seed"] = np.array(self.seed, "int64")

@@ -7,7 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
 from ssu_bridge.native import library
 
@@ -132,23 +132,32 @@ def expected_all(arguments, isa="auto", softplus=True, pad=-1, update=True, roun
         if packed:
             first, end = np.clip(a["cu_seqlens"][i : i + 2].astype(object), 0, len(a["x"]))
             tokens = range(first, max(first, end))
+            tokens = tokens[:MOST_TOKENS_OF_A_TREE] if "parent_tokens" in a else tokens
             rows = [(j,) for j in tokens]
         else:
             rows = [(i, t) for t in range(a["x"].shape[1])] if several else [(i,)]
         source = _read_slot(a, i, pad)
         initial = np.zeros(a["state"].shape[1:], np.float32)
-        if source is not None:
+        if source is not None and ("has_initial_state" not in a or a["has_initial_state"][i]):
             initial = loaded(a["state"][source], a["state_scale"][source] if "state_scale" in a else None)
-        state = initial.astype(np.float32)
+        # After each token, and last, where -1 finds it, the one before the first.
+        states = [None] * len(rows) + [initial.astype(np.float32)]
         for t, row in enumerate(rows):
+            state = states[_parent(a, row, t)]
             token = {n: a[n][row][None] for n in ("x", "dt", "B", "C", "z") if n in a}
             weights = {n: a[n] for n in ("A", "D", "dt_bias") if n in a}
             out, new = run({"state": state[None], **token, **weights}, isa, softplus)
-            results["out"][row], state = out[0], new[0]
+            results["out"][row], states[t] = out[0], new[0]
             if source is not None:
-                for kind, entry in _stores(a, i, source, t, t == len(rows) - 1, pad, update):
-                    _store(results, a, kind, entry, t, state, rounds)
+                for kind, entry in _stores(a, i, source, t, t == len(rows) - 1, pad, update, stride):
+                    _store(results, a, kind, entry, t, states[t], rounds)
     return results
+
+
+def _parent(a, row, t):
+    """Return the token whose state token t continues, -1 for the state before the first."""
+    parent = int(a["parent_tokens"][row]) if "parent_tokens" in a else t - 1
+    return parent if 0 <= parent < t else -1
 
 
 def _slot(a, index, pad):
@@ -166,17 +175,19 @@ def _read_slot(a, i, pad):
     return _slot(a, table[i, column], pad) if table.shape[1] else None
 
 
-def _stores(a, i, source, t, is_last, pad, update):
+def _stores(a, i, source, t, is_last, pad, update, stride):
     """List the (array, place) that the state after token t goes to."""
     if "intermediate_states" in a:
         entry = int(a["intermediate_state_indices"][i]) if "intermediate_state_indices" in a else source
-        if 0 <= entry < len(a["intermediate_states"]) and t < a["intermediate_states"].shape[1]:
-            yield "intermediate_states", (entry, t)
+        step, rest = divmod(t + 1, stride)
+        if 0 <= entry < len(a["intermediate_states"]) and not rest and step <= a["intermediate_states"].shape[1]:
+            yield "intermediate_states", (entry, step - 1)
     table = a.get("dst_state_batch_indices")
     if table is not None and table.ndim == 2:
         target = _slot(a, table[i, t], pad) if t < table.shape[1] else None
     else:
         target = (source if table is None else _slot(a, table[i], pad)) if is_last else None
+        target = None if "parent_tokens" in a else target
     if update and target is not None:
         yield "state", (target,)
 

@@ -116,6 +116,81 @@ def test_intermediate_states(rng, state, isa):
     assert same_bits(kept["state"], arguments["state"])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 2**62])
+def test_every_so_many_states(rng, stride, isa):
+    arguments = call(rng, tokens=7, state=BF16)
+    check({**arguments, **intermediates(rng, arguments, entries=6)}, isa, stride=stride)
+    check({**arguments, **intermediates(rng, arguments, entries=6, steps=1)}, isa, stride=stride)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("state", STATES, ids=str)
+def test_sequences_without_an_initial_state(rng, state, isa):
+    """Whatever their slots hold; from slot to slot and through tiles."""
+    for form in ("single", "multi"):
+        arguments = call(rng, form, state=state, state_batch_indices=np.array([4, 0, 2]))
+        part = "state_scale" if "state_scale" in arguments else "state"
+        zeros, unknown = arguments[part].copy(), arguments[part].copy()
+        zeros[[0, 2]], unknown[[0, 2]] = 0, np.nan
+        wanted = run_all({**arguments, part: zeros}, isa)
+        for flags in (np.array([True, False, False]), np.array([1, 9, 0, 9, 0], np.uint8)[::2]):
+            results = run_all({**arguments, part: unknown, "has_initial_state": flags}, isa)
+            assert all(same_bits(results[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("state", STATES, ids=str)
+def test_trees(rng, state, tied, isa):
+    """Of any numbers; the rows of a state end inside a vector, or at its end."""
+    for columns in (19, 32):
+        arguments = call(rng, tokens=6, rows=5, columns=columns, slots=20, state=state, tied=tied)
+        parents = rng.integers(-2, 7, (3, 6)).astype(np.int32)
+        parents[0, :3] = EXTREMES[np.int32]
+        tree = {**arguments, "parent_tokens": parents}
+        check({**tree, **intermediates(rng, arguments, entries=20)}, isa, update=False)
+        # The slots that they start from among them.
+        table = rng.permutation(20)[:18].reshape(3, 6)
+        tree["state_batch_indices"] = table[:, 0].copy()
+        check({**tree, "dst_state_batch_indices": table}, isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_packed_trees(rng, isa):
+    parents = rng.integers(-2, 70, 100)
+    edges = np.array([3, 8, 8, 90, 99])
+    arguments = call(rng, "packed", b=4, tokens=100, cu_seqlens=edges, parent_tokens=parents, rows=3, columns=8)
+    check({**arguments, **intermediates(rng, arguments, entries=6, steps=70)}, isa, update=False)
+
+
+def test_trees_on_many_threads(rng):
+    """Each has the states of its own tree."""
+    arguments = call(rng, b=8, tokens=64, heads=8, rows=64, columns=64, slots=8, state_batch_indices=np.arange(8))
+    arguments["parent_tokens"] = rng.integers(-1, 64, (8, 64))
+    many = run_all(arguments, update=False)["out"]
+    for i in range(8):
+        each = ("x", "dt", "B", "C", "z", "parent_tokens", "state_batch_indices")
+        one = {n: a[i : i + 1] if n in each else a for n, a in arguments.items()}
+        assert same_bits(run_all(one, update=False)["out"], many[i : i + 1])
+
+
+def test_wrong_trees_and_flags(rng):
+    arguments = call(rng, tokens=65)
+    for name, value, message in (
+        ("parent_tokens", np.zeros((3, 65), int), "a tree has at most 64 tokens, got 65"),
+        ("parent_tokens", np.zeros((3, 64), int), "parent_tokens must have the first axes of x"),
+        ("parent_tokens", np.zeros(3, int), "parent_tokens must have the first axes of x"),
+        ("parent_tokens", np.zeros((3, 65), np.int16), "parent_tokens must be int32 or int64"),
+        ("has_initial_state", np.zeros(3, np.int32), "has_initial_state must be bool or uint8"),
+        ("has_initial_state", np.zeros(4, bool), r"has_initial_state must have shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_all({**arguments, name: value}, update=False)
+    with pytest.raises(ValueError, match="intermediate_stride: expected at least 1, got 0"):
+        run_all(arguments, stride=0)
+
+
 def test_no_update(rng):
     for form in ("single", "multi"):
         for state in (F32, BF16, INT8):

@@ -166,9 +166,8 @@ def test_an_error_of_one_unit_in_the_last_place_is_seen(dtype):
 def test_check_raises_what_update_raises():
     with pytest.raises(ssu_bridge.UnsupportedError, match="xla"):
         ssu_bridge.check(**CASE.arrays(seed=1), backend="xla")
-    trees = {"parent_tokens": np.zeros((3, 1), "int32")}
-    with pytest.raises(ssu_bridge.UnsupportedError, match="parent_tokens"):
-        ssu_bridge.check(**Case("trees", tokens=1).arrays(seed=1), **trees)
+    with pytest.raises(ssu_bridge.UnsupportedError, match="matrix form"):
+        ssu_bridge.check(**Case("tokens", tokens=2).arrays(seed=1), algorithm="matrix")
     with pytest.raises(TypeError, match="B: expected"):
         ssu_bridge.check(**{**CASE.arrays(seed=1), "B": None})
 
