@@ -133,4 +133,4 @@ def lacks_form(problem: Problem, *forms: str) -> str | None:
     # A symbolic number of tokens is neither. One token satisfies every form.
     if selected not in FORMS or selected in forms or problem.tokens in (0, 1):
         return None
-    return f'it lacks the {selected} form of several tokens (algorithm="{selected}")'
+    return f'it does not support the {selected} form of several tokens (algorithm="{selected}")'
