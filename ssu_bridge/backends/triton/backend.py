@@ -6,7 +6,7 @@ Triton compiles it once for each specialisation; the native library launches it,
 import functools
 import importlib.util
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, lacks_form, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.triton import tiles
 from ssu_bridge.backends.triton.compile import Specialisation, compile_step, launch_of, runtime_arguments, specialise
 from ssu_bridge.backends.triton.disk_cache import cached
@@ -34,7 +34,7 @@ def refusal(problem: Problem) -> str | None:
         return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
-    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem, "loop")
+    return lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:

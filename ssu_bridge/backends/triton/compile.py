@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssu_bridge.backends.triton.tiles import Tile, is_plain
-from ssu_bridge.core.arguments import ARGUMENTS, INDICES, VECTOR_BYTES
+from ssu_bridge.core.arguments import ARGUMENTS, TABLES, VECTOR_BYTES
 from ssu_bridge.core.problem import Problem
 
 # From this compute capability on, a kernel can start before those ahead of it are done.
@@ -25,6 +25,7 @@ _POINTERS = {
     "int32": "*i32",
     "int64": "*i64",
     "uint32": "*i64",
+    "bool": "*u8",
 }
 _SEED_BYTES = 8
 
@@ -46,6 +47,7 @@ class Specialisation:
     tables: tuple[str, ...]
     dt_softplus: bool
     pad_slot_id: int
+    intermediate_stride: int
     philox_rounds: int
     unaligned: tuple[str, ...]
     tile: Tile
@@ -61,6 +63,8 @@ class Specialisation:
         flags = f"softplus={self.dt_softplus:d};pad={self.pad_slot_id};unaligned={','.join(self.unaligned)}"
         if "rand_seed" in dict(self.dtypes):
             flags += f";rounds={self.philox_rounds}"
+        if self.intermediate_stride > 1:
+            flags += f";stride={self.intermediate_stride}"
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
             f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps})"
@@ -84,6 +88,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         tables=tuple(sorted(problem.tables)),
         dt_softplus=problem.options.dt_softplus,
         pad_slot_id=problem.options.pad_slot_id,
+        intermediate_stride=problem.options.intermediate_stride,
         philox_rounds=problem.options.config.philox_rounds if "rand_seed" in problem.names else 0,
         unaligned=tuple(sorted(problem.unaligned)),
         tile=tile,
@@ -243,7 +248,7 @@ def _divisor(specialisation: Specialisation, name: str) -> int:
     """Return of how many bytes an array's address is a multiple."""
     if name == "rand_seed":
         return _SEED_BYTES
-    single = name in (*specialisation.tied, *specialisation.unaligned) or ARGUMENTS[name].dtypes == INDICES
+    single = name in (*specialisation.tied, *specialisation.unaligned) or name in TABLES
     return 1 if single else VECTOR_BYTES
 
 
@@ -264,9 +269,11 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
     state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
+    steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     # Of single tokens there is but the first.
-    no_strides = {f"{name}_token_stride": 0 for name in ("x", "dt", "B", "C", "z", "out") if s.form == "single"}
-    return {**sizes, **tied, **blocks, **flags, **state, **no_strides}
+    by_token = ("x", "dt", "B", "C", "z", "out", "parent_tokens")
+    no_strides = {f"{name}_token_stride": 0 for name in by_token if s.form == "single"}
+    return {**sizes, **tied, **blocks, **flags, **state, **steps, **no_strides}
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

@@ -55,7 +55,9 @@ def tile(problem: Problem) -> Tile:
 
 def is_plain(problem: Problem) -> bool:
     """Return whether a problem is one token for each sequence and nothing more, for which there is a kernel."""
-    more = {"intermediate_states", "state_scale", "rand_seed"}.intersection(problem.names)
+    more = {"intermediate_states", "state_scale", "rand_seed", "parent_tokens", "has_initial_state"}.intersection(
+        problem.names
+    )
     return problem.form == "single" and not (problem.tables or more or problem.options.disable_state_update)
 
 

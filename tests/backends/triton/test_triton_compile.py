@@ -65,6 +65,10 @@ FEATURES = {
     "packed": {"tokens": 9, "cu_seqlens": (0, 9)},
     "tables": {"tokens": 4, "slots": 4, "indices": TABLE, "destinations": TABLE, "accepted": (1,)},
     "intermediates": {"tokens": 4, "steps": 4},
+    "every second": {"tokens": 4, "steps": 2, "intermediate_stride": 2},
+    "fresh": {"tokens": 4, "has_initial_state": (False,)},
+    "trees": {"tokens": 4, "steps": 4, "parents": ((-1, 0, 0, 1),)},
+    "packed trees": {"tokens": 4, "slots": 4, "cu_seqlens": (0, 4), "destinations": TABLE, "parents": (-1, 0, 0, 1)},
 }
 STORED = ("float32", "bfloat16", "float16", "int16", "int8", "float8_e4m3fn")
 MANY = {
@@ -254,10 +258,9 @@ def test_refusals():
     assert "CUDA arrays only" in backend.refusal(problem.on("cpu"))
     assert "8.0 or higher, and this one has 7.5" in backend.refusal(problem.on("cuda", (7, 5)))
     assert "less than 2**31 elements" in backend.refusal(dataclasses.replace(problem, headdim=2**27))
-    trees = (*problem.dtypes, ("parent_tokens", "int32"))
-    assert backend.refusal(dataclasses.replace(problem, dtypes=trees)) == (
-        "it does not support trees of draft tokens (parent_tokens)"
-    )
+    with using(algorithm="matrix"):
+        assert "does not support the matrix form" in backend.refusal(problem_of(Case("tokens", tokens=2)))
+        assert backend.refusal(problem_of(CASES[0])) is None
 
 
 def test_without_triton(monkeypatch):
@@ -312,7 +315,7 @@ def interpret(case, arrays):
     before = {**arrays, "out": np.full_like(arrays["x"], np.nan)}
     tensors = {name: from_host(array) for name, array in before.items()}
     # Float8 states are bytes to the kernel.
-    bytes_of = {torch.float8_e4m3fn: torch.int8}
+    bytes_of = {torch.float8_e4m3fn: torch.int8, torch.bool: torch.uint8}
     given = [tensors[name] for name in (*problem.names, "out")]
     given = [tensor.view(bytes_of.get(tensor.dtype, tensor.dtype)) for tensor in given]
     kernel = kernel_of(specialisation)

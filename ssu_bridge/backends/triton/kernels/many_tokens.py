@@ -27,6 +27,8 @@ from ssu_bridge.backends.triton.kernels.rounding import (
     widen,
 )
 
+MOST_TOKENS_OF_A_TREE = tl.constexpr(64)
+
 
 @triton.jit
 def many_tokens(
@@ -45,6 +47,8 @@ def many_tokens(
     cu_seqlens,
     intermediate_states,
     intermediate_state_indices,
+    parent_tokens,
+    has_initial_state,
     state_scale,
     intermediate_state_scales,
     rand_seed,
@@ -67,6 +71,8 @@ def many_tokens(
     cu_seqlens_stride,
     intermediate_states_stride,
     intermediate_state_indices_stride,
+    parent_tokens_stride,
+    has_initial_state_stride,
     state_scale_stride,
     intermediate_state_scales_stride,
     out_stride,
@@ -77,6 +83,7 @@ def many_tokens(
     z_token_stride,
     state_batch_indices_token_stride,
     dst_state_batch_indices_token_stride,
+    parent_tokens_token_stride,
     out_token_stride,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -90,6 +97,7 @@ def many_tokens(
     PAD: tl.constexpr,
     STORED: tl.constexpr,
     STORE_STATE: tl.constexpr,
+    INTERMEDIATE_STRIDE: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,6 +127,8 @@ def many_tokens(
     place = (channels, row_mask, tile, tile_mask)
 
     first, length = _tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
+    if parent_tokens is not None:
+        length = tl.minimum(length, MOST_TOKENS_OF_A_TREE)
     if length <= 0:
         return
     x = _at_first(x, x_stride, x_token_stride, sequence, first)
@@ -136,9 +146,12 @@ def many_tokens(
         sources += column * state_batch_indices_token_stride
     source = slot_of(sources, state_batch_indices_stride, sequence, slots, PAD)
     live = source >= 0
-    current = widen(tl.load(state + source * state_stride + tile, mask=tile_mask & live, other=0), STORED)
+    loads = live
+    if has_initial_state is not None:
+        loads = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)
+    current = widen(tl.load(state + source * state_stride + tile, mask=tile_mask & loads, other=0), STORED)
     if state_scale is not None:
-        current *= load(state_scale + source * state_scale_stride + channels, row_mask & live)[:, None]
+        current *= load(state_scale + source * state_scale_stride + channels, row_mask & loads)[:, None]
 
     entry = source
     if intermediate_state_indices is not None:
@@ -154,6 +167,9 @@ def many_tokens(
     x, B, C = x + channels, B + group, C + group
     dt = dt + (head if TIED_DT else channels)
     dt_mask = None if TIED_DT else row_mask
+    if parent_tokens is not None:
+        start = current
+        parents = _at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
     next_x, next_dt = tl.load(x, mask=row_mask), tl.load(dt, mask=dt_mask)
     next_B, next_C = tl.load(B, mask=column_mask, other=0), tl.load(C, mask=column_mask, other=0)
     for token in range(length):
@@ -166,10 +182,24 @@ def many_tokens(
         next_B = tl.load(B + following * B_token_stride, mask=column_mask, other=0)
         next_C = tl.load(C + following * C_token_stride, mask=column_mask, other=0)
 
+        if parent_tokens is not None:
+            # The states of earlier tokens are not kept: those that this one descends from are computed again, with the
+            # same bits, unless it continues the token before.
+            parent = _parent_of(parents, parent_tokens_token_stride, token)
+            if parent != token - 1:
+                current = start
+                ancestors = _ancestors(parents, parent_tokens_token_stride, parent)
+                for earlier in range(parent + 1):
+                    if ((ancestors >> earlier) & 1) != 0:
+                        old_x = tl.load(x + earlier * x_token_stride, mask=row_mask).to(tl.float32)
+                        old_d = tl.load(dt + earlier * dt_token_stride, mask=dt_mask).to(tl.float32)
+                        old_B = tl.load(B + earlier * B_token_stride, mask=column_mask, other=0).to(tl.float32)
+                        old_A = As if TIED_A else load(A + tile, tile_mask)
+                        current = _advanced(current, old_A, time_step(old_d, bias, SOFTPLUS), old_x, old_B)
         d = time_step(d, bias, SOFTPLUS)
         if not TIED_A:
             As = load(A + tile, tile_mask)
-        current = tl.fma(current, decay_of(As, d, BLOCK_P, BLOCK_N), (d * xs)[:, None] * Bs[None, :])
+        current = _advanced(current, As, d, xs, Bs)
 
         # The seed is loaded anew for each token. If it were not, what every token's random numbers begin with would be
         # computed once, before the loop, and take more registers than there are.
@@ -183,13 +213,14 @@ def many_tokens(
                 target * (H * P * N), token, 0, N, STORED, ROUNDS,
             )  # fmt: skip
         if intermediate_states is not None:
-            step = tl.cast(token, tl.int64)
+            step = tl.cast(token // INTERMEDIATE_STRIDE, tl.int64)
+            stored = (token + 1) % INTERMEDIATE_STRIDE == 0
             target_states = intermediate_states + entry * intermediate_states_stride + step * (H * P * N)
             scale = intermediate_state_scales
             if scale is not None:
                 scale = scale + entry * intermediate_state_scales_stride + step * (H * P)
             _store(
-                current, target_states, scale, live & (entry >= 0) & (token < steps), place,
+                current, target_states, scale, live & (entry >= 0) & stored & (step < steps), place,
                 rand_seed if rand_seed is None else tl.load(rand_seed),
                 entry * (H * P * N), token, 1, N, STORED, ROUNDS,
             )  # fmt: skip
@@ -208,6 +239,29 @@ def many_tokens(
             current, state + target * state_stride, scale, live & (target >= 0), place,
             seed, target * (H * P * N), length - 1, 0, N, STORED, ROUNDS,
         )  # fmt: skip
+
+
+@triton.jit
+def _advanced(state, A, d, x, B):
+    """Return a tile of a state after a token."""
+    return tl.fma(state, decay_of(A, d, state.shape[0], state.shape[1]), (d * x)[:, None] * B[None, :])
+
+
+@triton.jit
+def _parent_of(parents, token_stride, token):
+    """Return the token whose state a token of a tree continues, -1 for the state that the sequence starts from."""
+    parent = tl.load(parents + token * token_stride).to(tl.int64)
+    return tl.where((parent < 0) | (parent >= token), -1, parent).to(tl.int32)
+
+
+@triton.jit
+def _ancestors(parents, token_stride, token):
+    """Return a bit for a token and each that it descends from; of -1 none."""
+    bits = tl.full((), 0, tl.int64)
+    while token >= 0:
+        bits |= tl.full((), 1, tl.int64) << token
+        token = _parent_of(parents, token_stride, token)
+    return bits
 
 
 @triton.jit
