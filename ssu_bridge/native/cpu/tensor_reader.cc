@@ -180,7 +180,7 @@ IndexTable read_table(const CallTensors& tensors, Argument argument, int64_t row
 // A number for each token: (sequences, tokens), or (rows,) of packed ones and of single tokens.
 IndexTable read_parents(const CallTensors& tensors, const Sizes& sizes) {
   bool has_both = length(sizes.token_axes) == 2;
-  IndexTable table = read_table(tensors, Argument::kParents, sizes.token_axes == "t" ? sizes.t : sizes.b, has_both);
+  IndexTable table = read_table(tensors, Argument::kParents, sizes.of(sizes.token_axes[0]), has_both);
   if (!table.data) return table;
   if (table.has_columns != has_both || (has_both && table.columns != sizes.t))
     TVM_FFI_THROW(ValueError) << name_of(Argument::kParents) << " must have the first axes of x";
