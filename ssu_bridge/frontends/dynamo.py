@@ -8,7 +8,7 @@ makes Dynamo call a function while it traces and keep the result. The arguments 
 import dataclasses
 from typing import Any
 
-from ssu_bridge.config import SSUConfig, get_config, using
+from ssu_bridge.config import SSUConfig, get_config, replaced, using
 from ssu_bridge.core.problem import Options, options_of
 
 # The using() blocks around what is being traced, the innermost last: the configuration that one starts from (None: that
@@ -66,6 +66,15 @@ def _config(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any,
     return dataclasses.replace(base, **dict(zip(names, values, strict=True)))
 
 
+def _replaced_in_graph(config: SSUConfig, backend: Any, algorithm: Any) -> SSUConfig:
+    """Stand for ``replaced`` in frames that Dynamo traces by themselves: ``config`` is the one in force there."""
+    return _replaced(backend, algorithm, *_innermost())
+
+
+def _replaced(backend: Any, algorithm: Any, *configured: Any) -> SSUConfig:
+    return replaced(_config(*configured), backend, algorithm)
+
+
 def _options(flags: tuple[Any, ...], *configured: Any) -> Options:
     return options_of(*(*flags, _config(*configured)))
 
@@ -73,5 +82,7 @@ def _options(flags: tuple[Any, ...], *configured: Any) -> Options:
 tracing._torchdynamo_inline = _tracing_in_graph  # type: ignore[attr-defined]
 using._torchdynamo_inline = _using_in_graph  # type: ignore[attr-defined]
 get_config._torchdynamo_inline = _get_config_in_graph  # type: ignore[attr-defined]
+replaced._torchdynamo_inline = _replaced_in_graph  # type: ignore[attr-defined]
+_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _options._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,6 +1,8 @@
 """The Torch frontend: tensors go to the kernel as they are, through DLPack's C exchange."""
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,7 @@ class Launcher:
         except Exception:
             self._kernel(arrays, out)  # to say what is wrong with a tensor, if that is why
             raise
-        return self._check_and_launch(arrays, out) if results is None else results
+        return _untraced(self._check_and_launch)(arrays, out) if results is None else results
 
     def _check_and_launch(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
         transforms.require_supported(named(arrays, out))
@@ -69,6 +71,17 @@ class Launcher:
         found = _checked_kernel(key_of(arrays, out), self._options)
         transforms.require_no_grad(named(arrays, out))
         return found
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that Dynamo does not trace where a caller's frame fell back to eager code.
+
+    Dynamo is looked for and not imported, which takes two seconds.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return function
+    untraced: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 def launcher(state_type: type, options: Options) -> Launcher:
