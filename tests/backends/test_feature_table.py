@@ -1,5 +1,6 @@
 """The table of the README: what backends say, and that they refuse nothing else."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,11 @@ def test_a_backend_refuses_what_the_table_says_and_nothing_else(backend, asking)
         lacking = [feature for feature in features(problem) if not able[feature]]
         assert (refusal is None) == (not lacking), (case.name, refusal)
         assert all(feature in refusal for feature in lacking), (case.name, refusal)
+
+
+# The contract skips what a backend refuses, so what it runs is written down apart from what it says of itself.
+@pytest.mark.parametrize(("backend", "framework"), SERVED)
+def test_a_backend_runs_the_cases_that_it_did(backend, framework):
+    refused = tomllib.loads((Path(__file__).parent / "refused_cases.toml").read_text())
+    names = [c.name for c in CASES if module(backend).refusal(problem_of(c, backend, framework)) is not None]
+    assert names == refused[backend]
