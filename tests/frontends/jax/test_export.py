@@ -24,6 +24,16 @@ from ssu_bridge.frontends.jax.ffi_targets import parse, registered
 from ssu_bridge.testing.cases import CASES, Case
 
 CASE = Case("export", headdim=8, dstate=16, destinations=(1, -1, 5), pad_slot_id=3)
+NODES = ((0, 4), (1, 5), (2, 3))
+TREES = Case(
+    "export, trees",
+    headdim=8,
+    dstate=16,
+    tokens=2,
+    destinations=NODES,
+    parents=((-1, 0), (-1, -1), (0, 0)),
+    has_initial_state=(True, False, True),
+)
 LARGE = Case("export", headdim=64, dstate=128)
 
 ELSEWHERE = """
@@ -75,6 +85,22 @@ def test_a_fresh_process_runs_an_exported_program(tmp_path, platform, backend):
     expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
     same(called_elsewhere(tmp_path, exported_step(case, backend=backend), arrays, platform), expected)
     assert (tmp_path / "kernels").exists() == (backend == "triton")
+
+
+def test_a_fresh_process_runs_exported_trees(tmp_path):
+    arrays = TREES.arrays(seed=3)
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **TREES.flags, backend="cpu")
+    same(called_elsewhere(tmp_path, exported_step(TREES, backend="cpu"), arrays), expected)
+
+
+def test_the_stride_is_spelt_only_where_there_is_one():
+    """So that programs of versions without strides are still known."""
+    steps = Case("export, steps", headdim=8, dstate=16, tokens=4, steps=4)
+    (plain,) = ssu_bridge.prepare(exported_step(steps, backend="cpu"))
+    (strided,) = ssu_bridge.prepare(exported_step(dataclasses.replace(steps, intermediate_stride=3), backend="cpu"))
+    assert "stride" not in plain
+    assert parse(plain).options.intermediate_stride == 1
+    assert parse(strided).options.intermediate_stride == 3
 
 
 @pytest.mark.parametrize(

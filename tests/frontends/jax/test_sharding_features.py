@@ -100,6 +100,43 @@ def test_intermediate_states():
         refused("intermediate_states: expected an entry for each slot.*jax.shard_map", lambda: step(apart, there))
 
 
+TREE = (-1, 0, 0, 1)
+
+
+def test_trees():
+    nodes = {"slots": 16, "destinations": tuple(tuple(range(i, i + 4)) for i in (4, 8, 12))}
+    trees = {"tokens": 4, "parents": (TREE, (3, -1, 0, 2), (-1, 0, 1, 2))}
+    packed = {"tokens": 9, "parents": (*TREE, -1, *TREE), "cu_seqlens": (0, 4, 5, 9)}
+    for dtype in ("float32", "int8"):
+        dtypes = {"state": dtype}
+        check(case("heads", **trees, **nodes, dtypes=dtypes), mesh_of(h=4), heads(2), eager=True)
+        check(case("channels", **trees, steps=4, dtypes=dtypes), mesh_of(p=4), channels(2), eager=True)
+        check(case("packed", **packed, **nodes, dtypes=dtypes), mesh_of(h=2), heads(), eager=True)
+        own_trees = own("sequences", tokens=4, steps=5, parents=(TREE, (-1,) * 4) * 4, dtypes=dtypes)
+        # Each device has those of its sequences, whether they lie there or on each. x must not look like the scales.
+        for more in ({}, {"parent_tokens": P("s")}):
+            check(own_trees, mesh_of(s=4), {**sequences(), **more}, eager=True)
+        mesh = mesh_of(AxisType.Explicit, h=4)
+        with jax.set_mesh(mesh):
+            check(case("explicit", **trees, **nodes, dtypes=dtypes), mesh, heads(2), eager=True)
+            check(case("explicit, packed", **packed, **nodes, dtypes=dtypes), mesh, heads())
+
+
+def test_fresh_sequences_and_strides():
+    flags = {"has_initial_state": (True, False, True)}
+    for more in ({}, {"tokens": 5, "steps": 2, "intermediate_stride": 2}):
+        axes = 2 if more else 1
+        check(case("heads", **flags, **more), mesh_of(h=4), heads(axes), eager=True)
+        check(case("channels", **flags, **more), mesh_of(p=4), channels(axes))
+        each = own("sequences", has_initial_state=(True, False) * 4, **more)
+        for own_flags in ({}, {"has_initial_state": P("s")}):
+            check(each, mesh_of(s=4), {**sequences(), **own_flags}, eager=True)
+        mesh = mesh_of(AxisType.Explicit, s=2, h=2)
+        with jax.set_mesh(mesh):
+            check(case("explicit", **flags, **more), mesh, heads(axes), eager=True)
+    check(case("packed", **flags, tokens=9, cu_seqlens=(0, 4, 4, 9)), mesh_of(h=4), heads(), eager=True)
+
+
 def test_no_update():
     for dtype in ("float32", "int8"):
         kind = {"disable_state_update": True, "dtypes": {"state": dtype}, "tokens": 2}
@@ -209,6 +246,8 @@ def test_mapped_with_all_that_a_call_can_have():
         case("drafts", **drafts),
         case("quantised drafts", **drafts, **quantised),
         case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+        case("trees", tokens=4, steps=4, parents=(TREE,) * 3),
+        case("fresh", tokens=4, steps=2, intermediate_stride=2, has_initial_state=(False, True, False)),
         case("a state that is only read", **drafts, disable_state_update=True),
         own("own slots", **drafts),
     ]

@@ -10,6 +10,7 @@ from modes import GPU_BACKENDS, bits, int64_as_it_is, skip_if_refused, to_mode
 
 import ssu_bridge
 from ssu_bridge.api import explain
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.quantized import paired, unpaired
 from ssu_bridge.testing.cases import CASES, Case
 
@@ -79,7 +80,9 @@ def owned(arrays):
     """Return which rows of a packed call belong to a sequence."""
     rows = np.arange(len(arrays["x"]))
     edges = np.clip(np.array(arrays["cu_seqlens"]), 0, len(rows))
-    return np.array([((edges[:-1] <= row) & (row < edges[1:])).any() for row in rows], bool)
+    most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else len(rows)
+    ends = np.minimum(edges[1:], edges[:-1] + most)
+    return np.array([((edges[:-1] <= row) & (row < ends)).any() for row in rows], bool)
 
 
 def assert_close(got, expected, exact):

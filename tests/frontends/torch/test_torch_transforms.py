@@ -6,6 +6,7 @@ from modes import to_mode
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ssu_bridge
@@ -180,6 +181,38 @@ def test_a_compiled_call_that_would_lose_a_gradient_is_refused(given):
     with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad"):
         torch.compile(function, backend="eager")(given["state"], given["x"].requires_grad_())
     assert torch.equal(given["state"], held)
+
+
+OF_SEVERAL_TOKENS = {
+    "trees": Case("trees", tokens=4, steps=4, headdim=8, dstate=16, parents=((-1, 0, 0, 1),) * 3),
+    "destinations": Case(
+        "destinations", tokens=2, headdim=8, dstate=16, parents=((-1, -1),) * 3, destinations=((0, 1), (2, 3), (4, 5))
+    ),
+    "fresh": Case("fresh", tokens=2, headdim=8, dstate=16, has_initial_state=(True, False, False)),
+    "strides": Case("strides", tokens=4, steps=2, headdim=8, dstate=16, intermediate_stride=2),
+    "quantised": Case(
+        "quantised", tokens=2, steps=2, headdim=8, dstate=16, parents=((-1, 0),) * 3, dtypes={"state": "int8"}
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("what", OF_SEVERAL_TOKENS)
+def test_arguments_of_several_tokens_inside_compiled_code(what, compiler):
+    case = OF_SEVERAL_TOKENS[what]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: ssu_bridge.update(**a, **case.flags), backend=compiler, fullgraph=True)
+    given, held = (to_mode(case.arrays(seed=1), "torch") for _ in range(2))
+    results, expected = compiled(given), ssu_bridge.update(**held, **case.flags)
+    for got, right in zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(got, right)
+    for got, right in zip(pytree.tree_leaves(given), pytree.tree_leaves(held), strict=True):
+        assert (
+            torch.equal(torch.nan_to_num(got), torch.nan_to_num(right))
+            if got.is_floating_point()
+            else torch.equal(got, right)
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
