@@ -6,8 +6,8 @@ Triton compiles it once for each specialisation; the native library launches it,
 import functools
 import importlib.util
 
-from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, lacks_form, missing_jax_ffi
-from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import Specialisation, compile_step, launch_of, runtime_arguments, specialise
 from ssu_bridge.backends.triton.disk_cache import cached
 from ssu_bridge.core.problem import Problem
@@ -15,7 +15,7 @@ from ssu_bridge.native import library
 from ssu_bridge.progress import compiling
 
 PLATFORM = "cuda"
-CONFIG_FIELDS = ("philox_rounds", "triton_tile")
+CONFIG_FIELDS = ("philox_rounds", "triton_tile", "algorithm")
 
 # A tile is addressed in 32 bits inside a head.
 _MOST_ELEMENTS_OF_A_HEAD = 2**31
@@ -34,17 +34,17 @@ def refusal(problem: Problem) -> str | None:
         return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
-    return lacks_form(problem, "loop")
+    return forms.refusal(problem)
 
 
 def settings(problem: Problem) -> str:
-    """Return the tile of a program, in words."""
-    return str(tiles.tile(problem))
+    """Return the form that is taken and the tile of a program, in words."""
+    return str(forms.tile(problem))
 
 
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel for the problem's sizes and dtypes, whatever the number of sequences and slots."""
-    return _kernel(specialise(problem, tiles.tile(problem)))
+    return _kernel(specialise(problem, forms.tile(problem)))
 
 
 # Unbounded: a kernel stays loaded, because a CUDA graph may launch it, and one that is forgotten would be loaded twice.

@@ -65,9 +65,10 @@ class Specialisation:
             flags += f";rounds={self.philox_rounds}"
         if self.intermediate_stride > 1:
             flags += f";stride={self.intermediate_stride}"
+        chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
-            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps})"
+            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk})"
         )
 
 
@@ -75,7 +76,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
     """Return what has to be compiled for a problem that runs on CUDA."""
     assert problem.capability is not None
     return Specialisation(
-        kernel="single_token" if is_plain(problem) else "many_tokens",
+        kernel="matrix_form" if tile.chunk else "single_token" if is_plain(problem) else "many_tokens",
         capability=problem.capability,
         nheads=problem.nheads,
         headdim=problem.headdim,
@@ -168,7 +169,7 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         ASTSource(kernel, signature, fixed, attributes),
         target=GPUTarget("cuda", 10 * major + minor, 32),
         # Fusion is written where it is wanted: left to the compiler, a tile's bits could differ from another's.
-        options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False},
+        options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False, **_options(specialisation)},
     )
     return Compiled(
         cubin=compiled.asm["cubin"],
@@ -270,10 +271,42 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
     state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
+    matrix = _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.
     by_token = ("x", "dt", "B", "C", "z", "out", "parent_tokens")
     no_strides = {f"{name}_token_stride": 0 for name in by_token if s.form == "single"}
-    return {**sizes, **tied, **blocks, **flags, **state, **steps, **no_strides}
+    return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
+
+
+# In how many bfloat16 parts a number goes into a product without an error.
+_PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
+# What a thread holds side by side of a row of the state is read at once, and four threads hold the columns of a group.
+_THREADS_OF_A_GROUP = 4
+
+
+def _matrix_constants(s: Specialisation) -> dict[str, Any]:
+    """Return what only the kernel of the matrix form has."""
+    dtypes = dict(s.dtypes)
+    as_it_is = s.tile.one_chunk and dtypes["state"] == "bfloat16"
+    group = _THREADS_OF_A_GROUP * VECTOR_BYTES // np.dtype(dtypes["state"]).itemsize
+    return {
+        "WARPS": s.tile.warps,
+        "W": min(group, s.tile.columns),
+        "Q": s.tile.chunk,
+        "ONE": s.tile.one_chunk,
+        "S_PARTS": 1 if as_it_is else 3,
+        **{f"{name.upper()}_PARTS": _PARTS[dtypes[name]] for name in ("x", "B", "C")},
+    }
+
+
+def _options(s: Specialisation) -> dict[str, int]:
+    """Return Triton's options for the matrix form: with a bfloat16 state, so few registers that four programs fit."""
+    if not s.tile.chunk:
+        return {}
+    fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dict(s.dtypes)
+    few = fits and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
+    inputs = {dict(s.dtypes)[name] for name in ("x", "B", "C")}
+    return {"num_stages": 1} | ({"maxnreg": 128} if few and inputs == {"bfloat16"} else {})
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

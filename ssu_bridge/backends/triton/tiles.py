@@ -25,9 +25,13 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
+    # Of the matrix form: how many tokens a chunk has, and whether no sequence has more. Of the loop: 0.
+    chunk: int = 0
+    one_chunk: bool = False
 
     def __str__(self) -> str:
-        return f"tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
+        form = f"matrix form, {self.chunk} tokens at a time, " if self.chunk else ""
+        return f"{form}tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
 
 
 def tile(problem: Problem) -> Tile:
@@ -36,7 +40,7 @@ def tile(problem: Problem) -> Tile:
     Raises:
         ValueError: the configuration asks for a tile that this problem cannot have.
     """
-    columns = _power_of_two(problem.dstate)
+    columns = power_of_two(problem.dstate)
     asked = problem.options.config.triton_tile
     if asked is not None:
         least = least_rows(problem, asked[1])
@@ -47,7 +51,7 @@ def tile(problem: Problem) -> Tile:
     elements, warps = _table_entry(problem)
     if not least_rows(problem, warps):
         warps = _WARPS_FOR_LONG_ROWS
-    rows = max(1, min(elements // columns, _power_of_two(problem.headdim)))
+    rows = max(1, min(elements // columns, power_of_two(problem.headdim)))
     while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
         warps //= 2
     return Tile(max(rows, least_rows(problem, warps)), columns, warps)
@@ -63,7 +67,7 @@ def is_plain(problem: Problem) -> bool:
 
 def least_rows(problem: Problem, warps: int) -> int:
     """Return how many rows a program of so many warps has at least; 0 if it must have another number of warps."""
-    columns, vector = _power_of_two(problem.dstate), _vector(problem)
+    columns, vector = power_of_two(problem.dstate), _vector(problem)
     if columns > _THREADS * vector and warps != _WARPS_FOR_LONG_ROWS:
         return 0
     return max(1, warps * _THREADS * vector // columns)
@@ -92,6 +96,6 @@ def _table_entry(problem: Problem) -> tuple[int, int]:
     return next((elements, warps) for most, elements, warps in rows if work <= most)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

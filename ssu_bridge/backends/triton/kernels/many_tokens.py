@@ -126,17 +126,17 @@ def many_tokens(
     channels = head * P + rows
     place = (channels, row_mask, tile, tile_mask)
 
-    first, length = _tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
+    first, length = tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
     if parent_tokens is not None:
         length = tl.minimum(length, MOST_TOKENS_OF_A_TREE)
     if length <= 0:
         return
-    x = _at_first(x, x_stride, x_token_stride, sequence, first)
-    dt = _at_first(dt, dt_stride, dt_token_stride, sequence, first)
-    B = _at_first(B, B_stride, B_token_stride, sequence, first)
-    C = _at_first(C, C_stride, C_token_stride, sequence, first)
-    z = z if z is None else _at_first(z, z_stride, z_token_stride, sequence, first)
-    out = _at_first(out, out_stride, out_token_stride, sequence, first)
+    x = at_first(x, x_stride, x_token_stride, sequence, first)
+    dt = at_first(dt, dt_stride, dt_token_stride, sequence, first)
+    B = at_first(B, B_stride, B_token_stride, sequence, first)
+    C = at_first(C, C_stride, C_token_stride, sequence, first)
+    z = z if z is None else at_first(z, z_stride, z_token_stride, sequence, first)
+    out = at_first(out, out_stride, out_token_stride, sequence, first)
     seed = rand_seed if rand_seed is None else tl.load(rand_seed)
 
     sources = state_batch_indices
@@ -169,7 +169,7 @@ def many_tokens(
     dt_mask = None if TIED_DT else row_mask
     if parent_tokens is not None:
         start = current
-        parents = _at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
+        parents = at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
     next_x, next_dt = tl.load(x, mask=row_mask), tl.load(dt, mask=dt_mask)
     next_B, next_C = tl.load(B, mask=column_mask, other=0), tl.load(C, mask=column_mask, other=0)
     for token in range(length):
@@ -265,7 +265,7 @@ def _ancestors(parents, token_stride, token):
 
 
 @triton.jit
-def _tokens_of(cu_seqlens, stride, sequence, tokens):
+def tokens_of(cu_seqlens, stride, sequence, tokens):
     """Return a sequence's first row in packed arrays and its number of tokens, whatever cu_seqlens holds."""
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + sequence * stride).to(tl.int64)
@@ -280,7 +280,7 @@ def _tokens_of(cu_seqlens, stride, sequence, tokens):
 
 
 @triton.jit
-def _at_first(pointer, stride, token_stride, sequence, first):
+def at_first(pointer, stride, token_stride, sequence, first):
     """Return where a sequence's first token is."""
     if stride is None:
         return pointer + first * token_stride
@@ -309,13 +309,35 @@ def _store(
     is the number of the slot's first element, ``token`` and ``last`` are words of the random generator's counter.
     """
     channels, row_mask, tile, tile_mask = place
+    stored = rounded(
+        current, scale, wanted, channels, row_mask, seed, first, token, last, N, tile.shape[1], STORED, ROUNDS
+    )
+    tl.store(values + tile, stored, mask=tile_mask & wanted)
+
+
+@triton.jit
+def rounded(
+    current,
+    scale,
+    wanted,
+    channels,
+    row_mask,
+    seed,
+    first,
+    token,
+    last,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STORED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Return a tile of a state as it is stored, and store its scales if there are any and that is ``wanted``."""
     if scale is not None:
         scales = row_scale(current, STORED)
         tl.store(scale + channels, scales, mask=row_mask & wanted)
         current = current * tl.div_rn(1.0, scales)[:, None]
     if seed is None:
-        stored = round_to_nearest(current, STORED)
+        return round_to_nearest(current, STORED)
     else:
-        words = random_words(seed, first, channels, token, last, N, tile.shape[1], ROUNDS)
-        stored = round_stochastically(current, words, STORED)
-    tl.store(values + tile, stored, mask=tile_mask & wanted)
+        words = random_words(seed, first, channels, token, last, N, BLOCK_N, ROUNDS)
+        return round_stochastically(current, words, STORED)

@@ -1,0 +1,83 @@
+"""In which form several tokens are computed: one after the other (loop), or in chunks by matrix products (matrix)."""
+
+import numpy as np
+
+from ssu_bridge.backends.measured import measured
+from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.triton.tiles import Tile
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
+from ssu_bridge.core.problem import Problem
+
+# The sides of a tensor core's tile. A chunk, a warp's rows and what is summed over have at least so many elements.
+_LEAST = 16
+_MOST_ROWS = 64
+# More tokens at a time take more registers than there are.
+_MOST_CHUNK = 32
+# The most columns with which a program's state leaves registers for the rest.
+_MOST_COLUMNS = 128
+
+
+def refusal(problem: Problem) -> str | None:
+    """Say why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
+    if problem.options.config.algorithm == "matrix" and not _is_one_token(problem):
+        return _matrix_refusal(problem)
+    return None
+
+
+def tile(problem: Problem) -> Tile:
+    """Return the tile of a program, in the form that is selected or was measured to be faster."""
+    return _matrix_tile(problem) if _takes_matrix(problem) else tiles.tile(problem)
+
+
+def _takes_matrix(problem: Problem) -> bool:
+    selected = problem.options.config.algorithm
+    if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
+        return False
+    return selected == "matrix" or _is_faster_as_matrix(problem)
+
+
+def _matrix_refusal(problem: Problem) -> str | None:
+    """Say what the matrix form lacks, or None."""
+    if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
+        return f"it takes parameters that are tied to the head, and {' and '.join(untied)} is not"
+    stores_each = "dst_state_batch_indices" in problem.tables
+    stores_some = "intermediate_states" in problem.names
+    if stores_each or (stores_some and problem.options.intermediate_stride < _LEAST):
+        return (
+            f"it has no state after every token, but only after every k-th, with an intermediate_stride k >= {_LEAST}"
+        )
+    if stores_some and "parent_tokens" in problem.names:
+        return "it stores no states of a tree"
+    return None
+
+
+def _is_one_token(problem: Problem) -> bool:
+    # A symbolic number of tokens is not one.
+    return problem.form == "single" or (problem.form == "multi" and problem.tokens in (0, 1))
+
+
+def _is_faster_as_matrix(problem: Problem) -> bool:
+    """Whether it was measured to be; it was with inputs of 16 bits. The same for packed sequences of every length."""
+    dtypes = dict(problem.dtypes)
+    sizes = {np.dtype(dtypes[name]).itemsize for name in ("x", "B", "C")}
+    if sizes != {2} or problem.dstate > _MOST_COLUMNS:
+        return False
+    least = measured("triton/forms", problem.capability)["least_tokens"]
+    few = isinstance(problem.tokens, int) and problem.tokens < least[f"bytes{np.dtype(dtypes['state']).itemsize}"]
+    return problem.form == "packed" or not few
+
+
+def _matrix_tile(problem: Problem) -> Tile:
+    """Return the tile: it depends on sizes and options alone, not on the number of sequences, as the bits do on it."""
+    rows = min(max(tiles.power_of_two(problem.headdim), _LEAST), _MOST_ROWS)
+    columns = max(tiles.power_of_two(problem.dstate), _LEAST)
+    is_tree, stores_some = "parent_tokens" in problem.names, "intermediate_states" in problem.names
+    most = MOST_TOKENS_OF_A_TREE if is_tree else _MOST_CHUNK
+    if stores_some:
+        most = min(most, tiles.power_of_two(problem.options.intermediate_stride + 1) // 2)
+    is_known = problem.form == "multi" and isinstance(problem.tokens, int)
+    if is_known and problem.tokens <= (most if is_tree else _LEAST):
+        chunk, one = max(tiles.power_of_two(problem.tokens), _LEAST), not stores_some
+    else:
+        chunk, one = most, is_tree
+    return Tile(rows, columns, rows // _LEAST, chunk, one)

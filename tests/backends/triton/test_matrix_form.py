@@ -1,0 +1,120 @@
+"""The matrix form of several tokens on a machine without a GPU: what takes it, what refuses it, what it compiles to."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+from test_triton_compile import CAPABILITIES, _cache, layer, problem_of, resources  # noqa: F401
+
+from ssu_bridge.backends import triton as backend
+from ssu_bridge.backends.triton import forms
+from ssu_bridge.backends.triton.compile import compile_step, specialise
+
+TABLE = ((0, 1, 2, 3),)
+CHAIN = (tuple(range(-1, 4)),)
+
+
+def tile_of(case, **flags):
+    return forms.tile(problem_of(case, backend="triton", **flags))
+
+
+def refusal_of(case, **flags):
+    # Another backend explains the arguments: what this one refuses is asked of it alone.
+    return backend.refusal(problem_of(case, backend="reference", **flags))
+
+
+def compiled(case, capability=(9, 0)):
+    problem = problem_of(case, capability, backend="triton", algorithm="matrix")
+    return compile_step(specialise(problem, forms.tile(problem)))
+
+
+LAYERS = {
+    "few, bfloat16": layer("bfloat16", tokens=8),
+    "few, float32": layer(tokens=8),
+    "few, float16": layer("float16", tokens=8),
+    "few, int8": layer("int8", tokens=8),
+    "few, stochastic": layer("bfloat16", tokens=8, seed=1),
+    "prompt": layer(tokens=300),
+    "prompt, bfloat16": layer("bfloat16", tokens=300),
+    "prompt, dstate 64": layer(tokens=300, dstate=64),
+    "packed": layer(tokens=40, cu_seqlens=(0, 40)),
+    "tree": layer("bfloat16", tokens=5, parents=CHAIN),
+    "large tree": layer(tokens=64, parents=(tuple(range(-1, 63)),)),
+    "fresh": layer(tokens=8, has_initial_state=(True,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_compiles_without_spills(name):
+    assert resources(compiled(LAYERS[name]).cubin) == {"STACK": 0, "LOCAL": 0}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ["few, bfloat16", "prompt", "tree"])
+def test_it_compiles_for_every_gpu(name, capability):
+    kernel = compiled(LAYERS[name], capability)
+    assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
+    assert kernel.cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("case", "chunk"),
+    [
+        (layer("bfloat16"), 0),
+        (layer("bfloat16", tokens=1), 0),
+        (layer("bfloat16", tokens=3), 0),
+        (layer("bfloat16", tokens=4), 16),
+        (layer(tokens=5), 0),
+        (layer(tokens=6), 16),
+        (layer("int8", tokens=7), 0),
+        (layer("int8", tokens=8), 16),
+        (layer(tokens=17), 32),
+        (layer(tokens=17, untied=("A",)), 0),
+        (layer(other="float32", tokens=17), 0),
+        (layer(tokens=17, dstate=256), 0),
+        (layer(tokens=1, cu_seqlens=(0, 1)), 32),
+        (layer(tokens=4, slots=4, indices=TABLE, destinations=TABLE, accepted=(1,)), 0),
+        (layer("bfloat16", tokens=5, parents=CHAIN), 16),
+        (layer(tokens=5, cu_seqlens=(0, 5), parents=CHAIN[0]), 64),
+    ],
+    ids=str,
+)
+def test_auto_takes_what_was_measured_to_be_faster(case, chunk):
+    assert tile_of(case).chunk == chunk
+
+
+def test_a_form_by_name():
+    case = layer("bfloat16", tokens=4)
+    assert tile_of(case, algorithm="loop").chunk == 0
+    assert tile_of(layer(tokens=2), algorithm="matrix").chunk == 16
+    assert tile_of(layer(tokens=1), algorithm="matrix").chunk == 0
+    assert "matrix form, 16 tokens at a time" in backend.settings(problem_of(case, backend="triton"))
+
+
+def test_the_tile_does_not_depend_on_the_batch():
+    tiles = {tile_of(layer(tokens=40, sequences=n, slots=n, indices=tuple(range(n)))) for n in (1, 3, 300)}
+    assert len(tiles) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (layer(tokens=4, untied=("A",)), "tied to the head, and A is not"),
+        (layer(tokens=4, untied=("dt", "dt_bias")), "dt and dt_bias is not"),
+        (layer(tokens=4, slots=4, indices=TABLE, destinations=TABLE), "no state after every token"),
+        (layer(tokens=4, steps=4), "no state after every token"),
+        (layer(tokens=4, steps=4, intermediate_stride=15), "no state after every token"),
+        (layer(tokens=5, steps=5, parents=CHAIN), "no state after every token"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses_by_name(case, reason):
+    assert reason in refusal_of(case, algorithm="matrix")
+
+
+@pytest.mark.parametrize("stride", [16, 17, 31, 32, 100])
+def test_chunks_end_where_states_are_stored(stride):
+    tile = tile_of(layer(tokens=200, steps=12, intermediate_stride=stride), algorithm="matrix")
+    assert not tile.one_chunk
+    assert 16 <= tile.chunk <= min(stride, 32)
+    assert np.log2(tile.chunk).is_integer()

@@ -1,0 +1,116 @@
+"""The matrix form on a GPU: the contract, its error against the loop's, bits, trees, long prompts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from contract import assert_step
+from modes import GPU_PAIRS, bits, int64_as_it_is, to_host, to_mode
+
+import ssu_bridge
+from ssu_bridge.api import explain
+from ssu_bridge.backends.triton import forms
+from ssu_bridge.testing.cases import CASES, Case
+
+pytestmark = pytest.mark.gpu
+
+MODES = [mode for mode, backend in GPU_PAIRS if backend == "triton"]
+LAYER = Case("layer", nheads=16, headdim=64, dstate=128, ngroups=8, indices=(4, 0, 2))
+BFLOAT16 = {"*": "bfloat16", "A": "float32"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens != 1], ids=lambda case: case.name)
+def test_case(case, mode):
+    arrays = case.arrays(seed=len(case.name))
+    with int64_as_it_is(arrays):
+        assert_step(case, arrays, mode, "triton", algorithm="matrix")
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16", "int8", "int16", "float8_e4m3fn"])
+@pytest.mark.parametrize("tokens", [2, 16, 17, 300])
+def test_a_layer(state, tokens):
+    case = dataclasses.replace(LAYER, tokens=tokens, dtypes={**BFLOAT16, "state": state})
+    assert_step(case, case.arrays(seed=tokens), "torch.cuda", "triton", algorithm="matrix")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 8, "seed": 7, "dtypes": {**BFLOAT16, "state": "bfloat16"}},
+        {"tokens": 90, "seed": 7, "dtypes": {**BFLOAT16, "state": "int8"}},
+        {"tokens": 90, "steps": 2, "intermediate_stride": 40},
+        {"tokens": 70, "steps": 4, "intermediate_stride": 16, "dtypes": {**BFLOAT16, "state": "int8"}},
+        {"tokens": 20, "has_initial_state": (True, False, True)},
+        {"tokens": 90, "cu_seqlens": (0, 1, 40, 90)},
+        {"tokens": 70, "headdim": 40, "dstate": 96},
+        {"tokens": 64, "parents": tuple(tuple(t // 2 - 1 for t in range(64)) for _ in range(3))},
+        {"tokens": 90, "cu_seqlens": (0, 3, 20, 90), "parents": tuple(t % 7 - 1 for t in range(90))},
+    ],
+    ids=str,
+)
+def test_what_a_call_can_ask_for(changes):
+    case = dataclasses.replace(LAYER, **changes)
+    assert_step(case, case.arrays(seed=11), "torch.cuda", "triton", algorithm="matrix")
+
+
+def run(case, arrays, algorithm):
+    given = to_mode(arrays, "torch.cuda")
+    results = ssu_bridge.update(**given, **case.flags, backend="triton", algorithm=algorithm)
+    return to_host(dict(zip(("out", "state"), results, strict=True)), "torch")
+
+
+@pytest.mark.parametrize("tokens", [2, 16, 256])
+@pytest.mark.parametrize("dt", [-9.0, -4.0, 80.0])
+def test_its_error_is_at_most_twice_that_of_the_loop(tokens, dt):
+    case = dataclasses.replace(LAYER, tokens=tokens, absent=("z",), dtypes=BFLOAT16)
+    arrays = case.arrays(seed=tokens)
+    arrays["dt"] = np.full_like(arrays["dt"], dt)
+    exact = {name: arrays[name].astype("float64") for name in ("state", "x", "dt", "A", "B", "dt_bias")}
+    state = exact["state"][list(case.indices)]
+    per_head = case.nheads // case.ngroups
+    for t in range(tokens):
+        d = np.logaddexp(0, exact["dt"][:, t] + exact["dt_bias"])
+        B = np.repeat(exact["B"][:, t], per_head, axis=1)
+        added = (d[..., None] * exact["x"][:, t])[..., None] * B[:, :, None, :]
+        state = state * np.exp(d * exact["A"])[..., None, None] + added
+    errors = {}
+    for algorithm in ("loop", "matrix"):
+        got = run(case, arrays, algorithm)["state"][list(case.indices)].astype("float64")
+        errors[algorithm] = np.linalg.norm(got - state) / np.linalg.norm(state)
+    assert errors["matrix"] <= 2 * errors["loop"], errors
+
+
+def test_bits_depend_on_neither_batch_nor_place():
+    case = dataclasses.replace(LAYER, tokens=50, sequences=1, slots=1, indices=(0,), dtypes=BFLOAT16)
+    arrays = case.arrays(seed=3)
+    one = run(case, arrays, "matrix")
+    batched = ("state", "x", "dt", "B", "C", "z")
+    many = {n: np.repeat(a, 37, axis=0) if n in batched else a for n, a in arrays.items()}
+    many["state_batch_indices"] = np.arange(37, dtype="int32")[::-1].copy()
+    got = run(case, many, "matrix")
+    for name in ("out", "state"):
+        for i in range(37):
+            np.testing.assert_array_equal(bits(got[name][i]), bits(one[name][0]))
+
+
+def test_a_tree_is_each_of_its_branches_alone():
+    parents = ((-1, 0, 1, 1, 0, -1, 5),) * 3
+    case = dataclasses.replace(LAYER, tokens=7, parents=parents)
+    arrays = case.arrays(seed=4)
+    out = run(case, arrays, "matrix")["out"]
+    for branch in ([0, 1, 2], [0, 1, 3], [0, 4], [5, 6]):
+        alone = {n: a[:, branch] if n in ("x", "dt", "B", "C", "z") else a for n, a in arrays.items()}
+        del alone["parent_tokens"]
+        chain = run(dataclasses.replace(case, parents=None), alone, "matrix")["out"]
+        np.testing.assert_allclose(out[:, branch], chain, rtol=2e-5, atol=2e-4)
+
+
+def test_auto_runs_a_layer_in_the_matrix_form():
+    case = dataclasses.replace(LAYER, tokens=16, dtypes={**BFLOAT16, "state": "bfloat16"})
+    arrays = case.arrays(seed=1)
+    problem = explain(**to_mode(arrays, "torch.cuda"), **case.flags, backend="triton").choices[0].problem
+    assert forms.tile(problem).chunk == 16
+    auto, matrix = run(case, arrays, "auto"), run(case, arrays, "matrix")
+    assert torch.equal(*(torch.from_numpy(bits(r["state"]).astype("int64")) for r in (auto, matrix)))
