@@ -78,7 +78,8 @@ def update(
             slot that the state after each token goes to; nothing is stored for a padding index.
         pad_slot_id: the padding index.
         num_accepted_tokens: (b,), the column of ``state_batch_indices`` to start from, plus 1.
-        cu_seqlens: (b + 1,), where the sequences begin and end among the rows of x.
+        cu_seqlens: (b + 1,), where the sequences begin and end among the rows of x. If sequences share rows, because
+            they decrease, the output of those rows is undefined; on the xla backend, all results of those sequences.
         intermediate_states: (E, steps, H, P, N), of the state's dtype, or a QuantizedState: where the state after each
             token goes, or after every k-th one, updated in place.
         intermediate_state_indices: (b,), the entry of each sequence in it. None: the slot that it starts from.

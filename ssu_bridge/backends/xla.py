@@ -1,8 +1,7 @@
 """The xla backend: the step in plain jax.numpy, on any device and differentiable."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form
 from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
@@ -84,75 +83,30 @@ def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any
 def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
     """One row after another; a row of no sequence has zeros for its output.
 
-    Where sequences share rows it goes through all rows again, each time for sequences that share none.
+    Of sequences that share rows, results are undefined: a row is computed for the first of its sequences alone.
     """
-    import jax.numpy as jnp
-
-    out = jnp.zeros_like(arrays["x"])
-    if not problem.sequences:
-        return arrays | {"out": out}
-    packing = _Packing.of(arrays["cu_seqlens"], problem.tokens, "parent_tokens" in arrays)
-    written, final = _stored_each_token(problem, arrays), None
-    if "state" in problem.results and "state" not in written:
-        written["state"], final = arrays["state"], _final_slots(problem, arrays, read)
-        final = jnp.arange(problem.sequences) if final is None else final
-    # Loaded once for all turns: by each turn for itself, XLA copies the state.
-    start = _load(problem, arrays, read)
-    turn = functools.partial(_turn, problem, arrays, read, start, final, packing)
-    results = written, out
-    if problem.sequences not in (1, 2):  # between two that share rows lies an empty one; a symbolic number is neither
-        results = _later_turns(turn, packing, results)
-    written, out = turn(results, 0)
-    return _results(problem, arrays, read, written, None, out)
-
-
-class _Packing(NamedTuple):
-    """The rows of each sequence: sequence i has starts[i] to ends[i] - 1 and is computed in turn turns[i]."""
-
-    starts: Any
-    ends: Any
-    owned: Any
-    """(rows, sequences)"""
-    turns: Any
-
-    @classmethod
-    def of(cls, cu_seqlens: Any, rows: int, is_tree: bool) -> Self:
-        """Sequences share no row unless cu_seqlens decreases between them."""
-        import jax.numpy as jnp
-
-        edges = jnp.clip(cu_seqlens, 0, rows)
-        starts, ends = edges[:-1], jnp.maximum(edges[1:], edges[:-1])
-        if is_tree:
-            ends = jnp.minimum(ends, starts + MOST_TOKENS_OF_A_TREE)
-        row = jnp.arange(rows)[:, None]
-        owned = (starts <= row) & (row < ends)
-        # It decreases without that, too, in the one call that jax.vmap makes of several.
-        shares = (owned.sum(axis=1) > 1).any()
-        return cls(starts, ends, owned, jnp.where(shares, jnp.cumsum(edges[1:] < edges[:-1]), 0))
-
-
-def _turn(
-    problem: Problem,
-    arrays: dict[str, Any],
-    read: Any,
-    start: Any,
-    final: Any,
-    packing: _Packing,
-    results: Any,
-    turn: Any,
-) -> Any:
-    """Add the results of the sequences of one turn, which share no rows."""
     import jax
     import jax.numpy as jnp
 
-    written, out = results
-    row = jnp.arange(problem.tokens)[:, None]
-    mine = packing.owned & (packing.turns == turn)
-    sequence, is_owned = jnp.argmax(mine, axis=1)[:, None], mine.any(axis=1)[:, None]
-    token = row - packing.starts[sequence]
+    if not problem.sequences:
+        return arrays | {"out": jnp.zeros_like(arrays["x"])}
+    rows = jnp.arange(problem.tokens)[:, None]
+    edges = jnp.clip(arrays["cu_seqlens"], 0, problem.tokens)
+    starts, ends = edges[:-1], edges[1:]
+    if "parent_tokens" in arrays:
+        ends = jnp.minimum(ends, starts + MOST_TOKENS_OF_A_TREE)
+    owned = (starts <= rows) & (rows < ends)
+    sequence, is_owned = jnp.argmax(owned, axis=1)[:, None], owned.any(axis=1)[:, None]
+    token = rows - starts[sequence]
     places = _places(problem, arrays, read, sequence, token, is_owned)
-    if final is not None:
-        places["state"] = jnp.where(is_owned & (row + 1 == packing.ends[sequence]), final[sequence], -1)
+    written = _stored_each_token(problem, arrays)
+    if "state" in problem.results and "state" not in written:
+        final = _final_slots(problem, arrays, read)
+        final = sequence if final is None else final[sequence]
+        written["state"] = arrays["state"]
+        places["state"] = jnp.where(is_owned & (rows + 1 == ends[sequence]), final, -1)
+    # Loaded before the first store: row by row, XLA would copy the state.
+    start = _load(problem, arrays, read)
 
     def body(carry: Any, row: Any) -> tuple[Any, Any]:
         kept, written = carry
@@ -165,43 +119,8 @@ def _turn(
 
     own = {name: arrays[name] for name in (*_TOKENWISE, "parent_tokens") if name in arrays}
     kept = _kept(problem, arrays, jnp.zeros_like(start[:1]), MOST_TOKENS_OF_A_TREE)
-    (_, written), outs = jax.lax.scan(body, (kept, written), (own, places, sequence, token, is_owned[:, 0]))
-    return written, jnp.where(is_owned.reshape(-1, *[1] * (out.ndim - 1)), outs, out)
-
-
-def _later_turns(take: Callable[..., Any], packing: _Packing, results: Any) -> Any:
-    """Compute all turns but the first, usually none, before it, so that a gradient needs no memory for both at once."""
-    import jax
-    import jax.numpy as jnp
-
-    last = _largest(packing.turns)
-
-    def none(results: Any, _: Any) -> Any:
-        return results
-
-    @jax.checkpoint  # a gradient must not store the intermediates of each turn
-    def body(results: Any, turn: Any) -> tuple[Any, None]:
-        return jax.lax.cond((turn > 0) & (turn <= last), take, none, results, turn), None
-
-    def every(results: Any, turns: Any) -> Any:
-        return jax.lax.scan(body, results, turns)[0]
-
-    return jax.lax.cond(last > 0, every, none, results, jnp.arange(packing.turns.shape[0]))
-
-
-def _largest(numbers: Any) -> Any:
-    """Return the largest of some numbers; under ``jax.vmap`` one for all calls, so that a branch on it stays one."""
-    import jax
-
-    @jax.custom_batching.custom_vmap
-    def largest(numbers: Any) -> Any:
-        return numbers.max()
-
-    @largest.def_vmap
-    def _(size: int, mapped: list[bool], numbers: Any) -> tuple[Any, bool]:
-        return largest(numbers), False
-
-    return largest(numbers)
+    (_, written), out = jax.lax.scan(body, (kept, written), (own, places, sequence, token, is_owned[:, 0]))
+    return _results(problem, arrays, read, written, None, out)
 
 
 # --- The states that tokens continue ---
