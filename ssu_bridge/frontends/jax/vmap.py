@@ -6,7 +6,9 @@ Of v mapped calls, call j has slots j*S to (j+1)*S - 1 of one long state, and li
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import batching
 
 from ssu_bridge.core.arguments import ARGUMENTS, STATE, TABLES
@@ -104,22 +106,37 @@ def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) ->
         # Without a table, the entries are the slots; that still holds if there are as many.
         if _ENTRIES in result or count != stride:
             entries = result.get(_ENTRIES, own)
-            result[_ENTRIES] = _moved(jnp.where(entries < count, entries, -1), call, count)
+            result[_ENTRIES] = _moved(_ENTRIES, jnp.where(entries < count, entries, -1), call, size, count)
     for name in (_READ, _WRITE):
         if name in result:
-            result[name] = _moved(slots(jnp, problem, result[name]), call, stride)
+            result[name] = _moved(name, slots(jnp, problem, result[name]), call, size, stride)
     if read is None and (problem.form == "packed" or not stride == problem.slots == problem.sequences):
-        result[_READ] = _moved(own, call, stride)  # made here: the caller's pad_slot_id is not meant for it
+        result[_READ] = _moved(
+            _READ, own, call, size, stride
+        )  # made here: the caller's pad_slot_id is not meant for it
     if problem.form == "packed":
         result = {name: _with_gaps(table, size) for name, table in result.items()}
         result[_EDGES] = _edges(arrays[_EDGES], problem.tokens)
     return result
 
 
-def _moved(places: Any, call: Any, stride: int) -> Any:
+def _moved(name: str, places: Any, call: Any, size: int, stride: int) -> Any:
     """Return the places, those of each call numbered after those of the previous one; negative ones (padding) stay."""
+    places = _counting(name, places, size * stride)
     call = call.reshape(-1, *[1] * (places.ndim - 1)).astype(places.dtype)
     return jnp.where(places >= 0, places + call * stride, -1)
+
+
+def _counting(name: str, table: Any, most: Any) -> Any:
+    """Return a table in a dtype that holds numbers up to ``most``, which is not known where sizes are symbolic."""
+    if isinstance(most, int) and most > np.iinfo(table.dtype).max:
+        table = table.astype(jax.dtypes.canonicalize_dtype("int64"))  # of 32 bits, unless those of 64 are enabled
+        if most > np.iinfo(table.dtype).max:
+            raise UnsupportedError(
+                f"{name}: jax.vmap makes one step of all calls and would count to {most} in it, beyond "
+                f"{table.dtype.name}; enable jax_enable_x64, or use jax.lax.map"
+            )
+    return table
 
 
 # --- Packed rows ---
@@ -130,6 +147,7 @@ def _moved(places: Any, call: Any, stride: int) -> Any:
 
 def _edges(edges: Any, rows: int) -> Any:
     """Return cu_seqlens of all rows, from one for each call."""
+    edges = _counting(_EDGES, edges, edges.shape[0] * rows)
     first = jnp.arange(edges.shape[0], dtype=edges.dtype)[:, None] * rows
     return jnp.append((jnp.clip(edges, 0, rows) + first)[::-1].ravel(), jnp.zeros(1, edges.dtype))
 

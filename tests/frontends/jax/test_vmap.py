@@ -1,6 +1,7 @@
 """``jax.vmap`` of the step: equal to a loop over the calls, whatever is mapped, and nothing is donated."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,33 @@ def test_every_pad_beside_every_table(tables, pad, backend):
     if case.disable_state_update:
         del mapped["state"]
     assert_loop(case, calls, mapped, backend=backend)
+
+
+# What of a call has 2^30 slots, entries or rows.
+HUGE = {
+    "state_batch_indices": ("state",),
+    "intermediate_state_indices": ("intermediate_states",),
+    "cu_seqlens": ("x", "dt", "B", "C", "z"),
+}
+
+
+@pytest.mark.parametrize("backend", ANY_TABLE)
+@pytest.mark.parametrize("table", HUGE)
+def test_numbers_beyond_int32(table, backend):
+    """Of four calls' slots, entries or rows, which are one step's: in int64 if JAX has it, else an error."""
+    case = Case("huge", **SMALL, **TABLES["all that packed has"])
+    arrays = as_jax(case.arrays(0))
+    shapes = {n: (*[4] * (n not in SHARED), *[2**30] * (n in HUGE[table])) for n in arrays}
+    given = {n: jax.ShapeDtypeStruct((*shapes[n], *a.shape[n in HUGE[table] :]), a.dtype) for n, a in arrays.items()}
+    axes = ({n: None if n in SHARED else 0 for n in arrays},)
+    lower = jax.jit(jax.vmap(functools.partial(call, {**case.flags, "backend": backend}), in_axes=axes)).lower
+    with pytest.raises(
+        ssu_bridge.UnsupportedError, match=rf"^{table}: .* to {2**32} in it, beyond int32.*jax_enable_x64"
+    ):
+        lower(given)
+    with jax.enable_x64(True):
+        (step,) = re.findall(rf'custom_call @"ssu_bridge\.{backend}.*', lower(given).as_text())
+    assert re.search(r"tensor<\d+xi64>", step)
 
 
 CASE = Case("vmap", headdim=64, dstate=64, destinations=(1, -1, 5))  # which FlashInfer takes
