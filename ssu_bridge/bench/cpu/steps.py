@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import update
-from ssu_bridge.bench.cpu import calls
+from ssu_bridge.bench.cpu import calls, sharded
 from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, interleaved
@@ -156,6 +156,9 @@ def _print_calls() -> None:
         _print_row(name, timing)
     print("\ntime of first calls, which trace and compile")
     for name, timing in calls.first_calls(_tiny_arrays()).items():
+        _print_row(name, timing)
+    print(f"\ntime of first calls on a state that is sharded over {sharded.DEVICES} virtual devices")
+    for name, timing in sharded.first_calls().items():
         _print_row(name, timing)
     print("\ntime to prepare an exported program")
     for name, timing in calls.preparations(_tiny_arrays()).items():
