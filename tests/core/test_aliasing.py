@@ -169,3 +169,22 @@ def test_out_in_a_state_that_is_only_read(mode, backend):
     out = given["state"].reshape(-1)[: int(np.prod(shape))].reshape(shape)
     ssu_bridge.update(**given, **case.flags, out=out, backend=backend)
     np.testing.assert_array_equal(bits(to_host({"out": out}, mode)["out"]), bits(expected["out"]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("names", [("out",), ("state",), ("out", "state")], ids="+".join)
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "overlapping"])
+def test_inference_tensors_outside_of_inference_mode(apart, names, backend):
+    """They are written as others are, also where the output is computed elsewhere and copied."""
+    expected = separate(MULTI, "torch", backend)
+    given = to_mode(MULTI.arrays(seed=5), "torch")
+    with torch.inference_mode("out" in names):
+        given["x"], beside = pair_in_one_buffer(given["x"], 1, "torch")
+        out = torch.zeros_like(given["x"]) if apart else beside
+    with torch.inference_mode("state" in names):
+        given["state"] = given["state"].clone()
+    assert [name for name, t in {"out": out, "state": given["state"]}.items() if t.is_inference()] == [*names]
+    result, state = ssu_bridge.update(**given, **MULTI.flags, out=out, backend=backend)
+    assert result is out
+    assert state is given["state"]
+    assert_equal(MULTI, given, out, expected, "torch")

@@ -59,7 +59,7 @@ class Launcher:
         elif fresh_output:
             output = new_out(given["x"])
             kernel.function(*{**given, "out": output}.values(), *written[1:])
-            with torch.no_grad():
+            with torch.inference_mode():  # an inference tensor may be out, outside of it too, as it may of a kernel
                 given["out"].copy_(output)
         else:
             kernel.function(*given.values(), *written[1:])
@@ -111,6 +111,6 @@ def _checked_kernel(key: Key, options: Options) -> tuple[DeviceKernel | HostKern
 def _run_on_host(kernel: HostKernel, results: tuple[str, ...], given: dict[str, torch.Tensor]) -> None:
     host = {name: to_host(tensor) for name, tensor in given.items()}
     kernel.function(host, host["out"])
-    with torch.no_grad():
+    with torch.inference_mode():  # as above
         for name in results:
             given[name].copy_(from_host(host[name]))
