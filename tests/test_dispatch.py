@@ -238,7 +238,7 @@ def test_each_backend_names_its_programs_by_the_fields_that_it_uses():
         problem = ssu_bridge.explain(**CASE.arrays(seed=1)).choices[0].problem
         config = ssu_bridge.SSUConfig(backend, **fields)
         problem = dataclasses.replace(problem, options=dataclasses.replace(problem.options, config=config))
-        name = ffi_targets.spell(DeviceKernel(f"ssu_bridge.{backend}(x)", None), problem)
+        name = ffi_targets.spell(DeviceKernel(f"ssu_bridge.{backend}(x)", None, print), problem)
         assert ("algorithm=vertical" in name) == (backend in ("triton", "flashinfer"))
         assert ("tile=16,4" in name) == (backend == "triton")
         call = ffi_targets.parse(name)

@@ -14,12 +14,14 @@ class DeviceKernel(NamedTuple):
 
     ``function(*inputs, *results)`` takes the arrays that ``problem.names`` lists, then those of ``problem.results``; a
     result other than out has the very memory of the input of that name. It launches on the stream that TVM-FFI's
-    environment names. ``target`` spells out all that was compiled into it, the same in every process, and is its name
-    as an XLA FFI target.
+    environment names. ``check``, of the same tensors, raises what ``function`` raises for their shapes, dtypes and
+    strides, and reads no memory: what is donated is lost when a kernel raises. ``target`` spells out all that was
+    compiled into it, the same in every process, and is its name as an XLA FFI target.
     """
 
     target: str
     function: Any
+    check: Callable[..., object]
 
 
 class HostKernel(NamedTuple):

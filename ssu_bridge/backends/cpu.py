@@ -3,7 +3,7 @@
 import functools
 
 from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
-from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arguments import ARGUMENTS, TIED_AXES
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -45,6 +45,13 @@ def _kernel(
     flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={'state' in results:d};philox={rounds}"
     if stride > 1:
         flags += f";stride={stride}"
-    shapes = [ARGUMENTS[name].shapes for name in (*names, "out")]
-    function = library().cpu_kernel(names, shapes, results, dt_softplus, pad_slot_id, rounds, "auto", stride)
-    return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function)
+    rows = [row(name) for name in (*names, "out")]
+    function = library().cpu_kernel(names, rows, results, dt_softplus, pad_slot_id, rounds, "auto", stride)
+    check = library().cpu_check(names, rows, results, stride)
+    return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function, check)
+
+
+def row(name: str) -> tuple[tuple[str, ...], str, int, bool]:
+    """Return what the table says of an argument, as the native library takes it."""
+    argument = ARGUMENTS[name]
+    return argument.shapes, argument.free, TIED_AXES.get(name, 0), argument.written

@@ -36,6 +36,7 @@ ffi::Function same_memory() {
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_kernel, ssu_bridge::make_cpu_kernel)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_check, ssu_bridge::make_cpu_check)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_num_threads, ssu_bridge::thread_count)

@@ -1,71 +1,86 @@
-"""What ``describe`` accepts the native readers accept: of shapes, dtypes, strides and which arguments there are."""
+"""What ``describe`` accepts the native readers accept, and the cpu kernel's reader refuses what it refuses.
+
+Calls are drawn from numbered seeds, as shapes, dtypes and strides alone: no reader looks at memory. The launcher of
+cubins and FlashInfer's adapter are held to one direction. A cubin is compiled for a Problem, and its launcher relies on
+``describe`` for all that is compiled in: sizes, dtypes, which strides are dense, how many columns a table needs. It
+checks what a call can still differ in without another Problem: the device, addresses and strides that have to be
+multiples of what is loaded at once, and how many blocks there are. The adapter relies on it in the same way.
+"""
+
+import itertools
+import math
+import random
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
 import pytest
 import tvm_ffi
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from ssu_bridge.backends import cpu, flashinfer, triton
 from ssu_bridge.backends.flashinfer import backend as flashinfer_backend
-from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import launch_of, runtime_arguments, specialise
 from ssu_bridge.config import SSUConfig
-from ssu_bridge.core.arguments import ARGUMENTS, QUANTIZED, REQUIRED, ROUNDABLE, TIED_AXES, VECTOR_BYTES, patterns
+from ssu_bridge.core.arguments import ARGUMENTS, QUANTIZED, REQUIRED, ROUNDABLE, TIED_AXES, patterns
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import options_of
 from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.validate import describe
 from ssu_bridge.native import library
 
-OPTIONAL = [name for name in ARGUMENTS if name not in (*REQUIRED, "out", *SCALES.values())]
+OPTIONAL = [name for name in ARGUMENTS if name not in (*REQUIRED, "out", "cu_seqlens", *SCALES.values())]
+DTYPES = sorted({dtype for argument in ARGUMENTS.values() for dtype in argument.dtypes} | {"float64", "uint16"})
+SEED_DTYPES = {"": "int64", "1": "int64", "2": "uint32"}
 LAYOUTS = ["dense", "gaps", "repeated", "transposed", "reversed", "shifted"]
+# Where no array lies.
+ADDRESS = 1 << 12
 
 
-def laid_out(shape, dtype, layout):
-    """Make an array of zeros, with a layout in memory that calls may or may not have."""
-    size = np.dtype(dtype).itemsize
-    if layout == "gaps" and shape:
-        return np.zeros((shape[0], 2, *shape[1:]), dtype)[:, 0]
-    if layout == "repeated" and shape:  # one element along the last axes
-        return np.broadcast_to(np.zeros((*shape[:1], *[1] * (len(shape) - 1)), dtype), shape)
+def dense_strides(shape):
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def laid_out(shape, dtype, layout="dense"):
+    """Return an array of a layout that calls may or may not have."""
+    strides = dense_strides(shape)
+    if layout == "gaps":
+        strides = tuple(2 * stride for stride in strides[:1]) + strides[1:]
+    if layout == "repeated":  # one element along the last axes
+        strides = strides[:1] + (0,) * len(strides[1:])
     if layout == "transposed":
-        return np.zeros(shape[::-1], dtype).T
-    if layout == "reversed" and shape:
-        return np.zeros(shape, dtype)[::-1]
-    if layout == "shifted":  # by an element from a multiple of what a GPU loads at once
-        return np.zeros(int(np.prod(shape)) * size + size, "u1")[size:].view(dtype).reshape(shape)
-    return np.zeros(shape, dtype)
+        strides = dense_strides(shape[::-1])[::-1]
+    if layout == "reversed":
+        strides = tuple(-stride for stride in strides[:1]) + strides[1:]
+    return ArrayInfo(tuple(shape), dtype, strides, aligned=layout != "shifted")
 
 
-@st.composite
-def calls(draw, alike):
-    """Arrays by name and flags: mostly right, some with an array that has another size, axis, dtype or layout.
+def drawn(draw, alike):
+    """Return arrays by name and flags that go together but for some options.
 
     With ``alike`` sizes, dtypes and options are among the few that FlashInfer supports.
     """
-    heads_axis, form = alike or draw(st.booleans()), draw(st.sampled_from(["single", "multi", "packed"]))
-    small = st.integers(0, 3)
-    H = draw(st.sampled_from([1, 2, 4])) if heads_axis else 1
-    P, N = (64, 64) if alike else draw(st.sampled_from([(1, 1), (2, 3), (3, 8), (64, 64)]))
-    G, b, T = draw(st.sampled_from([1, 1, 2, H])), draw(small), draw(small)
-    sizes = {"H": H, "P": P, "N": N, "G": G, "b": b, "T": T, "L": draw(small), "Q": b + 1, "S": b + draw(small)}
-    sizes |= {"W": T + draw(small), "V": max(T, 1), "E": draw(small), "K": T + draw(small), "1": 1, "2": 2}
-    optional = [name for name in OPTIONAL if not alike or name not in ("parent_tokens", "has_initial_state")]
-    names = {*REQUIRED, *draw(st.sets(st.sampled_from(optional), max_size=5)), "out"}
-    names = names | {"cu_seqlens"} if form == "packed" else names - {"cu_seqlens"}
-    dtypes = {name: draw(st.sampled_from(ARGUMENTS[name].dtypes)) for name in ARGUMENTS if name in names}
-    if draw(st.integers(0, 9)):  # what goes together
-        dtypes["out"] = dtypes["x"]
-        dtypes |= {"intermediate_states": dtypes["state"]} if "intermediate_states" in names else {}
-        dtypes |= {"rand_seed": "int64"} if "rand_seed" in names else {}
-        names -= {"rand_seed"} if dtypes["state"] not in ROUNDABLE else set()
-        names |= {SCALES[name] for name in SCALES if name in names and dtypes[name] in QUANTIZED}
+    heads_axis, form = alike or draw.random() < 0.7, draw.choice(["single", "multi", "packed"])
+    H = draw.choice([1, 2, 4]) if heads_axis else 1
+    P, N = (64, 64) if alike else draw.choice([(1, 1), (2, 3), (3, 8), (64, 64)])
+    G, b, T = draw.choice([1, 1, 2, H]), draw.randint(0, 3), draw.randint(0, 3)
+    more = {symbol: draw.randint(0, 2) for symbol in "LSWEK"}
+    sizes = {"H": H, "P": P, "N": N, "G": G, "b": b, "T": T, "L": more["L"] + 1, "Q": b + 1, "S": b + more["S"]}
+    least = T if form == "multi" else 1
+    sizes |= {"W": least + more["W"], "V": max(least, 1), "E": more["E"], "K": least + more["K"], "1": 1, "2": 2}
+    rare = {name for name in ("parent_tokens", "has_initial_state") if alike or draw.random() < 0.5}
+    optional = [name for name in OPTIONAL if name not in rare]
+    names = {*REQUIRED, *draw.sample(optional, draw.randint(0, 5)), "out"}
+    names |= {"cu_seqlens"} if form == "packed" else set()
+    names -= {"intermediate_states"} if "dst_state_batch_indices" in names else set()
+    names -= {"intermediate_state_indices"} if "intermediate_states" not in names else set()
+    names |= {"state_batch_indices"} if "num_accepted_tokens" in names else set()
+    dtypes = {name: draw.choice(ARGUMENTS[name].dtypes) for name in ARGUMENTS}
+    dtypes |= {"out": dtypes["x"], "intermediate_states": dtypes["state"]}
+    names -= {"rand_seed"} if dtypes["state"] not in ROUNDABLE else set()
+    names |= {SCALES[name] for name in SCALES if name in names and dtypes[name] in QUANTIZED}
     if alike:
-        dtypes |= dict.fromkeys(dtypes.keys() & {"x", "B", "C", "z", "out", "dt", "D", "dt_bias"}, "bfloat16")
+        dtypes |= dict.fromkeys(("x", "B", "C", "z", "out", "dt", "D", "dt_bias"), "bfloat16")
         dtypes["A"] = "float32"
-    spoilt = draw(st.none() | st.sampled_from(sorted(names)))
     arrays = {}
     for name in ARGUMENTS:
         if name not in names:
@@ -73,52 +88,72 @@ def calls(draw, alike):
         shapes = patterns(name, form, heads_axis)
         if name in ("B", "C") and G > 1:  # without an axis for them there is one group
             shapes = shapes[:1]
-        pattern = shapes[-1] if alike and name in TIED_AXES else draw(st.sampled_from(shapes))
-        shape = [sizes[symbol] for symbol in pattern]
-        if name == spoilt and shape and draw(st.booleans()):
-            axis = draw(st.integers(0, len(shape) - 1))
-            shape = draw(
-                st.sampled_from([[*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]], shape[1:], [*shape, 1]])
-            )
-        layout = draw(st.sampled_from(LAYOUTS)) if name == spoilt or draw(st.integers(0, 9)) == 9 else "dense"
-        arrays[name] = laid_out(tuple(shape), dtypes.get(name, "float32"), layout)
-    flags = {"disable_state_update": draw(st.booleans()), "dt_softplus": draw(st.booleans())}
+        tables = (name, "num_accepted_tokens" in names) == ("state_batch_indices", True)
+        tables |= (name, "parent_tokens" in names) == ("dst_state_batch_indices", True)
+        pattern = shapes[-1] if tables or (alike and name in TIED_AXES) else draw.choice(shapes)
+        if name == "rand_seed":
+            dtypes[name] = SEED_DTYPES[pattern]
+        layout = "dense" if draw.random() < 0.9 else draw.choice(LAYOUTS)
+        arrays[name] = laid_out([sizes[symbol] for symbol in pattern], dtypes[name], layout)
+    stride = draw.randint(1, 3) if "intermediate_states" in names and "parent_tokens" not in names else 1
+    flags = {"intermediate_stride": 1 if alike else stride}
+    flags |= {"disable_state_update": "dst_state_batch_indices" not in names and draw.random() < 0.3}
     return arrays, flags
+
+
+def changed(draw, arrays):
+    """Return the arrays with one of another shape, dtype or layout."""
+    name = draw.choice(sorted(arrays))
+    shape, dtype, strides = arrays[name].shape, arrays[name].dtype, arrays[name].strides
+    what = draw.choice(["size", "axis", "dtype", "layout", "stride"])
+    if what == "dtype":
+        dtype = draw.choice(DTYPES)
+    if what == "layout":
+        return {**arrays, name: laid_out(shape, dtype, draw.choice(LAYOUTS))}
+    if what == "axis":
+        place = draw.randint(0, len(shape))
+        shapes = [shape[:place] + shape[place + 1 :], (*shape[:place], 1, *shape[place:])]
+        return {**arrays, name: laid_out(draw.choice(shapes), dtype)}
+    if shape and what in ("size", "stride"):
+        axis = draw.randrange(len(shape))
+        if what == "size":
+            size = max(0, shape[axis] + draw.choice([-2, -1, 1, 2]))
+            shape = (*shape[:axis], size, *shape[axis + 1 :])
+            strides = dense_strides(shape)
+        else:
+            stride = draw.choice([-1, 0, 1, 2, 3, 6, strides[axis] - 1, strides[axis] + 1, 2 * strides[axis]])
+            strides = (*strides[:axis], stride, *strides[axis + 1 :])
+    return {**arrays, name: ArrayInfo(shape, dtype, strides)}
 
 
 def described(arrays, flags):
     """Return the Problem, or None where the check rejects the call."""
-    options = options_of(
-        flags["dt_softplus"], -1, flags["disable_state_update"], True, False, 1, None, None, SSUConfig()
-    )
-    infos = {
-        name: ArrayInfo(
-            array.shape,
-            array.dtype.name,
-            tuple(stride // array.itemsize for stride in array.strides),
-            aligned=array.ctypes.data % VECTOR_BYTES == 0,
-        )
-        for name, array in arrays.items()
-    }
+    no_update, stride = flags["disable_state_update"], flags["intermediate_stride"]
+    options = options_of(True, -1, no_update, True, False, stride, None, None, SSUConfig())
+    # JAX has a seed of two words, the others one of a single number.
+    framework = "jax" if "rand_seed" in arrays and arrays["rand_seed"].dtype == "uint32" else "numpy"
     try:
-        return describe(infos, options, framework="numpy", platform="cpu")
+        return describe(arrays, options, framework=framework, platform="cpu")
     except ValueError:
         return None
 
 
-def view(array):
-    strides = tuple(stride // array.itemsize for stride in array.strides)
-    return library().view(array.ctypes.data, array.shape, strides, array.dtype.name)
+def views(problem, arrays):
+    for name in (*problem.names, *problem.results):
+        info = arrays[name]
+        # A seed of two words is JAX's, and XLA aligns all that it allocates.
+        shift = 0 if info.aligned or info.dtype == "uint32" else np.dtype(info.dtype).itemsize
+        yield library().view(ADDRESS + shift, info.shape, info.strides, info.dtype)
 
 
 def read_on_cpu(problem, tensors):
-    cpu.load(problem).function(*tensors)
+    cpu.load(problem).check(*tensors)
 
 
 def read_for_cubin(problem, tensors):
-    specialisation = specialise(problem, tiles.tile(problem))
+    specialisation = specialise(problem, forms.tile(problem))
     rows = tuple(runtime_arguments(specialisation).values())
-    library().cubin_arguments(launch_of(specialisation).grid, rows, tensors)
+    library().cubin_arguments(launch_of(specialisation).grid, rows, [*tensors])
 
 
 def read_for_flashinfer(problem, tensors):
@@ -140,28 +175,43 @@ def flashinfer_that_runs_nothing():
         yield
 
 
-def assert_readers_accept(examples, alike, names, least):
-    """Draw calls, read with each reader those that the check and its backend accept, and count them."""
-    read_calls = dict.fromkeys(names, 0)
-
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(call=calls(alike))
-    def read_what_is_accepted(call):
-        problem = described(*call)
-        for name in names if problem else ():
-            backend, read, placed = READERS[name]
-            there = placed(problem)
-            if backend.refusal(there) is None:
-                read(there, [view(call[0][array]) for array in (*there.names, *there.results)])
-                read_calls[name] += 1
-
-    read_what_is_accepted()
-    assert all(count >= least for count in read_calls.values()), read_calls
+def accepted_calls(examples, name, alike=False):
+    """Yield drawn calls that the check and a backend accept: a number to repeat it, Problem, arrays and flags."""
+    backend, _, placed = READERS[name]
+    for number in range(examples):
+        draw = random.Random(number)
+        arrays, flags = drawn(draw, alike)
+        if draw.random() < 0.2:
+            arrays = changed(draw, arrays)
+        problem = described(arrays, flags)
+        if problem is not None and backend.refusal(placed(problem)) is None:
+            yield number, placed(problem), arrays, flags
 
 
-def test_what_describe_accepts_the_kernels_read():
-    assert_readers_accept(8_000, alike=False, names=("cpu", "triton"), least=400)
+@pytest.mark.parametrize(("name", "examples", "least"), [("triton", 8_000, 2_000), ("flashinfer", 2_000, 100)])
+def test_what_describe_accepts_the_readers_accept(name, examples, least):
+    count = 0
+    for number, problem, arrays, _ in accepted_calls(examples, name, alike=name == "flashinfer"):
+        try:
+            READERS[name][1](problem, views(problem, arrays))
+        except ValueError as error:
+            raise AssertionError(f"call {number}, {arrays}: {error}") from error
+        count += 1
+    assert count >= least
 
 
-def test_what_describe_accepts_the_adapter_reads():
-    assert_readers_accept(2_000, alike=True, names=("flashinfer",), least=50)
+def test_the_cpu_reader_accepts_what_describe_accepts_and_nothing_else():
+    verdicts = dict.fromkeys(itertools.product(["as drawn", "changed"], [True, False]), 0)
+    for number, problem, arrays, flags in accepted_calls(8_000, "cpu"):
+        kernel, draw = cpu.load(problem), random.Random(number)
+        for what, given in {"as drawn": arrays, "changed": changed(draw, arrays)}.items():
+            expected = described(given, flags) is not None
+            try:
+                kernel.check(*views(problem, given))
+                error = None
+            except ValueError as refused:
+                error = refused
+            assert (error is None) == expected, f"call {number} {what}, {given}: {error or 'the reader accepts it'}"
+            verdicts[what, expected] += 1
+    assert verdicts.pop(("as drawn", False)) == 0
+    assert min(verdicts.values()) >= 1_000, verdicts

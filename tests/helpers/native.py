@@ -7,6 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
+from ssu_bridge.backends import cpu
 from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
 from ssu_bridge.native import library
@@ -60,8 +61,8 @@ def results_of(names, update=True):
 
 
 def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1):
-    shapes = [ARGUMENTS[name].shapes if name in ARGUMENTS else ["H"] for name in (*names, "out")]
-    return library().cpu_kernel(names, shapes, results, softplus, pad, rounds, isa, stride)
+    rows = [cpu.row(name) if name in ARGUMENTS else (["H"], "", 0, False) for name in (*names, "out")]
+    return library().cpu_kernel(names, rows, results, softplus, pad, rounds, isa, stride)
 
 
 def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):

@@ -142,12 +142,22 @@ def test_strides(rng, isa):
     assert all(map(same_bits, run(strided, isa), (out, state)))
 
 
-def test_odd_strides_of_weights(rng):
+@pytest.mark.parametrize("name", ["state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias"])
+def test_axes_that_must_be_dense(rng, name):
     arguments = problem(rng, tied="")
-    out, state = run(arguments)
-    for name in ("A", "D", "dt_bias"):
-        arguments[name] = np.asfortranarray(arguments[name])
-    assert all(map(same_bits, run(arguments), (out, state)))
+    dense = arguments[name]
+    arguments[name] = np.concatenate([dense, np.full_like(dense, np.nan)], axis=-1)[..., : dense.shape[-1]]
+    with pytest.raises(ValueError, match=f"{name} must be contiguous from axis"):
+        cpu_kernel(list(arguments), ["out"])(*map(view, arguments.values()), view(np.zeros_like(arguments["x"])))
+
+
+@pytest.mark.parametrize("name", ["state", "out"])
+def test_what_is_written_does_not_overlap_itself(rng, name):
+    arguments = {**problem(rng), "out": np.zeros((3, 4, 8), np.float32)}
+    arguments[name] = np.broadcast_to(arguments[name][:1], arguments[name].shape)
+    views = [*map(view, arguments.values())]
+    with pytest.raises(ValueError, match=f"{name} must not overlap itself"):
+        cpu_kernel([*arguments][:-1], ["out", "state"])(*views, views[0])
 
 
 def test_padding_behind_a_slot(rng):
@@ -267,15 +277,27 @@ def test_wrong_tensors(rng):
         kernel(view(spaced), *views[1:], view(out), view(spaced))
     with pytest.raises(ValueError, match="expected 10 inputs"):
         kernel(*views[1:], view(out), views[0])
+    with pytest.raises(ValueError, match="out must have the type of x"):
+        kernel(*views, view(out.astype(BF16)), views[0])
     del arguments["state_batch_indices"]
     with pytest.raises(ValueError, match="2 slots for 3 sequences"):
         run({**arguments, "state": arguments["state"][:2]})
+    with pytest.raises(ValueError, match="C has no axis for the 2 groups"):
+        run({**arguments, "C": arguments["C"][:, 0]})
     assert same_bits(arguments["state"], before)
     assert np.isnan(out).all()
 
 
-@pytest.mark.parametrize("empty", [{"b": 0}, {"heads": 0, "groups": 1}, {"rows": 0}, {"columns": 0}], ids=str)
-def test_empty(rng, empty):
-    out, state = run(problem(rng, **empty))
-    assert state.size == 0 or empty == {"b": 0}
-    assert np.isfinite(out).all()
+@pytest.mark.parametrize(
+    ("empty", "symbol"), [({"heads": 0, "groups": 1}, "nheads"), ({"rows": 0}, "headdim"), ({"columns": 0}, "dstate")]
+)
+def test_empty_heads(rng, empty, symbol):
+    with pytest.raises(ValueError, match=f"expected {symbol} of at least 1, got 0"):
+        run(problem(rng, **empty))
+
+
+def test_no_sequences(rng):
+    arguments = problem(rng, b=0)
+    out, state = run(arguments)
+    assert out.size == 0
+    assert same_bits(state, arguments["state"])

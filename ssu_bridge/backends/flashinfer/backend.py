@@ -6,6 +6,7 @@ What they reject or compute wrong is refused here; docs/flashinfer.md records wh
 
 import dataclasses
 import functools
+from typing import Any
 
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.flashinfer import module
@@ -102,8 +103,18 @@ def load(problem: Problem) -> DeviceKernel:
 
 @functools.lru_cache(maxsize=256)
 def _kernel(specialisation: _Specialisation) -> DeviceKernel:
-    function = library().flashinfer_kernel(
-        module.load(specialisation.module),
+    import tvm_ffi
+
+    # Around a function that runs nothing, the adapter reads the tensors all the same. What FlashInfer's own launchers
+    # check is not known without a launch.
+    functions = (module.load(specialisation.module), tvm_ffi.convert(lambda *_: None))
+    return DeviceKernel(specialisation.target, *(_adapted(function, specialisation) for function in functions))
+
+
+def _adapted(function: Any, specialisation: _Specialisation) -> Any:
+    """Return a function of FlashInfer's as a kernel."""
+    return library().flashinfer_kernel(
+        function,
         module.PARAMETERS,
         specialisation.names,
         specialisation.one_token_axis,
@@ -113,7 +124,6 @@ def _kernel(specialisation: _Specialisation) -> DeviceKernel:
         ("auto", *FLASHINFER_ALGORITHMS).index(specialisation.algorithm),
         specialisation.longest,
     )
-    return DeviceKernel(specialisation.target, function)
 
 
 def _module(problem: Problem) -> Module:

@@ -53,6 +53,7 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
     arguments, launch = runtime_arguments(specialisation), launch_of(specialisation)
     with compiling("a Triton kernel", "usually about a second; it is kept on disk"):
         compiled = cached(specialisation, functools.partial(compile_step, specialisation))
+    passed = tuple(arguments[name] for name in compiled.passed)
     function = library().cubin_kernel(
         compiled.cubin,
         compiled.name,
@@ -61,8 +62,9 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         launch.grid,
         launch.tensors,
         launch.in_place,
-        tuple(arguments[name] for name in compiled.passed),
+        passed,
         compiled.scratch_pointers,
         launch.overlaps,
     )
-    return DeviceKernel(specialisation.target, function)
+    check = library().cubin_arguments
+    return DeviceKernel(specialisation.target, function, lambda *tensors: check(launch.grid, passed, tensors))

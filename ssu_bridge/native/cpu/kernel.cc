@@ -127,17 +127,16 @@ int threads_for(const StepArguments& a, int64_t tokens) {
 }
 
 void run_step(StepArguments& a, StepFunction step) {
-  if (a.sequences == 0 || a.heads == 0 || a.rows == 0) return;
+  if (a.sequences == 0) return;
   TokenCounts tokens = count_tokens(a);
   if (tokens.all == 0) return;
-  int64_t columns = std::max<int64_t>(1, a.columns);
   int64_t elements = a.is_direct ? kItemElements : kTiledItemElements;
-  int64_t rows = std::clamp<int64_t>(elements / columns / 16 * 16, 16, kMaxRowsPerItem);
+  int64_t rows = std::clamp<int64_t>(elements / a.columns / 16 * 16, 16, kMaxRowsPerItem);
   a.rows_per_item = std::min(rows, a.rows);
   a.blocks_per_head = (a.rows + a.rows_per_item - 1) / a.rows_per_item;
 
   int64_t items = a.sequences * a.heads * a.blocks_per_head;
-  int64_t item_elements = a.rows_per_item * columns * tokens.most;
+  int64_t item_elements = a.rows_per_item * a.columns * tokens.most;
   int threads = threads_for(a, tokens.all);
   int64_t items_per_chunk = threads == 1 ? items : std::max<int64_t>(1, kChunkElements / item_elements);
   ThreadScratch scratch(a, threads);
@@ -149,21 +148,16 @@ bool holds(const std::vector<Argument>& arguments, Argument argument) {
   return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
 }
 
-class CpuKernel {
+// Reads the arguments of a call, which are its inputs, out, and what of the inputs is written.
+class CallReader {
  public:
-  CpuKernel(std::vector<Argument> inputs, CallLayouts layouts, std::vector<Argument> written, bool softplus,
-            int64_t pad_slot, int rounds, const VariantPair& steps, int64_t intermediate_stride)
+  CallReader(std::vector<Argument> inputs, CallRules rules, std::vector<Argument> written, int64_t intermediate_stride)
       : inputs_(std::move(inputs)),
-        layouts_(std::move(layouts)),
+        rules_(std::move(rules)),
         written_(std::move(written)),
-        softplus_(softplus),
-        updates_state_(holds(written_, Argument::kState)),
-        pad_slot_(pad_slot),
-        rounds_(rounds),
-        steps_(steps),
         intermediate_stride_(intermediate_stride) {}
 
-  void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
+  CallTensors read(ffi::PackedArgs arguments, StepArguments& step_arguments) const {
     int inputs = static_cast<int>(inputs_.size());
     int written = static_cast<int>(written_.size());
     if (arguments.size() != inputs + 1 + written)
@@ -173,16 +167,12 @@ class CpuKernel {
     for (int i = 0; i < inputs; ++i) tensors.inputs[static_cast<int>(inputs_[i])] = arguments[i].cast<DLTensor*>();
     tensors.out = arguments[inputs].cast<DLTensor*>();
     for (int i = 0; i < written; ++i) check_in_place(tensors, written_[i], arguments[inputs + 1 + i].cast<DLTensor*>());
-
-    StepArguments step_arguments;
-    step_arguments.softplus = softplus_;
-    step_arguments.pad_slot = pad_slot_;
-    step_arguments.updates_state = updates_state_;
     step_arguments.intermediate_stride = intermediate_stride_;
-    step_arguments.random.rounds = rounds_;
-    read_tensors(tensors, layouts_, step_arguments);
-    run_step(step_arguments, step_for(step_arguments));
+    read_tensors(tensors, rules_, step_arguments);
+    return tensors;
   }
+
+  bool writes(Argument argument) const { return holds(written_, argument); }
 
  private:
   static void check_in_place(const CallTensors& tensors, Argument argument, const DLTensor* result) {
@@ -192,20 +182,44 @@ class CpuKernel {
                                 << " must be the memory of the input of that name: the step works in place";
   }
 
+  std::vector<Argument> inputs_;
+  CallRules rules_;
+  std::vector<Argument> written_;
+  int64_t intermediate_stride_;
+};
+
+class CpuKernel {
+ public:
+  CpuKernel(CallReader reader, bool softplus, int64_t pad_slot, int rounds, const VariantPair& steps)
+      : reader_(std::move(reader)),
+        softplus_(softplus),
+        updates_state_(reader_.writes(Argument::kState)),
+        pad_slot_(pad_slot),
+        rounds_(rounds),
+        steps_(steps) {}
+
+  void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
+    StepArguments step_arguments;
+    step_arguments.softplus = softplus_;
+    step_arguments.pad_slot = pad_slot_;
+    step_arguments.updates_state = updates_state_;
+    step_arguments.random.rounds = rounds_;
+    read_seed(reader_.read(arguments, step_arguments), step_arguments);
+    run_step(step_arguments, step_for(step_arguments));
+  }
+
+ private:
   // By the size of one sequence, not of the batch, so that a sequence's result does not depend on its company.
   StepFunction step_for(const StepArguments& a) const {
     return a.heads * a.rows * a.columns < kElementsWorthWideVectors ? steps_.small : steps_.large;
   }
 
-  std::vector<Argument> inputs_;
-  CallLayouts layouts_;
-  std::vector<Argument> written_;
+  CallReader reader_;
   bool softplus_;
   bool updates_state_;
   int64_t pad_slot_;
   int rounds_;
   VariantPair steps_;
-  int64_t intermediate_stride_;
 };
 
 // The arguments of these names, which hold the required ones.
@@ -224,16 +238,16 @@ std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
   return arguments;
 }
 
-// The shapes of the inputs, then those of out.
-CallLayouts parse_shapes(const ffi::Array<ffi::Array<ffi::String>>& shapes, const std::vector<Argument>& inputs) {
-  if (shapes.size() != inputs.size() + 1)
-    TVM_FFI_THROW(ValueError) << "shapes: expected those of " << inputs.size() << " inputs and of out, got "
-                              << shapes.size();
-  CallLayouts layouts;
+// The rules of the inputs, then that of out.
+CallRules parse_rules(const ffi::Array<ArgumentRow>& rows, const std::vector<Argument>& inputs) {
+  if (rows.size() != inputs.size() + 1)
+    TVM_FFI_THROW(ValueError) << "arguments: expected those of " << inputs.size() << " inputs and of out, got "
+                              << rows.size();
+  CallRules rules;
   for (size_t i = 0; i < inputs.size(); ++i)
-    layouts.inputs[static_cast<int>(inputs[i])] = parse_layouts(shapes[static_cast<int64_t>(i)]);
-  layouts.out = parse_layouts(shapes.back());
-  return layouts;
+    rules.inputs[static_cast<int>(inputs[i])] = parse_rule(rows[static_cast<int64_t>(i)]);
+  rules.out = parse_rule(rows.back());
+  return rules;
 }
 
 // What is written besides out, in the order of the inputs. It follows from them but for whether the state is updated.
@@ -259,20 +273,34 @@ int parse_rounds(int64_t rounds) {
   return rounds == 0 ? kUsualRounds : static_cast<int>(rounds);
 }
 
-}  // namespace
-
-ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ffi::Array<ffi::String>> shapes,
-                              ffi::Array<ffi::String> result_names, bool dt_softplus, int64_t pad_slot_id,
-                              int64_t philox_rounds, ffi::String isa, int64_t intermediate_stride) {
+CallReader make_reader(const ffi::Array<ffi::String>& argument_names, const ffi::Array<ArgumentRow>& rows,
+                       const ffi::Array<ffi::String>& result_names, int64_t intermediate_stride) {
   if (intermediate_stride < 1)
     TVM_FFI_THROW(ValueError) << "intermediate_stride: expected at least 1, got " << intermediate_stride;
-  thread_count();  // so that a wrong setting is reported here
   std::vector<Argument> inputs = parse_names(argument_names);
   std::vector<Argument> written = parse_results(result_names, inputs);
-  CallLayouts layouts = parse_shapes(shapes, inputs);
-  return ffi::Function::FromPacked(CpuKernel(std::move(inputs), std::move(layouts), std::move(written), dt_softplus,
-                                             pad_slot_id, parse_rounds(philox_rounds), find_variants(isa),
-                                             intermediate_stride));
+  CallRules rules = parse_rules(rows, inputs);
+  return CallReader(std::move(inputs), std::move(rules), std::move(written), intermediate_stride);
+}
+
+}  // namespace
+
+ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ArgumentRow> rows,
+                              ffi::Array<ffi::String> result_names, bool dt_softplus, int64_t pad_slot_id,
+                              int64_t philox_rounds, ffi::String isa, int64_t intermediate_stride) {
+  thread_count();  // so that a wrong setting is reported here
+  return ffi::Function::FromPacked(CpuKernel(make_reader(argument_names, rows, result_names, intermediate_stride),
+                                             dt_softplus, pad_slot_id, parse_rounds(philox_rounds),
+                                             find_variants(isa)));
+}
+
+ffi::Function make_cpu_check(ffi::Array<ffi::String> argument_names, ffi::Array<ArgumentRow> rows,
+                             ffi::Array<ffi::String> result_names, int64_t intermediate_stride) {
+  return ffi::Function::FromPacked([reader = make_reader(argument_names, rows, result_names, intermediate_stride)](
+                                       ffi::PackedArgs arguments, ffi::Any*) {
+    StepArguments step_arguments;
+    reader.read(arguments, step_arguments);
+  });
 }
 
 }  // namespace ssu_bridge

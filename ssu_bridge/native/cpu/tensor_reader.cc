@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <string_view>
+#include <cstring>
+#include <iterator>
+#include <utility>
 
 namespace ssu_bridge {
 
@@ -34,32 +36,35 @@ namespace {
 
 const char* name_of(Argument argument) { return kArgumentNames[static_cast<int>(argument)]; }
 
-using Axes = std::string_view;
-
-struct Sizes {
-  bool has_heads;
-  Axes token_axes;
-  int64_t b, t, g, h, p, n;
-
-  int64_t of(char axis) const {
-    switch (axis) {
-      case 'b':
-        return b;
-      case 'T':
-        return t;
-      case 'G':
-        return g;
-      case 'H':
-        return h;
-      case 'P':
-        return p;
-      default:
-        return n;
-    }
+// What the letters of the patterns stand for, as far as tensors have told.
+class Sizes {
+ public:
+  Sizes() {
+    std::fill(std::begin(sizes_), std::end(sizes_), kUnknown);
+    set('1', 1);
+    set('2', 2);
   }
+
+  int64_t of(char symbol) const { return sizes_[symbol - kFirst]; }
+  int64_t of(char symbol, int64_t otherwise) const { return of(symbol) == kUnknown ? otherwise : of(symbol); }
+  void set(char symbol, int64_t size) { sizes_[symbol - kFirst] = size; }
+  bool contradict(char symbol, int64_t size) const { return of(symbol, size) != size; }
+
+ private:
+  static constexpr int64_t kUnknown = -1;
+  static constexpr char kFirst = '1', kLast = 'b';
+  int64_t sizes_[kLast - kFirst + 1];
 };
 
-int length(Axes axes) { return static_cast<int>(axes.size()); }
+struct Call {
+  const CallTensors& tensors;
+  const CallRules& rules;
+  Form form = Form::kSingle;
+  bool has_heads = false;
+  Sizes sizes;
+
+  int64_t sequence_tokens() const { return sizes.of('T', 1); }
+};
 
 void* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
@@ -92,12 +97,7 @@ ElementType state_type(const DLTensor& tensor, const char* name) {
   return float_type(tensor, name);
 }
 
-// A Torch tensor may have lost its storage, or never had one.
-void check_memory(const DLTensor& tensor, const char* name) {
-  int64_t elements = 1;
-  for (int axis = 0; axis < tensor.ndim; ++axis) elements *= tensor.shape[axis];
-  if (tensor.data == nullptr && elements != 0) TVM_FFI_THROW(ValueError) << name << " has no memory";
-}
+bool is_empty(const DLTensor& tensor) { return std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0; }
 
 // The stride of an axis of one element is arbitrary; zero lets it count as tied.
 int64_t stride_of(const DLTensor& tensor, int axis, int64_t dense) {
@@ -105,11 +105,89 @@ int64_t stride_of(const DLTensor& tensor, int axis, int64_t dense) {
   return tensor.strides ? tensor.strides[axis] : dense;
 }
 
+// The first axis that contradicts the sizes that are known, or the number of axes.
+int first_wrong_axis(const DLTensor& tensor, const Pattern& pattern, const Sizes& sizes) {
+  int axis = 0;
+  while (axis < tensor.ndim && !sizes.contradict(pattern.axes[axis], tensor.shape[axis])) ++axis;
+  return axis;
+}
+
+// The shape that a tensor has of those that it may have; learns the sizes that it fixes.
+const Pattern& match(const DLTensor& tensor, const char* name, const Rule& rule, Call& call) {
+  const Pattern* wrong = nullptr;
+  for (const Pattern& pattern : rule.patterns[static_cast<int>(call.form)][call.has_heads]) {
+    if (static_cast<int>(pattern.axes.size()) != tensor.ndim) continue;
+    wrong = &pattern;
+    if (first_wrong_axis(tensor, pattern, call.sizes) < tensor.ndim) continue;
+    if (pattern.has_one_group && call.sizes.contradict('G', 1))
+      TVM_FFI_THROW(ValueError) << name << " has no axis for the " << call.sizes.of('G') << " groups";
+    for (int axis = 0; axis < tensor.ndim; ++axis) call.sizes.set(pattern.axes[axis], tensor.shape[axis]);
+    if (pattern.has_one_group) call.sizes.set('G', 1);
+    return pattern;
+  }
+  if (!wrong)
+    TVM_FFI_THROW(ValueError) << name << " has " << tensor.ndim << " axes, which does not go with a state "
+                              << (call.has_heads ? "of 4" : "of 3") << " and the axes of x";
+  int axis = first_wrong_axis(tensor, *wrong, call.sizes);
+  TVM_FFI_THROW(ValueError) << name << ": axis " << axis << " must have size " << call.sizes.of(wrong->axes[axis])
+                            << ", got " << tensor.shape[axis];
+  std::abort();  // unreachable, as above
+}
+
+// How many of the last axes repeat one element: those of a tied view.
+int repeated_axes(const DLTensor& tensor, const Rule& rule, const Pattern& pattern, bool has_heads) {
+  if (!has_heads || !pattern.is_full) return 0;
+  for (int i = 1; i <= rule.tied_axes; ++i)
+    if (tensor.strides[tensor.ndim - i] != 0) return 0;
+  return rule.tied_axes;
+}
+
+void check_distinct(const DLTensor& tensor, const char* name, int free_axes, int64_t step) {
+  int order[kMaxAxes];
+  for (int axis = 0; axis < free_axes; ++axis) order[axis] = axis;
+  auto length = [&](int axis) { return std::abs(tensor.strides[axis]); };
+  std::sort(order, order + free_axes, [&](int a, int b) { return length(a) < length(b); });
+  for (int i = 0; i < free_axes; ++i) {
+    int axis = order[i];
+    if (tensor.shape[axis] > 1 && length(axis) < step)
+      TVM_FFI_THROW(ValueError) << name << " must not overlap itself, because it is written";
+    step = std::max(step, tensor.shape[axis] * length(axis));
+  }
+}
+
+// The axes that are not free lie densely, and no element of what is written lies where another does.
+void check_strides(const DLTensor& tensor, const char* name, const Rule& rule, const Pattern& pattern, bool has_heads) {
+  if (!tensor.strides || is_empty(tensor)) return;  // the strides of an empty tensor say nothing
+  int dense = tensor.ndim - repeated_axes(tensor, rule, pattern, has_heads);
+  int64_t step = 1;
+  for (int axis = tensor.ndim - 1; axis >= pattern.free_axes; --axis) {
+    if (tensor.shape[axis] > 1 && tensor.strides[axis] != (axis < dense ? step : 0))
+      TVM_FFI_THROW(ValueError) << name << " must be contiguous from axis " << pattern.free_axes << " on";
+    if (axis < dense) step *= tensor.shape[axis];
+  }
+  if (rule.is_written) check_distinct(tensor, name, pattern.free_axes, step);
+}
+
+// Checks all but the type.
+const Pattern& check(const DLTensor& tensor, const char* name, const Rule& rule, Call& call) {
+  check_device(tensor, name);
+  // A Torch tensor may have lost its storage, or never had one.
+  if (tensor.data == nullptr && !is_empty(tensor)) TVM_FFI_THROW(ValueError) << name << " has no memory";
+  const Pattern& pattern = match(tensor, name, rule, call);
+  check_strides(tensor, name, rule, pattern, call.has_heads);
+  return pattern;
+}
+
+const Pattern& check(Argument argument, Call& call) {
+  return check(*call.tensors[argument], name_of(argument), call.rules.inputs[static_cast<int>(argument)], call);
+}
+
 int64_t& stride_of(Operand& operand, char axis) {
   switch (axis) {
     case 'b':
       return operand.batch_stride;
     case 'T':
+    case 'L':
       return operand.token_stride;
     case 'G':
     case 'H':
@@ -121,54 +199,36 @@ int64_t& stride_of(Operand& operand, char axis) {
   }
 }
 
-Axes layout_for(const DLTensor& tensor, const char* name, const Layouts& layouts, const Sizes& sizes) {
-  int axes = tensor.ndim - (layouts.has_tokens ? length(sizes.token_axes) : 0);
-  for (const std::string& layout : layouts.axes[sizes.has_heads])
-    if (length(layout) == axes) return layout;
-  TVM_FFI_THROW(ValueError) << name << " has " << tensor.ndim << " axes, which does not go with a state "
-                            << (sizes.has_heads ? "of 4" : "of 3") << " and the axes of x";
-  std::abort();  // unreachable, as above
-}
-
-Operand read_operand(const DLTensor& tensor, const char* name, const Layouts& layouts, const Sizes& sizes) {
-  check_device(tensor, name);
-  check_memory(tensor, name);
-  Axes layout = layout_for(tensor, name, layouts, sizes);
-  if (layout == "n" && sizes.g != 1)
-    TVM_FFI_THROW(ValueError) << name << " has no axis for the " << sizes.g << " groups of B";
-  int token_axes = tensor.ndim - length(layout);
+Operand read_operand(const DLTensor& tensor, const char* name, const Pattern& pattern) {
   Operand operand;
   operand.data = data_of(tensor);
   operand.type = float_type(tensor, name);
   int64_t dense = 1;
-  for (int i = tensor.ndim - 1; i >= 0; --i) {
-    char axis = i < token_axes ? sizes.token_axes[i] : layout[i - token_axes];
-    int64_t size = tensor.shape[i];
-    if (size != sizes.of(axis))
-      TVM_FFI_THROW(ValueError) << name << ": axis " << i << " must have size " << sizes.of(axis) << ", got " << size;
-    stride_of(operand, axis) = stride_of(tensor, i, dense);
-    dense *= size;
+  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+    stride_of(operand, pattern.axes[axis]) = stride_of(tensor, axis, dense);
+    dense *= tensor.shape[axis];
   }
   return operand;
 }
 
-// A table of `rows` rows, with a column for each token where it may have them and does.
-IndexTable read_table(const CallTensors& tensors, Argument argument, int64_t rows, bool may_have_columns = false) {
+Operand read_operand(Argument argument, Call& call) {
+  const DLTensor* tensor = call.tensors[argument];
+  return tensor ? read_operand(*tensor, name_of(argument), check(argument, call)) : Operand();
+}
+
+// A table with a row for each sequence, and a column for each token where it has two axes.
+IndexTable read_table(Argument argument, Call& call) {
   IndexTable table;
-  const DLTensor* tensor = tensors[argument];
+  const DLTensor* tensor = call.tensors[argument];
   if (!tensor) return table;
   const char* name = name_of(argument);
-  check_device(*tensor, name);
-  check_memory(*tensor, name);
+  check(argument, call);
   table.is_64_bit = is_type(tensor->dtype, kDLInt, 64);
   if (!table.is_64_bit && !is_type(tensor->dtype, kDLInt, 32)) refuse_type(*tensor, name, "int32 or int64");
-  table.has_columns = may_have_columns && tensor->ndim == 2;
-  if (tensor->ndim != (table.has_columns ? 2 : 1) || tensor->shape[0] != rows)
-    TVM_FFI_THROW(ValueError) << name << " must have shape (" << rows << ",)"
-                              << (may_have_columns ? " or a column for each token" : "");
   // A table without columns has no memory, and is not absent for that.
   static const int64_t nothing = 0;
   table.data = tensor->data ? data_of(*tensor) : &nothing;
+  table.has_columns = tensor->ndim == 2;
   if (table.has_columns) {
     table.columns = tensor->shape[1];
     table.column_stride = stride_of(*tensor, 1, 1);
@@ -177,44 +237,36 @@ IndexTable read_table(const CallTensors& tensors, Argument argument, int64_t row
   return table;
 }
 
-// A number for each token: (sequences, tokens), or (rows,) of packed ones and of single tokens.
-IndexTable read_parents(const CallTensors& tensors, const Sizes& sizes) {
-  bool has_both = length(sizes.token_axes) == 2;
-  IndexTable table = read_table(tensors, Argument::kParents, sizes.of(sizes.token_axes[0]), has_both);
-  if (!table.data) return table;
-  if (table.has_columns != has_both || (has_both && table.columns != sizes.t))
-    TVM_FFI_THROW(ValueError) << name_of(Argument::kParents) << " must have the first axes of x";
-  if (has_both && sizes.t > kMaxTreeTokens)
-    TVM_FFI_THROW(ValueError) << "a tree has at most " << kMaxTreeTokens << " tokens, got " << sizes.t;
+// A table of slots, which has a column for each token at least, if it has any.
+IndexTable read_slots(Argument argument, Call& call) {
+  IndexTable table = read_table(argument, call);
+  if (table.has_columns && table.columns < call.sequence_tokens())
+    TVM_FFI_THROW(ValueError) << name_of(argument) << " must have a column for each of " << call.sequence_tokens()
+                              << " tokens, got " << table.columns;
   return table;
 }
 
-FlagTable read_flags(const CallTensors& tensors, Argument argument, int64_t count) {
+// A number for each token: a row for each sequence, or for each row of packed ones.
+IndexTable read_parents(Call& call) {
+  IndexTable table = read_table(Argument::kParents, call);
+  if (!table.data) return table;
+  if (const DLTensor* slots = call.tensors[Argument::kWriteSlots]; slots && slots->ndim == 1)
+    TVM_FFI_THROW(ValueError) << "dst_state_batch_indices must have a column for each token with parent_tokens";
+  if (call.sequence_tokens() > kMaxTreeTokens)
+    TVM_FFI_THROW(ValueError) << "a tree has at most " << kMaxTreeTokens << " tokens, got " << call.sequence_tokens();
+  return table;
+}
+
+FlagTable read_flags(Argument argument, Call& call) {
   FlagTable table;
-  const DLTensor* tensor = tensors[argument];
+  const DLTensor* tensor = call.tensors[argument];
   if (!tensor) return table;
-  const char* name = name_of(argument);
-  check_device(*tensor, name);
-  check_memory(*tensor, name);
+  check(argument, call);
   if (!is_type(tensor->dtype, kDLBool, 8) && !is_type(tensor->dtype, kDLUInt, 8))
-    refuse_type(*tensor, name, "bool or uint8");
-  if (tensor->ndim != 1 || tensor->shape[0] != count)
-    TVM_FFI_THROW(ValueError) << name << " must have shape (" << count << ",)";
+    refuse_type(*tensor, name_of(argument), "bool or uint8");
   table.data = static_cast<const uint8_t*>(data_of(*tensor));
   table.stride = stride_of(*tensor, 0, 1);
   return table;
-}
-
-// Whether the axes from `first` on lie densely. The strides of an empty tensor say nothing.
-bool is_dense_from(const DLTensor& tensor, int first) {
-  bool dense = true;
-  int64_t stride = 1;
-  for (int axis = tensor.ndim - 1; axis >= first && tensor.strides; --axis) {
-    if (tensor.shape[axis] != 1 && tensor.strides[axis] != stride) dense = false;
-    stride *= tensor.shape[axis];
-  }
-  for (int axis = 0; axis < first; ++axis) stride *= tensor.shape[axis];
-  return dense || stride == 0;
 }
 
 // The distance between two of what the first axis counts, where the others lie densely.
@@ -224,178 +276,189 @@ int64_t dense_stride(const DLTensor& tensor) {
   return tensor.strides && tensor.shape[0] > 1 ? tensor.strides[0] : dense;
 }
 
-void check_shape(const DLTensor& tensor, const char* name, const int64_t* shape, int axes) {
-  bool matches = tensor.ndim == axes;
-  for (int axis = 0; axis < axes && matches; ++axis) matches = tensor.shape[axis] == shape[axis];
-  if (!matches) TVM_FFI_THROW(ValueError) << name << " has a shape that does not go with the other states";
-}
-
-// `scales` holds one number for each row of `values`, or is null where the values are floats.
-StateStorage read_storage(const DLTensor& values, const char* name, const DLTensor* scales, const char* scales_name) {
-  check_device(values, name);
-  check_memory(values, name);
-  if (!is_dense_from(values, 1)) TVM_FFI_THROW(ValueError) << name << " must be contiguous inside an entry";
+// `scales` names what holds one number for each row of `values`, and is absent where the values are floats.
+StateStorage read_storage(Argument values, Argument scales, Call& call) {
+  const DLTensor& tensor = *call.tensors[values];
+  check(values, call);
   StateStorage storage;
-  storage.data = data_of(values);
-  storage.type = state_type(values, name);
-  storage.entries = values.shape[0];
-  storage.stride = dense_stride(values);
-  if (is_quantised(storage.type) != (scales != nullptr))
-    TVM_FFI_THROW(ValueError) << scales_name << " must be there for a quantised " << name << ", and only then";
-  if (scales) {
-    check_device(*scales, scales_name);
-    check_memory(*scales, scales_name);
-    check_shape(*scales, scales_name, values.shape, values.ndim - 1);
-    if (!is_type(scales->dtype, kDLFloat, 32)) refuse_type(*scales, scales_name, "float32");
-    if (!is_dense_from(*scales, 1)) TVM_FFI_THROW(ValueError) << scales_name << " must be contiguous inside an entry";
-    storage.scales = static_cast<float*>(data_of(*scales));
-    storage.scale_stride = dense_stride(*scales);
+  storage.data = data_of(tensor);
+  storage.type = state_type(tensor, name_of(values));
+  storage.entries = tensor.shape[0];
+  storage.stride = dense_stride(tensor);
+  const DLTensor* rows = call.tensors[scales];
+  if (is_quantised(storage.type) != (rows != nullptr))
+    TVM_FFI_THROW(ValueError) << name_of(scales) << " must be there for a quantised " << name_of(values)
+                              << ", and only then";
+  if (rows) {
+    check(scales, call);
+    if (!is_type(rows->dtype, kDLFloat, 32)) refuse_type(*rows, name_of(scales), "float32");
+    storage.scales = static_cast<float*>(data_of(*rows));
+    storage.scale_stride = dense_stride(*rows);
   }
   return storage;
 }
 
-Sizes read_state(const CallTensors& tensors, StepArguments& a) {
-  const DLTensor& state = *tensors[Argument::kState];
-  if (state.ndim != 3 && state.ndim != 4)
-    TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
-  a.state = read_storage(state, "state", tensors[Argument::kScales], name_of(Argument::kScales));
-  bool has_heads = state.ndim == 4;
-  a.heads = has_heads ? state.shape[1] : 1;
-  a.rows = state.shape[state.ndim - 2];
-  a.columns = state.shape[state.ndim - 1];
-  return {has_heads, "b", 0, 1, 1, a.heads, a.rows, a.columns};
+void check_size(char symbol, const char* what, const Call& call) {
+  if (call.sizes.of(symbol) < 1) TVM_FFI_THROW(ValueError) << "expected " << what << " of at least 1, got 0";
 }
 
-void read_intermediates(const CallTensors& tensors, StepArguments& a) {
-  const DLTensor* tensor = tensors[Argument::kIntermediates];
+void read_state(Call& call, StepArguments& a) {
+  a.state = read_storage(Argument::kState, Argument::kScales, call);
+  check_size('H', "nheads", call);
+  check_size('P', "headdim", call);
+  check_size('N', "dstate", call);
+  a.heads = call.sizes.of('H');
+  a.rows = call.sizes.of('P');
+  a.columns = call.sizes.of('N');
+}
+
+void read_intermediates(Call& call, StepArguments& a) {
+  const DLTensor* tensor = call.tensors[Argument::kIntermediates];
   if (!tensor) return;
   const char* name = name_of(Argument::kIntermediates);
-  const DLTensor& state = *tensors[Argument::kState];
-  if (tensor->ndim != state.ndim + 1)
-    TVM_FFI_THROW(ValueError) << name << " must have " << state.ndim + 1 << " axes, got " << tensor->ndim;
-  // (entries, steps, ...) beside (slots, ...)
-  for (int axis = 1; axis < state.ndim; ++axis)
-    if (tensor->shape[axis + 1] != state.shape[axis])
-      TVM_FFI_THROW(ValueError) << name << ": axis " << axis + 1 << " must have size " << state.shape[axis] << ", got "
-                                << tensor->shape[axis + 1];
-  a.intermediates =
-      read_storage(*tensor, name, tensors[Argument::kIntermediateScales], name_of(Argument::kIntermediateScales));
+  a.intermediates = read_storage(Argument::kIntermediates, Argument::kIntermediateScales, call);
   a.intermediates.steps = tensor->shape[1];
   if (a.intermediates.type != a.state.type) TVM_FFI_THROW(ValueError) << name << " must have the type of state";
+  int64_t steps = call.sequence_tokens() / a.intermediate_stride;
+  if (a.intermediates.steps < steps)
+    TVM_FFI_THROW(ValueError) << name << " must have at least " << steps << " steps, got " << a.intermediates.steps;
 }
 
-// The sequences and tokens, as the axes of x or as cu_seqlens tell.
-void read_tokens(const CallTensors& tensors, Sizes& sizes, StepArguments& a) {
-  const DLTensor& x = *tensors[Argument::kX];
-  const DLTensor* starts = tensors[Argument::kSequenceStarts];
-  int axes = x.ndim - (sizes.has_heads ? 2 : 1);
-  if (axes < 1 || axes > (starts ? 1 : 2))
-    TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which does not go with a state of "
-                              << (sizes.has_heads ? 4 : 3) << (starts ? " and cu_seqlens" : "");
-  if (starts) {
-    if (starts->ndim != 1 || starts->shape[0] < 1)
-      TVM_FFI_THROW(ValueError) << "cu_seqlens must have shape (sequences + 1,)";
-    sizes.token_axes = "T";
-    sizes.b = starts->shape[0] - 1;
-    sizes.t = x.shape[0];
-    a.sequence_starts = read_table(tensors, Argument::kSequenceStarts, sizes.b + 1);
-  } else {
-    sizes.token_axes = axes == 2 ? "bT" : "b";
-    sizes.b = x.shape[0];
-    sizes.t = axes == 2 ? x.shape[1] : 1;
+// Whether there are heads, and how sequences and tokens lie: the axes of the state and x and cu_seqlens tell.
+void read_form(Call& call) {
+  const DLTensor &state = *call.tensors[Argument::kState], &x = *call.tensors[Argument::kX];
+  const DLTensor* starts = call.tensors[Argument::kSequenceStarts];
+  if (state.ndim != 3 && state.ndim != 4)
+    TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
+  call.has_heads = state.ndim == 4;
+  if (!call.has_heads) {
+    call.sizes.set('H', 1);
+    call.sizes.set('G', 1);
   }
-  a.sequences = sizes.b;
-  a.tokens = sizes.t;
+  int more = x.ndim - (state.ndim - 1);
+  if (more < 0 || more > (starts ? 0 : 1))
+    TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which does not go with a state of " << state.ndim
+                              << (starts ? " and cu_seqlens" : "");
+  call.form = starts ? Form::kPacked : more ? Form::kMulti : Form::kSingle;
+  if (!starts) return;
+  if (starts->ndim != 1 || starts->shape[0] < 1)
+    TVM_FFI_THROW(ValueError) << "cu_seqlens must have shape (sequences + 1,)";
+  call.sizes.set('b', starts->shape[0] - 1);
 }
 
-void read_groups(const CallTensors& tensors, Sizes& sizes, StepArguments& a) {
-  const DLTensor& B = *tensors[Argument::kB];
-  int token_axes = length(sizes.token_axes);
-  sizes.g = B.ndim == token_axes + 2 ? B.shape[token_axes] : 1;
-  if (sizes.g < 1 || sizes.h % sizes.g != 0)
-    TVM_FFI_THROW(ValueError) << "B has " << sizes.g << " groups, which does not divide " << sizes.h << " heads";
-  a.heads_per_group = sizes.h / sizes.g;
+void read_groups(Call& call, StepArguments& a) {
+  a.B = read_operand(Argument::kB, call);
+  int64_t groups = call.sizes.of('G');
+  if (groups < 1 || a.heads % groups != 0)
+    TVM_FFI_THROW(ValueError) << "B has " << groups << " groups, which does not divide " << a.heads << " heads";
+  a.heads_per_group = a.heads / groups;
 }
 
-// Eight bytes: an int64, or the two words of the key with the lower one first.
-void read_seed(const CallTensors& tensors, StepArguments& a) {
-  const DLTensor* seed = tensors[Argument::kSeed];
+bool is_pair(const DLTensor& seed) { return is_type(seed.dtype, kDLUInt, 32); }
+
+// One int64, or the two words of a key.
+void check_seed(Call& call, StepArguments& a) {
+  const DLTensor* seed = call.tensors[Argument::kSeed];
   if (!seed) return;
-  check_device(*seed, "rand_seed");
-  check_memory(*seed, "rand_seed");
-  bool is_pair = is_type(seed->dtype, kDLUInt, 32);
-  if (!is_pair && !is_type(seed->dtype, kDLInt, 64)) refuse_type(*seed, "rand_seed", "int64 or uint32");
-  if (is_pair ? seed->ndim != 1 || seed->shape[0] != 2 : seed->ndim > 1 || (seed->ndim == 1 && seed->shape[0] != 1))
+  check(Argument::kSeed, call);
+  if (!is_pair(*seed) && !is_type(seed->dtype, kDLInt, 64)) refuse_type(*seed, "rand_seed", "int64 or uint32");
+  if (is_pair(*seed) ? seed->ndim == 0 || seed->shape[0] != 2 : seed->ndim > 0 && seed->shape[0] != 1)
     TVM_FFI_THROW(ValueError) << "rand_seed must be one int64 or two uint32";
   if (a.state.type == ElementType::kFloat32 || a.state.type == ElementType::kInt16)
     TVM_FFI_THROW(ValueError) << "rand_seed goes with a state of float16, bfloat16, int8 or float8_e4m3fn only";
-  if (is_pair) {
-    const uint32_t* words = static_cast<const uint32_t*>(data_of(*seed));
-    a.random.key[0] = words[0];
-    a.random.key[1] = words[stride_of(*seed, 0, 1)];
-  } else {
-    uint64_t key = *static_cast<const uint64_t*>(data_of(*seed));
-    a.random.key[0] = static_cast<uint32_t>(key);
-    a.random.key[1] = static_cast<uint32_t>(key >> 32);
-  }
   a.random.is_used = true;
 }
 
-void read_out(const DLTensor& out, const Layouts& layouts, const Sizes& sizes, StepArguments& a) {
-  a.out = read_operand(out, "out", layouts, sizes);
-  if (!is_dense_from(out, length(sizes.token_axes)))
-    TVM_FFI_THROW(ValueError) << "out must be contiguous behind its token axes";
+void read_out(Call& call, StepArguments& a) {
+  const DLTensor& out = *call.tensors.out;
+  a.out = read_operand(out, "out", check(out, "out", call.rules.out, call));
+  if (a.out.type != a.x.type) TVM_FFI_THROW(ValueError) << "out must have the type of x";
+}
+
+std::string without(std::string axes, char symbol) {
+  axes.erase(std::remove(axes.begin(), axes.end(), symbol), axes.end());
+  return axes;
+}
+
+std::string with_tokens(std::string axes, const char* token_axes) {
+  size_t star = axes.find('*');
+  return star == std::string::npos ? axes : axes.replace(star, 1, token_axes);
 }
 
 }  // namespace
 
-Layouts parse_layouts(const tvm::ffi::Array<tvm::ffi::String>& shapes) {
-  Layouts layouts;
-  for (const tvm::ffi::String& shape : shapes) {
-    std::string axes = shape;
-    layouts.has_tokens = axes[0] == '*';
-    if (layouts.has_tokens) axes.erase(0, 1);
-    layouts.axes[true].push_back(axes);
-    // Without heads nothing can be tied to one.
-    if (!axes.empty() && axes.back() == 'H') continue;
-    axes.erase(std::remove(axes.begin(), axes.end(), 'H'), axes.end());
-    layouts.axes[false].push_back(axes);
+Rule parse_rule(const ArgumentRow& row) {
+  const char* const token_axes[kForms] = {"b", "bT", "L"};
+  Rule rule;
+  tvm::ffi::Array<tvm::ffi::String> shapes = row.get<0>();
+  rule.tied_axes = static_cast<int>(row.get<2>());
+  rule.is_written = row.get<3>();
+  for (int form = 0; form < kForms; ++form) {
+    std::string free = with_tokens(row.get<1>(), token_axes[form]);
+    for (bool has_heads : {false, true}) {
+      std::vector<Pattern>& patterns = rule.patterns[form][has_heads];
+      for (const tvm::ffi::String& shape : shapes) {
+        std::string axes = with_tokens(shape, token_axes[form]);
+        // Without heads nothing can be tied to one.
+        if (!has_heads && !axes.empty() && axes.back() == 'H') continue;
+        if (!has_heads) axes = without(axes, 'H');
+        if (axes.size() > kMaxAxes) TVM_FFI_THROW(ValueError) << "arguments: " << axes << " has too many axes";
+        Pattern pattern;
+        pattern.is_full = patterns.empty();
+        pattern.has_one_group =
+            !patterns.empty() && patterns[0].axes.find('G') != std::string::npos && axes.find('G') == std::string::npos;
+        size_t inner = axes.find_first_not_of(free);
+        pattern.free_axes = static_cast<int>(inner == std::string::npos ? axes.size() : inner);
+        pattern.axes = std::move(axes);
+        patterns.push_back(std::move(pattern));
+      }
+    }
   }
-  return layouts;
+  return rule;
 }
 
-void read_tensors(const CallTensors& tensors, const CallLayouts& layouts, StepArguments& a) {
-  Sizes sizes = read_state(tensors, a);
-  read_tokens(tensors, sizes, a);
-  read_groups(tensors, sizes, a);
+void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArguments& a) {
+  Call call{tensors, rules};
+  read_form(call);
+  read_state(call, a);
+  a.x = read_operand(Argument::kX, call);
+  a.dt = read_operand(Argument::kDt, call);
+  a.A = read_operand(Argument::kA, call);
+  read_groups(call, a);
+  a.C = read_operand(Argument::kC, call);
+  a.D = read_operand(Argument::kD, call);
+  a.z = read_operand(Argument::kZ, call);
+  a.dt_bias = read_operand(Argument::kDtBias, call);
+  a.sequences = call.sizes.of('b');
+  a.tokens = call.form == Form::kPacked ? call.sizes.of('L') : call.sequence_tokens();
+  call.sizes.set('Q', a.sequences + 1);
+  a.read_slots = read_slots(Argument::kReadSlots, call);
+  a.write_slots = read_slots(Argument::kWriteSlots, call);
+  a.accepted_tokens = read_table(Argument::kAcceptedTokens, call);
+  a.sequence_starts = read_table(Argument::kSequenceStarts, call);
+  a.intermediate_entries = read_table(Argument::kIntermediateEntries, call);
+  a.parents = read_parents(call);
+  a.has_initial_state = read_flags(Argument::kHasInitialState, call);
+  read_intermediates(call, a);
+  check_seed(call, a);
+  read_out(call, a);
 
-  auto read = [&](Argument argument) {
-    const DLTensor* tensor = tensors[argument];
-    const Layouts& shapes = layouts.inputs[static_cast<int>(argument)];
-    return tensor ? read_operand(*tensor, name_of(argument), shapes, sizes) : Operand();
-  };
-  a.x = read(Argument::kX);
-  a.dt = read(Argument::kDt);
-  a.A = read(Argument::kA);
-  a.B = read(Argument::kB);
-  a.C = read(Argument::kC);
-  a.D = read(Argument::kD);
-  a.z = read(Argument::kZ);
-  a.dt_bias = read(Argument::kDtBias);
-  a.read_slots = read_table(tensors, Argument::kReadSlots, sizes.b, true);
-  a.write_slots = read_table(tensors, Argument::kWriteSlots, sizes.b, true);
-  a.accepted_tokens = read_table(tensors, Argument::kAcceptedTokens, sizes.b);
-  a.intermediate_entries = read_table(tensors, Argument::kIntermediateEntries, sizes.b);
-  a.parents = read_parents(tensors, sizes);
-  a.has_initial_state = read_flags(tensors, Argument::kHasInitialState, sizes.b);
-  read_intermediates(tensors, a);
-  read_seed(tensors, a);
-  read_out(*tensors.out, layouts.out, sizes, a);
-
+  if (tensors[Argument::kAcceptedTokens] && !a.read_slots.has_columns)
+    TVM_FFI_THROW(ValueError) << "num_accepted_tokens goes with a state_batch_indices of two axes only";
   if (!tensors[Argument::kReadSlots] && a.state.entries < a.sequences)
     TVM_FFI_THROW(ValueError) << "state has " << a.state.entries << " slots for " << a.sequences << " sequences";
   a.is_direct = a.tokens == 1 && !a.sequence_starts.data && !a.intermediates.data && !a.random.is_used &&
                 !is_quantised(a.state.type);
+}
+
+void read_seed(const CallTensors& tensors, StepArguments& a) {
+  const DLTensor* seed = tensors[Argument::kSeed];
+  if (!seed) return;
+  // Eight bytes: an int64, or the two words of the key with the lower one first.
+  uint64_t key;
+  std::memcpy(&key, data_of(*seed), sizeof key);
+  a.random.key[0] = static_cast<uint32_t>(key);
+  a.random.key[1] = static_cast<uint32_t>(key >> 32);
 }
 
 }  // namespace ssu_bridge

@@ -4,6 +4,7 @@
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/string.h>
 
 #include <string>
@@ -48,21 +49,39 @@ struct CallTensors {
   const DLTensor* operator[](Argument argument) const { return inputs[static_cast<int>(argument)]; }
 };
 
-// The shapes that an operand may have, in the letters of the table of arguments in core/arguments.py: H heads, P rows,
-// N columns, G groups, and a * for the axes of the tokens, which come first where there are any.
-struct Layouts {
-  bool has_tokens = false;
-  // The axes besides those of the tokens, beside a state without a head axis and beside one with it.
-  std::vector<std::string> axes[2];
-};
-Layouts parse_layouts(const tvm::ffi::Array<tvm::ffi::String>& shapes);
+// How sequences and tokens lie: (b, ...), (b, T, ...), or rows of packed sequences (L, ...).
+enum class Form { kSingle, kMulti, kPacked };
+constexpr int kForms = 3;
+constexpr int kMaxAxes = 8;
 
-struct CallLayouts {
-  Layouts inputs[kArguments], out;
+// One shape that an argument may have.
+struct Pattern {
+  std::string axes;            // a letter for each, as in core/arguments.py
+  int free_axes = 0;           // so many of the first may be strided
+  bool is_full = false;        // it leaves out no axis
+  bool has_one_group = false;  // by leaving out the axis of the groups
 };
 
-// Fills in everything that the tensors tell. Raises ValueError for a device, type, shape or layout that is not taken.
-void read_tensors(const CallTensors& tensors, const CallLayouts& layouts, StepArguments& arguments);
+// What an argument must look like.
+struct Rule {
+  std::vector<Pattern> patterns[kForms][2];  // by form, and by whether the state has an axis of heads
+  int tied_axes = 0;                         // so many of the last may repeat one element, all together
+  bool is_written = false;
+};
+
+// A rule as core/arguments.py spells it: shapes, free axes, how many axes a tied view repeats, whether it is written.
+using ArgumentRow = tvm::ffi::Tuple<tvm::ffi::Array<tvm::ffi::String>, tvm::ffi::String, int64_t, bool>;
+Rule parse_rule(const ArgumentRow& row);
+
+struct CallRules {
+  Rule inputs[kArguments], out;
+};
+
+// Fills in everything that the tensors' metadata tell; it reads no element. Raises ValueError for what core/shapes.py
+// and core/validate.py refuse too: a device, type, shape or layout.
+void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArguments& arguments);
+// Reads the seed, if there is one, after the check.
+void read_seed(const CallTensors& tensors, StepArguments& arguments);
 
 }  // namespace ssu_bridge
 
