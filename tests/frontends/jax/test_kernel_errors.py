@@ -1,0 +1,96 @@
+"""What a kernel raises for the types of its arguments comes before anything is donated to it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ssu_bridge
+from ssu_bridge.backends import cpu
+from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.core.shapes import Shapes
+from ssu_bridge.testing.cases import Case
+
+CASE = Case("refused by the kernel", nheads=4, ngroups=2, headdim=8, dstate=16)
+
+
+@pytest.fixture
+def unchecked_groups(monkeypatch):
+    """``describe`` accepts what the kernel does not: three groups of four heads."""
+    monkeypatch.setattr(Shapes, "_check_heads", lambda self, name: None)
+
+
+def call_of_three_groups():
+    given = {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
+    given |= {name: jnp.zeros((len(given["x"]), 3, 16), given[name].dtype) for name in ("B", "C")}
+    return given
+
+
+def wrapped(how):
+    if how == "eager":
+        return ssu_bridge.update
+    donating = jax.jit(lambda state, rest: ssu_bridge.update(state, **rest, backend="cpu"), donate_argnums=0)
+    return lambda state, backend, **rest: donating(state, rest)
+
+
+@pytest.mark.parametrize("how", ["eager", "jit"])
+def test_a_refusing_kernel_leaves_the_state(how, unchecked_groups):
+    given = call_of_three_groups()
+    before = np.array(given["state"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="B has 3 groups, which does not divide 4 heads"):
+            wrapped(how)(**given, backend="cpu")
+        assert not given["state"].is_deleted()
+    np.testing.assert_array_equal(np.array(given["state"]), before)
+
+
+def test_a_refusing_kernel_leaves_a_sharded_state(unchecked_groups):
+    given = call_of_three_groups()
+    mesh = jax.make_mesh((2,), ("slots",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    given = {name: jax.device_put(array, everywhere) for name, array in given.items()}
+    with pytest.raises(Exception, match="B has 3 groups, which does not divide 4 heads"):
+        ssu_bridge.update(**given, backend="cpu")
+    assert not given["state"].is_deleted()
+
+
+def test_a_refusing_kernel_leaves_a_reference(unchecked_groups):
+    given = call_of_three_groups()
+    before = np.array(given["state"])
+    reference = jax.new_ref(given.pop("state"))
+    with pytest.raises(ValueError, match="B has 3 groups, which does not divide 4 heads"):
+        ssu_bridge.update(reference, **given, backend="cpu")
+    np.testing.assert_array_equal(np.array(reference[...]), before)
+
+
+def test_a_kernel_checks_each_signature_once(monkeypatch):
+    """When it is traced, so that a repeated call costs what it did."""
+    checked = []
+    load = cpu.load
+
+    def counted(problem):
+        kernel = load(problem)
+        return kernel._replace(check=lambda *tensors: (checked.append(len(tensors)), kernel.check(*tensors)))
+
+    monkeypatch.setattr(cpu, "load", counted)
+    case = Case("checked once", nheads=2, ngroups=1, headdim=3, dstate=5)
+    given = {name: jnp.array(array) for name, array in case.arrays(seed=2).items()}
+    arrays = len(given) + 2  # out, and the state as a result
+    for _ in range(3):
+        _, given["state"] = ssu_bridge.update(**given, backend="cpu")
+    assert checked == [arrays]
+
+
+def test_a_check_looks_at_every_argument():
+    """Scales, seeds and intermediate states have types as good as the others'."""
+    case = Case("all", tokens=3, steps=3)
+    given = {name: jnp.array(array) for name, array in case.arrays(seed=3).items()}
+    shape = given["state"].shape
+    quantized = QuantizedState(jnp.zeros(shape, jnp.int8), jnp.ones(shape[:-1], jnp.float32))
+    buffer = given["intermediate_states"].shape
+    steps = QuantizedState(jnp.zeros(buffer, jnp.int8), jnp.ones(buffer[:-1], jnp.float32))
+    given |= {"state": quantized, "intermediate_states": steps, "rand_seed": jax.random.key(0)}
+    out, state, _ = ssu_bridge.update(**given, **case.flags, backend="cpu")
+    assert np.isfinite(np.array(out)).all()
+    assert quantized.values.is_deleted()
+    assert state.values.dtype == jnp.int8
