@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jax.export import DisabledSafetyCheck, Exported
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 from ssu_bridge.backends.base import DeviceKernel
-from ssu_bridge.core.arguments import SIZES
+from ssu_bridge.core.arguments import DTYPES, SIZES
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.validate import axes, describe
@@ -17,20 +18,6 @@ from ssu_bridge.dispatch import consider_problem, load
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.ffi_targets import Call, parse, register, registered, spell
 from ssu_bridge.frontends.jax.metadata import platforms
-
-# NumPy's names of a program's types.
-_DTYPES = {
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "f8E4M3FN": "float8_e4m3fn",
-    "i8": "int8",
-    "i16": "int16",
-    "i32": "int32",
-    "i64": "int64",
-    "ui32": "uint32",
-    "i1": "bool",
-}
 
 # Stands for a size that a program leaves open. A call may have as many slots, entries, columns and steps.
 _OPEN = 2**62
@@ -100,18 +87,18 @@ def _calls(program: bytes) -> list[tuple[str, list[ArrayInfo]]]:
         if operation.name == "stablehlo.custom_call":
             target = operation.attributes["call_target_name"].value
             if target.startswith("ssu_bridge."):
-                calls.append((target, [_info(operand.type) for operand in operation.operands]))
+                calls.append((target, [_info(operand.type, dtypes) for operand in operation.operands]))
         return ir.WalkResult.ADVANCE
 
     with mlir.make_ir_context() as context:
+        dtypes = {mlir.dtype_to_ir_type(np.dtype(name)): name for name in DTYPES}
         stablehlo.deserialize_portable_artifact(context, program).operation.walk(visit)
     return calls
 
 
-def _info(kind: Any) -> ArrayInfo:
-    dtype = str(kind.element_type)
+def _info(kind: Any, dtypes: dict[Any, str]) -> ArrayInfo:
     shape = tuple(_OPEN if kind.is_dynamic_dim(axis) else kind.get_dim_size(axis) for axis in range(kind.rank))
-    return ArrayInfo(shape, _DTYPES.get(dtype, dtype))
+    return ArrayInfo(shape, dtypes.get(kind.element_type, str(kind.element_type)))
 
 
 def _call(target: str, kinds: list[ArrayInfo]) -> Call:
