@@ -177,7 +177,7 @@ def _advance(
         drawn = sample(carry.logits, jax.vmap(jax.random.fold_in)(keys, carry.drawn), sampling)
         tokens = jnp.where(draws, drawn, fed)
         logits, states = model.step(config, weights, carry.states, tokens, slots)
-        return _Carry(states, logits, carry.drawn + draws), tokens
+        return _Carry(states, logits, carry.drawn + draws.astype(carry.drawn.dtype)), tokens
 
     carry, tokens = jax.lax.scan(token, carry, feed)
     return tokens, carry

@@ -1,5 +1,6 @@
 """JAX's strict modes: the calls, transforms and examples run in each, and give what they give without."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 from modes import to_mode
 
+import share_state
 import ssu_bridge
-from mamba2_jax import model, train
+from mamba2_jax import measure, model, train
+from mamba2_jax.benchmark import compare
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import decode, prefill
 from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling
+from mamba2_jax.scheduler import Scheduler, Sequence
 from ssu_bridge.testing.cases import Case
 
 MODES = {
@@ -44,8 +48,8 @@ def run(case, backend):
         return ssu_bridge.update(**to_mode(case.arrays(2), "jax"), **case.flags, backend=backend)
 
 
-def lowered(case, backend):
-    """Lower a call under the transforms that there are, to programs; what JAX compiles of them no mode changes."""
+def transformed(case, backend):
+    """Return a call under the transforms that there are, each with its arguments."""
     rest = to_mode(case.arrays(2), "jax")
     state, x = rest.pop("state"), rest.pop("x")
     step = functools.partial(ssu_bridge.update, **case.flags, backend=backend)
@@ -58,7 +62,16 @@ def lowered(case, backend):
     if backend == "xla":
         functions.append((jax.grad(lambda x: step(state, x, **rest)[0].astype("float32").sum()), (x,)))
         functions.append((lambda x: jax.jvp(lambda x: step(state, x, **rest)[0], (x,), (x,)), (x,)))
-    return [jax.jit(function).lower(*given) for function, given in functions]
+    return functions
+
+
+def trace(functions, mode):
+    """Lower functions to programs; what JAX compiles of them no mode changes. Those of the mode for NaNs run, too."""
+    for function, given in functions:
+        jitted = jax.jit(function)
+        jitted.lower(*given)
+        if mode == "NaN":
+            jax.block_until_ready(jitted(*given))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -70,8 +83,9 @@ def test_each_call_and_transform(mode, case, backend):
         pytest.skip("refused without a mode, too")
     with MODES[mode]():
         got = run(CASES[case], backend)
-        programs = [] if backend == "reference" else lowered(CASES[case], backend)
-    assert len(programs) == {"reference": 0, "xla": 5}.get(backend, 3)
+        functions = [] if backend == "reference" else transformed(CASES[case], backend)
+        trace(functions, mode)
+    assert len(functions) == {"reference": 0, "xla": 5}.get(backend, 3)
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(*(np.array(a).astype("float32") for a in (one, other)), rtol=1e-6, atol=1e-6)
@@ -85,22 +99,82 @@ def without_a_mode(case, backend):
     return None if able is None else run(CASES[case], backend)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "xla", pytest.param("triton", marks=pytest.mark.gpu)))
+@pytest.mark.parametrize("mode", MODES)
+def test_references(mode, backend):
+    """Eager, jitted, in a scan that closes over one, and mapped."""
+    rest = to_mode(CASES["mixed"].arrays(2), "jax")
+    state = rest.pop("state")
+    step = functools.partial(ssu_bridge.update, **rest, **CASES["mixed"].flags, backend=backend)
+    expected = step(state, donate=False)
+    with MODES[mode]():
+        ref, both = jax.new_ref(state), jax.new_ref(jnp.stack([state, state]))
+        out, same = step(ref)
+        assert same is ref
+        for one, other in zip((out, ref[...]), expected, strict=True):
+            np.testing.assert_allclose(*(np.array(a).astype("float32") for a in (one, other)), rtol=1e-6, atol=1e-6)
+        functions = [
+            (lambda ref: step(ref)[0], (ref,)),
+            (lambda ref: jax.lax.scan(lambda _, __: (None, step(ref)[0]), None, length=2)[1], (ref,)),
+            (jax.vmap(lambda ref: step(ref)[0]), (both,)),
+        ]
+        trace(functions, mode)
+
+
 TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2, use_bias=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_example_model_is_trained_and_draws(mode):
+def test_the_example_model_draws(mode):
     with MODES[mode]():
         weights = random_weights(TINY, jax.random.key(0))
         states = model.zero_states(TINY, 3, "float32", "float32")
         tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, 256)
-
-        def loss(weights):
-            return train.cross_entropy(train.window_logits(TINY, weights, states, tokens[:, :-1])[0], tokens[:, 1:])
-
-        jax.jit(jax.grad(loss)).lower(weights)
         slots, keys = jnp.array([2]), jax.random.key(0)[None]
         progress = prefill(TINY, weights, states, tokens[:1], slots)
         drawn, _ = decode(TINY, weights, progress, slots, keys, count=2, sampling=Sampling())
     assert drawn.shape == (1, 2)
     assert ((drawn >= 0) & (drawn < 256)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_optimiser_takes_a_step(mode):
+    with MODES[mode]():
+        config = dataclasses.replace(TINY, num_hidden_layers=1)
+        weights = random_weights(config, jax.random.key(0))
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        training = train.Training(weights, zeros, zeros, model.zero_states(config, 3, "float32", "float32"))
+        streams = jax.random.randint(jax.random.key(1), (3, 12), 0, 256).astype("uint8")
+        progress = jnp.array([0, 0.5, 2], jnp.float32)
+        step = functools.partial(train.update.__wrapped__, config, length=6, peak=1e-3)
+        trace([(step, (training, streams, progress, jax.random.key(2)))], mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scheduler_runs(mode):
+    with MODES[mode]():
+        batch = Scheduler(TINY, random_weights(TINY, jax.random.key(0)), width=2, slots=3, piece=2)
+        requests = [Sequence([seed], 2, seed=seed) for seed in range(3)]
+        for request in requests:
+            batch.submit(request)
+        assert len(list(batch.run())) == 6
+    assert all(request.done for request in requests)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_demo_compares(mode, monkeypatch):
+    # Looking for NaNs, JAX donates nothing; and the other modes find the programs that it kept then.
+    monkeypatch.setattr(measure, "assert_no_copy_of_a_state", lambda *_: None)
+    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    with MODES[mode]():
+        assert compare(config, random_weights(config, jax.random.key(0)), batch=1, tokens=2, rounds=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*the state was copied:RuntimeWarning")  # looking for NaNs, JAX donates nothing
+@pytest.mark.parametrize("mode", MODES)
+def test_a_state_is_shared_with_torch(mode):
+    expected = share_state.in_jax(jnp.array(share_state.CASE.arrays(0)["state"]), range(2))
+    with MODES[mode]():
+        state = jnp.array(share_state.CASE.arrays(0)["state"])
+        state = share_state.in_jax(share_state.in_torch(state, range(1)), range(1, 2))
+    np.testing.assert_array_equal(state, expected)
