@@ -44,6 +44,12 @@ REFUSED = {
     "the CPU": (CASE, lambda p: p.on("cpu"), "runs on CUDA arrays only"),
     "an old GPU": (CASE, lambda p: p.on("cuda", (7, 5)), "compute capability 8.0 or higher, and this one has 7.5"),
     "trees": (draw(tokens(), parent_tokens=np.zeros((3, TOKENS), "int32")), None, "parent_tokens"),
+    "fresh sequences": (sized(has_initial_state=(True, False, True)), None, "has_initial_state"),
+    "strides": (tokens(sized(steps=1, intermediate_stride=2)), None, "intermediate_stride"),
+    **{
+        f"the {form} form": (tokens(), with_algorithm(form), f"does not support the {form} form of several tokens")
+        for form in ("loop", "matrix")
+    },
     "small heads": (sized(headdim=16), None, "headdim 64 or 128, and this is 16"),
     "odd heads": (sized(headdim=80), None, "headdim 64 or 128, and this is 80"),
     "large heads": (sized(headdim=256), None, "headdim 64 or 128, and this is 256"),
