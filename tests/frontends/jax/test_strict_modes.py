@@ -121,6 +121,8 @@ def test_references(mode, backend):
         trace(functions, mode)
 
 
+# Looking for NaNs, JAX donates nothing.
+COPIES = pytest.mark.filterwarnings("ignore:.*the state was copied:RuntimeWarning")
 TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2, use_bias=True)
 
 
@@ -161,16 +163,17 @@ def test_the_scheduler_runs(mode):
     assert all(request.done for request in requests)
 
 
+@COPIES
 @pytest.mark.parametrize("mode", MODES)
 def test_what_the_demo_compares(mode, monkeypatch):
-    # Looking for NaNs, JAX donates nothing; and the other modes find the programs that it kept then.
+    # Nor does JAX donate in the program; and the other modes find the programs that it kept then.
     monkeypatch.setattr(measure, "assert_no_copy_of_a_state", lambda *_: None)
     config = dataclasses.replace(TINY, num_hidden_layers=1)
     with MODES[mode]():
         assert compare(config, random_weights(config, jax.random.key(0)), batch=1, tokens=2, rounds=1)
 
 
-@pytest.mark.filterwarnings("ignore:.*the state was copied:RuntimeWarning")  # looking for NaNs, JAX donates nothing
+@COPIES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_is_shared_with_torch(mode):
     expected = share_state.in_jax(jnp.array(share_state.CASE.arrays(0)["state"]), range(2))
