@@ -15,6 +15,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config):
     """Let all processes of a run share what JAX compiles; a later run finds it too."""
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -51,6 +51,7 @@ WRONG = {
     "byte order": (swapped, ValueError, "(this machine's byte order|expected dtype).*, got .*[<>]"),
     "masked": (np.ma.masked_array, TypeError, "got numpy.*MaskedArray"),
     "matrix": (lambda array: array.reshape(len(array), -1).view(np.matrix), TypeError, "got numpy.*matrix"),
+    "structured": (lambda array: array.view([("number", array.dtype)]), ValueError, "expected dtype .*, got .*"),
     "object": (lambda array: array.astype(object), ValueError, "expected dtype .*, got object"),
 }
 

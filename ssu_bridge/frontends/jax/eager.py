@@ -23,7 +23,7 @@ from ssu_bridge.frontends.jax.metadata import (
     refuse_out,
 )
 from ssu_bridge.frontends.jax.tracing import trace, trace_call, with_given
-from ssu_bridge.frontends.jax.xla_errors import is_viewed, refusal_in, refusals
+from ssu_bridge.frontends.jax.xla_errors import is_viewed, lost_its_state, refusal_in, refusals
 
 # On a state that came out of a step.
 _MARK = "_ssu_bridge_step"
@@ -62,6 +62,8 @@ def launcher(state_type: type, options: Options) -> Launch:
             before = None if hasattr(state, _MARK) else address(state)
             results = run(*arrays)
         except Exception as error:
+            if lost_its_state(error, state):
+                raise
             explain_failure(arrays)
             if refusal := refusal_in(error):
                 raise refusal from error
@@ -135,8 +137,9 @@ def _launch_on_references(options: Options, donated: tuple[int, ...], arrays: Ar
     try:
         with refusals():
             return with_given(arrays, run(*arrays))
-    except Exception:
-        explain_failure(arrays)
+    except Exception as error:
+        if not any(lost_its_state(error, arrays[i]) for i in others):
+            explain_failure(arrays)
         raise
 
 

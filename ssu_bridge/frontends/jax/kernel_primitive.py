@@ -52,7 +52,7 @@ def _require_readable(loaded: DeviceKernel, operands: Any, problem: Problem) -> 
     """Let the kernel check the operands' types before there is a program that donates the state to it.
 
     When a kernel raises while a program runs, what was donated is gone. Arrays of JAX are dense, and a program is for
-    one set of shapes and dtypes, so the kernel has nothing left to raise. Symbolic sizes have no numbers yet.
+    one set of shapes and dtypes, so the kernel has nothing left to refuse. Symbolic sizes have no numbers yet.
     """
     kinds = dict(zip(problem.names, operands, strict=True))
     kinds["out"] = kinds["x"]

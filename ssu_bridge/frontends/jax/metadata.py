@@ -118,7 +118,7 @@ def _narrowed(name: str, array: np.ndarray, pad_slot_id: int) -> np.ndarray:
 
 def _require_numbers(name: str, array: np.ndarray) -> None:
     """Check that a NumPy array has numbers in this machine's byte order; JAX looks at the dtype more closely."""
-    if array.dtype.kind in "OSUMm":
+    if array.dtype.kind in "OSUMm" or array.dtype.fields is not None:  # bfloat16 is of kind V, as structures are
         check_dtype(name, array.dtype.name)
     if not array.dtype.isnative:
         raise ValueError(f"{name}: expected numbers in this machine's byte order, got dtype {array.dtype.str}")

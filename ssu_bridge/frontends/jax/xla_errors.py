@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -22,6 +23,18 @@ def is_mapped_elsewhere(error: Exception) -> bool:
     Seen on jax 0.9.1, 0.10.2 and 0.11.2.
     """
     return isinstance(error, ValueError) and "must refer to an axis marked as manual" in str(error)
+
+
+def lost_its_state(error: Exception, state: Any) -> bool:
+    """Return whether a kernel failed while it ran, when the state had been donated to it; the error then says so.
+
+    A state that was deleted before the call is an invalid argument. Seen on jax 0.10.2.
+    """
+    ran = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith("INVALID_ARGUMENT")
+    failed = ran and isinstance(state, jax.Array) and state.is_deleted()
+    if failed:
+        error.add_note("ssu_bridge: the kernel failed while it ran, and the state that was donated to it is lost.")
+    return failed
 
 
 def refusal_in(error: Exception) -> UnsupportedError | None:

@@ -17,7 +17,9 @@ _NAMES = [name for name in ARGUMENTS if name != "out"]
 # Calls with no more arguments than this write nothing but the output and the state.
 _WRITTEN_NEXT = _NAMES.index("intermediate_states")
 # Of the arguments before that one, which every call has room for, those whose gradient would be lost.
-_pick_no_grad = operator.itemgetter(*[i for i, name in enumerate(_NAMES[:_WRITTEN_NEXT]) if name in transforms.NO_GRAD])
+_no_grad = [place for place, name in enumerate(_NAMES) if name in transforms.NO_GRAD]
+_pick_no_grad = operator.itemgetter(*[place for place in _no_grad if place < _WRITTEN_NEXT])
+_no_grad_after = [place for place in _no_grad if place >= _WRITTEN_NEXT]
 # Kernels of one launcher: sizes that vary without end must not fill the memory.
 _LIMIT = 1024
 
@@ -87,4 +89,8 @@ def _loses_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
     for array in _pick_no_grad(arrays):
         if array is not None and array.requires_grad:
             return True
-    return any(array is not None and array.requires_grad for array in arrays[_WRITTEN_NEXT : _WRITTEN_NEXT + 1])
+    if len(arrays) > _WRITTEN_NEXT:
+        for place in _no_grad_after:
+            if place < len(arrays) and (array := arrays[place]) is not None and array.requires_grad:
+                return True
+    return False

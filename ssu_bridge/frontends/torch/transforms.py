@@ -8,10 +8,11 @@ from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
+from ssu_bridge.core.arguments import ARGUMENTS, FLOATS
 from ssu_bridge.errors import UnsupportedError
 
 # The result is no function of these for autograd; of A, D and dt_bias neither, but models keep those as Parameters.
-NO_GRAD = ("state", "x", "dt", "B", "C", "z", "intermediate_states", "out")
+NO_GRAD = tuple(name for name in ARGUMENTS if name not in ("A", "D", "dt_bias") and ARGUMENTS[name].dtypes[0] in FLOATS)
 
 _NO_DERIVATIVE = "it has no derivative in Torch; call it outside of the transform"
 _REFUSED = {

@@ -59,8 +59,8 @@ class Sizes {
 struct Call {
   const CallTensors& tensors;
   const CallRules& rules;
-  Form form = Form::kSingle;
-  bool has_heads = false;
+  Form form;
+  bool has_heads;
   Sizes sizes;
 
   int64_t sequence_tokens() const { return sizes.of('T', 1); }
@@ -143,15 +143,13 @@ int repeated_axes(const DLTensor& tensor, const Rule& rule, const Pattern& patte
 }
 
 void check_distinct(const DLTensor& tensor, const char* name, int free_axes, int64_t step) {
-  int order[kMaxAxes];
-  for (int axis = 0; axis < free_axes; ++axis) order[axis] = axis;
-  auto length = [&](int axis) { return std::abs(tensor.strides[axis]); };
-  std::sort(order, order + free_axes, [&](int a, int b) { return length(a) < length(b); });
-  for (int i = 0; i < free_axes; ++i) {
-    int axis = order[i];
-    if (tensor.shape[axis] > 1 && length(axis) < step)
+  std::vector<std::pair<int64_t, int64_t>> axes;  // length of a step, number of entries
+  for (int axis = 0; axis < free_axes; ++axis) axes.emplace_back(std::abs(tensor.strides[axis]), tensor.shape[axis]);
+  std::sort(axes.begin(), axes.end());
+  for (auto [length, entries] : axes) {
+    if (entries > 1 && length < step)
       TVM_FFI_THROW(ValueError) << name << " must not overlap itself, because it is written";
-    step = std::max(step, tensor.shape[axis] * length(axis));
+    step = std::max(step, entries * length);
   }
 }
 
@@ -418,7 +416,7 @@ Rule parse_rule(const ArgumentRow& row) {
 }
 
 void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArguments& a) {
-  Call call{tensors, rules};
+  Call call{tensors, rules, Form::kSingle, false, {}};
   read_form(call);
   read_state(call, a);
   a.x = read_operand(Argument::kX, call);

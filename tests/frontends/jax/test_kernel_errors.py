@@ -7,6 +7,7 @@ import pytest
 
 import ssu_bridge
 from ssu_bridge.backends import cpu
+from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.core.quantized import QuantizedState
 from ssu_bridge.core.shapes import Shapes
 from ssu_bridge.testing.cases import Case
@@ -94,3 +95,26 @@ def test_a_check_looks_at_every_argument():
     assert np.isfinite(np.array(out)).all()
     assert quantized.values.is_deleted()
     assert state.values.dtype == jnp.int8
+
+
+@pytest.fixture
+def failing_kernel(monkeypatch):
+    """The cpu backend's kernel finds no memory while it runs."""
+    import tvm_ffi
+
+    def fail(*tensors):
+        raise MemoryError("no memory for the scratch")
+
+    function = tvm_ffi.convert(fail)
+    monkeypatch.setattr(cpu, "load", lambda problem: DeviceKernel("ssu_bridge.cpu(failing)", function, lambda *a: None))
+
+
+def test_a_kernel_that_fails_while_it_runs_says_so_itself(failing_kernel):
+    given = {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory for the scratch") as caught:
+        jax.block_until_ready(ssu_bridge.update(**given, backend="cpu"))
+    # The state is not blamed: it was this call that took it.
+    assert given["state"].is_deleted()
+    assert any("donated to it is lost" in note for note in caught.value.__notes__)
+    with pytest.raises(ValueError, match="state: expected a live array"):
+        ssu_bridge.update(**given, backend="cpu")
