@@ -196,15 +196,15 @@ def test_the_table_is_about_plain_calls(fields, monkeypatch):
 
 @pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (12, 1)])
 def test_the_committed_table(capability):
-    """What was measured on 9.0: many tokens with bfloat16 states are FlashInfer's, from 16 sequences of 64 heads on."""
+    """What was measured on 9.0: triton's kernels are the faster ones, since it has the matrix form."""
     slots = tuple(range(16))
     large = sized(sequences=16, slots=16, indices=slots, nheads=64, dstate=128, dtypes={"state": "bfloat16"})
     for case, first in (
         (CASE, "triton"),
         (large, "triton"),
         (tokens(large, 3), "triton"),
-        (tokens(large, 4), "flashinfer"),
-        (tokens(large, 8), "flashinfer"),
+        (tokens(large, 4), "triton"),
+        (tokens(large, 8), "triton"),
         (tokens(sized(large, nheads=32), 4), "triton"),
         (tokens(sized(large, dtypes={}), 4), "triton"),
         (packed(), "triton"),
