@@ -259,7 +259,8 @@ def test_refusals():
     assert "8.0 or higher, and this one has 7.5" in backend.refusal(problem.on("cuda", (7, 5)))
     assert "less than 2**31 elements" in backend.refusal(dataclasses.replace(problem, headdim=2**27))
     with using(algorithm="matrix"):
-        assert "does not support the matrix form" in backend.refusal(problem_of(Case("tokens", tokens=2)))
+        assert backend.refusal(problem_of(Case("tokens", tokens=2))) is None
+        assert "tied to the head, and A is not" in backend.refusal(problem_of(Case("tokens", tokens=2, untied=("A",))))
         assert backend.refusal(problem_of(CASES[0])) is None
 
 
