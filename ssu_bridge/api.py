@@ -122,7 +122,8 @@ def update(
             optional arguments or flags.
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
 
-    When one of the others is raised, nothing has been written or donated.
+    When one of the others is raised, nothing has been written or donated. Where a JAX kernel fails while it runs, for
+    want of memory or of a launch, an eager call has lost the state that it donated, and the error says so.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
     pairs: tuple[Any, ...] = ()

@@ -136,7 +136,7 @@ def _kept(problem: Problem, arrays: dict[str, Any], start: Any, most: int) -> An
 
 
 def _keep(kept: Any, states: Any, token: Any) -> Any:
-    """Return what is kept after a token. A token behind the last of a tree, which is no sequence's, is dropped."""
+    """Return what is kept after a token. A token after the last of a tree, which is no sequence's, is dropped."""
     return states if kept.ndim == states.ndim else kept.at[token].set(states, mode="drop")
 
 

@@ -19,7 +19,7 @@ _FLASHINFER = tuple(itertools.product((torch.bfloat16, torch.float32), (4, 8)))
 
 
 def main() -> None:
-    """Print a row for each dtype of the state, number of tokens and batch; auto's order comes from these figures."""
+    """Print a row for each dtype of the state, number of tokens and batch."""
     both = importlib.util.find_spec("flashinfer") is not None
     if both:
         with ThreadPoolExecutor() as pool:
