@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,15 +17,20 @@ arrays = case.arrays(seed=0)
 expected = ssu_bridge.update(**case.arrays(seed=0), **case.flags)
 
 
+def copied(arrays, device):
+    """Put arrays on a device, not in the memory of the NumPy ones, which JAX would not donate."""
+    return jax.device_put({name: jnp.array(array) for name, array in arrays.items()}, device)
+
+
 def test_runs_where_its_arrays_are():
-    out, state = ssu_bridge.update(**jax.device_put(arrays, devices[2]), **case.flags)
+    out, state = ssu_bridge.update(**copied(arrays, devices[2]), **case.flags)
     assert out.devices() == state.devices() == {devices[2]}
     assert np.array_equal(out, expected[0])
     assert np.array_equal(state, expected[1])
 
 
 def test_names_the_array_on_another_device():
-    there = jax.device_put(arrays, devices[1])
+    there = copied(arrays, devices[1])
     there["C"] = jax.device_put(arrays["C"], devices[2])
     message = f"^C: expected an array on {devices[1]}, where state is, got one on {devices[2]}$"
     refused(message, lambda: ssu_bridge.update(**there, **case.flags), ValueError)
@@ -102,8 +108,8 @@ def test_runs_on_all_devices_at_once():
     import threading
 
     def run(device, results):
-        state = jax.device_put(arrays["state"], device)
-        rest = jax.device_put({n: a for n, a in arrays.items() if n != "state"}, device)
+        rest = copied(arrays, device)
+        state = rest.pop("state")
         for _ in range(50):
             _out, state = ssu_bridge.update(state, **rest, **case.flags, backend="cpu")
         results.append(np.array(state))
