@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ssu_bridge
+from ssu_bridge import api
 from ssu_bridge.backends import cpu
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.core.quantized import QuantizedState
@@ -107,6 +108,9 @@ def failing_kernel(monkeypatch):
 
     function = tvm_ffi.convert(fail)
     monkeypatch.setattr(cpu, "load", lambda problem: DeviceKernel("ssu_bridge.cpu(failing)", function, lambda *a: None))
+    yield
+    jax.clear_caches()  # a later test's call of the same shapes would run the program compiled here
+    api._launchers.clear()
 
 
 def test_a_kernel_that_fails_while_it_runs_says_so_itself(failing_kernel):
