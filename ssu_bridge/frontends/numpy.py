@@ -51,13 +51,14 @@ class _Step(NamedTuple):
     """What a call that was checked once takes to be run again, with arrays like those of the first.
 
     Attributes:
-        run: the kernel, from the addresses of the arrays in their order and of out.
+        run: the kernel, from whether to look for arrays that share memory, and the addresses of the arrays in their
+            order and of out; it returns False and does nothing where it finds some.
         host: what runs it on the arrays instead, by name.
         state_alone: it returns out and the state as it was passed, and nothing else.
         problem: the description of the call.
     """
 
-    run: Callable[..., object] | None
+    run: Callable[..., bool]
     host: Callable[[dict[str, Any], Any], None] | None
     state_alone: bool
     problem: Problem
@@ -83,19 +84,17 @@ def launcher(state_type: type, options: Options) -> Launch:
         step = steps.get(signature)
         if step is None:
             step = steps[signature] = _step(arrays, out, options)
-        given = named(arrays, out)
-        if needs_fresh_output(step.problem, given):  # which depends on where the arrays of this call lie
-            results = launch(arrays, None)
-            given["out"][...] = results[0]
-            return given["out"], *results[1:]
-        if out is None:
-            out = np.empty(arrays[1].shape, arrays[1].dtype)
-        if step.run is not None:
-            holders = [a.__array_struct__ for a in (*arrays, out) if a is not None]
-            step.run(*[_ArrayStruct.from_address(_pointer(holder, None)).data for holder in holders])
-        elif step.host is not None:
-            step.host(named(arrays), out)
-        return (out, arrays[0]) if step.state_alone else returned({**given, "out": out})
+        result = np.empty(arrays[1].shape, arrays[1].dtype) if out is None else out
+        holders = [a.__array_struct__ for a in (*arrays, result) if a is not None]
+        addresses = [_ArrayStruct.from_address(_pointer(holder, None)).data for holder in holders]
+        if not step.run(True, *addresses):
+            if needs_fresh_output(step.problem, named(arrays, out)):
+                result[...] = launch(arrays, None)[0]
+            elif step.host is None:
+                step.run(False, *addresses)
+            else:
+                step.host(named(arrays), result)
+        return (result, arrays[0]) if step.state_alone else returned(named(arrays, result))
 
     return launch
 
@@ -107,11 +106,11 @@ def _step(arrays: Arrays, out: np.ndarray | None, options: Options) -> _Step:
     given = named(arrays)
     state_alone = not ({"state_scale", "intermediate_states"} & given.keys())
     if isinstance(kernel, HostKernel):
-        return _Step(None, kernel.function, state_alone, problem)
+        return _Step(lambda *_: False, kernel.function, state_alone, problem)
     assert isinstance(kernel, DeviceKernel)
     given["out"] = np.empty(given["x"].shape, given["x"].dtype) if out is None else out
-    again = [list(given).index(name) for name in problem.results[1:]]
-    run = library().at_addresses(kernel.function, [*map(_view, given.values())], again)
+    in_place = [list(given).index(name) for name in problem.results[1:]]
+    run = library().at_addresses(kernel.function, [*map(_view, given.values())], in_place)
     return _Step(run, None, state_alone, problem)
 
 

@@ -11,12 +11,14 @@ namespace ssu_bridge {
 
 // A host tensor at `address`, for arrays that do not export themselves through DLPack. It does not keep the memory
 // alive. Strides count elements and may be zero.
-tvm::ffi::Tensor foreign_tensor(int64_t address, tvm::ffi::Shape shape, tvm::ffi::Shape strides, DLDataType dtype);
+tvm::ffi::Tensor borrowed_tensor(int64_t address, tvm::ffi::Shape shape, tvm::ffi::Shape strides, DLDataType dtype);
 
-// Returns fn(*addresses), which calls `function` on host tensors like `tensors` at these addresses, one for each, and
-// then once more on those at the places in `again`.
+// Returns fn(looks_for_overlaps, *addresses) -> bool, which calls `function` on host tensors like `tensors` at these
+// addresses, one for each, followed by those at the places in `in_place` once more. These and the last tensor are
+// written: if one of them may share memory with another tensor and the caller wants to know, fn calls nothing and
+// returns false.
 tvm::ffi::Function make_at_addresses(tvm::ffi::Function function, tvm::ffi::Array<tvm::ffi::Tensor> tensors,
-                                     tvm::ffi::Array<int64_t> again);
+                                     tvm::ffi::Array<int64_t> in_place);
 
 }  // namespace ssu_bridge
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tvm_ffi.libinfo import find_include_path
 
 NATIVE = Path(__file__).parents[2] / "ssu_bridge" / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -41,7 +42,7 @@ def test_a_header_compiles_alone(header):
     isa = next((isa for isa in FLAGS if header.stem.endswith(isa)), "portable")
     if isa != "portable" and platform.machine() != "x86_64":
         pytest.skip("for another processor")
-    result = compile_("-fsyntax-only", "-x", "c++", NATIVE / header, isa=isa)
+    result = compile_("-fsyntax-only", f"-I{find_include_path()}", "-x", "c++", NATIVE / header, isa=isa)
     assert result.returncode == 0, result.stderr
 
 

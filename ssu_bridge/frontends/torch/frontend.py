@@ -17,7 +17,7 @@ from ssu_bridge.frontends.torch import custom_op, transforms
 from ssu_bridge.frontends.torch.host import from_host, to_host
 from ssu_bridge.frontends.torch.metadata import Key, key_of, problem_of
 from ssu_bridge.frontends.torch.seeds import seeded
-from ssu_bridge.frontends.torch.signature_cache import SignatureCache, new_out, tell_autograd
+from ssu_bridge.frontends.torch.signature_cache import SignatureCache, tell_autograd
 
 
 class Launcher:
@@ -52,12 +52,12 @@ class Launcher:
         kernel, problem = self._kernel(arrays, out)
         results, given = problem.results, named(arrays)
         fresh_output = needs_fresh_output(problem, {name: _memory(t) for name, t in named(arrays, out).items()})
-        given["out"] = new_out(given["x"]) if out is None else out
+        given["out"] = torch.empty_like(given["x"], memory_format=torch.contiguous_format) if out is None else out
         written = [given[name] for name in results]
         if isinstance(kernel, HostKernel):
             _run_on_host(kernel, results, given)
         elif fresh_output:
-            output = new_out(given["x"])
+            output = torch.empty_like(given["out"], memory_format=torch.contiguous_format)
             kernel.function(*{**given, "out": output}.values(), *written[1:])
             with torch.inference_mode():  # an inference tensor may be out, outside of it too, as it may of a kernel
                 given["out"].copy_(output)

@@ -1,6 +1,8 @@
 """Repeated calls: those that look like one that was checked run again without a look at each tensor from Python."""
 
+import functools
 import operator
+from itertools import compress, filterfalse
 from typing import Any
 
 import torch
@@ -16,14 +18,15 @@ from ssu_bridge.native import library
 _NAMES = [name for name in ARGUMENTS if name != "out"]
 # Calls with no more arguments than this write nothing but the output and the state.
 _WRITTEN_NEXT = _NAMES.index("intermediate_states")
-# Of the arguments before that one, which every call has room for, those whose gradient would be lost.
-_no_grad = [place for place, name in enumerate(_NAMES) if name in transforms.NO_GRAD]
-_pick_no_grad = operator.itemgetter(*[place for place in _no_grad if place < _WRITTEN_NEXT])
-_no_grad_after = [place for place in _no_grad if place >= _WRITTEN_NEXT]
+# Of the output and the arguments, those whose gradient would be lost.
+_NO_GRAD = [name in transforms.NO_GRAD for name in ("out", *_NAMES)]
 # Kernels of one launcher: sizes that vary without end must not fill the memory.
 _LIMIT = 1024
 
+# In C, as all that looks at each tensor of a repeated call.
 _is_neg = torch.Tensor.is_neg
+_requires_grad = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_is_none = functools.partial(operator.is_, None)
 
 
 class SignatureCache:
@@ -42,17 +45,16 @@ class SignatureCache:
 
     def run(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...] | None:
         """Run a call whose signature is known and return its results; else return None and do nothing."""
-        given = [array for array in arrays if array is not None]
-        if out is not None:
-            given.append(out)
+        given = [*filterfalse(_is_none, (out, *arrays))]
         if not PLAIN_TYPES.issuperset(map(type, given)) or any(map(_is_neg, given)) or transforms.in_force():
             return None
-        if torch.is_grad_enabled() and _loses_grad(arrays, out):
+        lose_grad = filterfalse(_is_none, compress((out, *arrays), _NO_GRAD))
+        if torch.is_grad_enabled() and any(map(_requires_grad, lose_grad)):
             return None
         state, x = arrays[0], arrays[1]
         if x is None:
             return None
-        result = new_out(x) if out is None else out
+        result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         if not self._run(result, *arrays):
             return None
         if len(arrays) <= _WRITTEN_NEXT and self._writes_state:
@@ -73,24 +75,6 @@ def _know_none(*arguments: Any) -> bool:
     return False
 
 
-def new_out(x: torch.Tensor) -> torch.Tensor:
-    """Return an output like x, dense."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def tell_autograd(*written: torch.Tensor) -> None:
     """Tell autograd of writes that it did not see, or it would use a saved tensor that has changed."""
     _increment_version(written)
-
-
-def _loses_grad(arrays: Arrays, out: torch.Tensor | None) -> bool:
-    if out is not None and out.requires_grad:
-        return True
-    for array in _pick_no_grad(arrays):
-        if array is not None and array.requires_grad:
-            return True
-    if len(arrays) > _WRITTEN_NEXT:
-        for place in _no_grad_after:
-            if place < len(arrays) and (array := arrays[place]) is not None and array.requires_grad:
-                return True
-    return False

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "extent.h"
+
 namespace ssu_bridge {
 namespace {
 
@@ -42,25 +44,6 @@ bool describe(ffi::PackedArgs arguments, Take take) {
   return true;
 }
 
-// The bytes from the first to the last element of a tensor; none for one without elements.
-struct Extent {
-  int64_t begin = 0, end = 0;
-};
-
-Extent extent_of(const DLTensor& tensor) {
-  int64_t first = 0, last = 0, dense = 1;
-  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
-    int64_t size = tensor.shape[axis];
-    if (size == 0) return {};
-    int64_t reach = (size - 1) * (tensor.strides ? tensor.strides[axis] : dense);
-    (reach < 0 ? first : last) += reach;
-    dense *= size;
-  }
-  int64_t address = static_cast<int64_t>(reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset);
-  int64_t bytes = (tensor.dtype.bits + 7) / 8;
-  return {address + first * bytes, address + (last + 1) * bytes};
-}
-
 // Passes over how far the other tensors among whose bytes the one at `written` lies are from it. With the shapes and
 // strides that says which elements they share.
 template <typename Take>
@@ -68,7 +51,7 @@ bool describe_overlaps(const Extent* extents, int64_t count, int64_t written, Ta
   const Extent& one = extents[written];
   for (int64_t i = 0; i < count; ++i) {
     const Extent& other = extents[i];
-    if (i == written || one.end <= other.begin || other.end <= one.begin) continue;
+    if (i == written || !one.meets(other)) continue;
     if (!take(written * kMaxArguments + i) || !take(other.begin - one.begin)) return false;
   }
   return true;
