@@ -4,3 +4,7 @@ Each translates its call into one of ``ssu_bridge.update``, whose backend is the
 add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, float arrays that lie in
 memory in any way, and an output of another float dtype than x.
 """
+
+from ssu_bridge.compat.install import install_as_mamba_ssm
+
+__all__ = ["install_as_mamba_ssm"]
