@@ -7,7 +7,7 @@ import enum
 import functools
 import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -129,13 +129,17 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
 
     Their defaults are those of the configuration in force when this is called.
     """
-    default = get_config()
+    add_flags(parser, [backend.value for backend in Backend], get_config())
+
+
+def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default: SSUConfig) -> None:
+    """Add the arguments of ``add_cli_args`` for a choice of backends, by name, with the defaults given."""
     group = parser.add_argument_group("selective_state_update")
     group.add_argument(
         "--mamba-backend",
         type=str.lower,
-        choices=[*Backend],
-        default=default.backend,
+        choices=backends,
+        default=default.backend.value,
         help="the backend that computes the step",
     )
     group.add_argument(
@@ -213,7 +217,7 @@ def using(config: SSUConfig | None = None, /, **fields: Any) -> Iterator[SSUConf
     base = get_config() if config is None else config
     if not isinstance(base, SSUConfig):
         raise TypeError(f"config: expected an SSUConfig, got {type(base).__name__}")
-    token = _local_config.set(dataclasses.replace(base, **fields))
+    token = _local_config.set(dataclasses.replace(base, **fields) if fields else base)
     try:
         yield get_config()
     finally:

@@ -47,7 +47,7 @@ def to_jax(tensor: Any) -> Any:
     try:
         import jax
     except ImportError:
-        raise BackendNotAvailableError('JAX is not installed: pip install "ssu-bridge[jax]"') from None
+        raise BackendNotAvailableError("JAX is not installed: pip install jax jax-tvm-ffi") from None
     name = metadata.dtype_name(tensor.dtype)
     try:
         kept = jax.dtypes.canonicalize_dtype(name).name == name
@@ -96,7 +96,7 @@ def to_torch(array: Any) -> Any:
     try:
         import torch.utils.dlpack
     except ImportError:
-        raise BackendNotAvailableError('Torch is not installed: pip install "ssu-bridge[torch]"') from None
+        raise BackendNotAvailableError("Torch is not installed: pip install torch") from None
     return torch.utils.dlpack.from_dlpack(array)
 
 

@@ -67,7 +67,7 @@ class BackendModule(Protocol):
 def missing_jax_ffi(framework: str) -> str | None:
     """Return what is not installed of what XLA needs to call a device kernel, or None."""
     if framework == "jax" and importlib.util.find_spec("jax_tvm_ffi") is None:
-        return 'JAX arrays need jax-tvm-ffi, which is not installed: pip install "ssu-bridge[jax]"'
+        return "JAX arrays need jax-tvm-ffi, which is not installed: pip install jax-tvm-ffi"
     return None
 
 

@@ -59,7 +59,7 @@ class Figures(NamedTuple):
         try:
             import matplotlib
         except ImportError:
-            raise ImportError('plotting needs matplotlib: pip install "ssu-bridge[examples]"') from None
+            raise ImportError("plotting needs matplotlib: pip install matplotlib") from None
         matplotlib.use("Agg")  # which needs no display
         from matplotlib import pyplot
 

@@ -17,7 +17,7 @@ from ssu_bridge.errors import BackendNotAvailableError
 from ssu_bridge.progress import compiling
 
 _OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.6.18"
-_INSTALL = 'pip install "ssu-bridge[flashinfer]"'
+_INSTALL = "pip install 'flashinfer-python>=0.6.11'"
 _SOURCE = "mamba/selective_state_update.py"
 
 

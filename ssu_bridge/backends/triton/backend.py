@@ -24,7 +24,7 @@ _MOST_ELEMENTS_OF_A_HEAD = 2**31
 def missing(framework: str) -> str | None:
     """Return whether Triton, or for JAX arrays its FFI package, is not installed."""
     if importlib.util.find_spec("triton") is None:
-        return 'Triton is not installed: pip install "ssu-bridge[cuda]"'
+        return "Triton is not installed: pip install triton"
     return missing_jax_ffi(framework)
 
 

@@ -63,15 +63,15 @@ def test_it_is_there(installed):
 
 def test_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert flashinfer.missing("torch") == 'FlashInfer is not installed: pip install "ssu-bridge[flashinfer]"'
-    with pytest.raises(ssu_bridge.BackendNotAvailableError, match=r'pip install "ssu-bridge\[flashinfer\]"'):
+    assert flashinfer.missing("torch") == "FlashInfer is not installed: pip install 'flashinfer-python>=0.6.11'"
+    with pytest.raises(ssu_bridge.BackendNotAvailableError, match="pip install 'flashinfer-python"):
         ssu_bridge.update(**to_mode(CASE.arrays(seed=1), "torch"), backend="flashinfer")
 
 
 def test_too_old(installed):
     installed("0.6.9")
     assert re.search(
-        r'FlashInfer 0\.6\.9 is too old, known are 0\.6\.11 to .*: pip install "ssu-', flashinfer.missing("torch")
+        r"FlashInfer 0\.6\.9 is too old, known are 0\.6\.11 to .*: pip install 'flash", flashinfer.missing("torch")
     )
 
 

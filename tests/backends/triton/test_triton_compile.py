@@ -266,7 +266,7 @@ def test_refusals():
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert 'pip install "ssu-bridge[cuda]"' in backend.missing("torch")
+    assert "pip install triton" in backend.missing("torch")
 
 
 def test_tuning_rewrites_only_its_gpu():
