@@ -156,6 +156,15 @@ def arguments(arrays: Mapping[str, np.ndarray], framework: str, convert: Callabl
 
 
 _ALL_UNTIED = ("A", "dt", "D", "dt_bias")
+_MAMBA1: dict[str, Any] = {"nheads": 0, "ngroups": 1}
+_MODEL: dict[str, Any] = {"sequences": 2, "slots": 3, "headdim": 64, "dstate": 128}
+_STATE_16 = {"state": "bfloat16"}
+_INPUTS_16 = {"*": "bfloat16", "A": "float32"}
+# A packed call of int8 states with a destination for each token, and one for a padding index.
+_PACKED_INT8: dict[str, Any] = {"dtypes": {"state": "int8"}, "slots": 9, "tokens": 4, "cu_seqlens": (0, 2, 3, 4)}
+_PACKED_INT8["destinations"] = ((1, 3), (0, _PAD), (5, 6))
+# Two slots for each sequence, which starts from the one of its accepted tokens.
+_DRAFTS: dict[str, Any] = {"tokens": 2, "slots": 9, "indices": ((4, 1), (0, 8), (2, 3))}
 # A binary tree, a chain with a branch of its own, and numbers that stand for the state that the sequence starts from.
 _TREES = ((-1, 0, 0, 1, 1), (-1, 0, 1, -1, 3), (7, 1, _LOWEST, 2, _HIGHEST))
 # A slot for each of their tokens.
@@ -174,9 +183,9 @@ CASES: tuple[Case, ...] = (
     Case("untied A", untied=("A",)),
     Case("untied dt", untied=("dt",)),
     Case("untied D and dt_bias", untied=("D", "dt_bias")),
-    Case("mamba1", nheads=0, ngroups=1, headdim=48, dstate=16, group_axis=False),
-    Case("mamba1, group axis", nheads=0, ngroups=1, headdim=48, dstate=16),
-    Case("mamba1, bfloat16", nheads=0, ngroups=1, headdim=48, dstate=16, dtypes={"state": "bfloat16", "*": "bfloat16"}),
+    Case("mamba1", **_MAMBA1, headdim=48, dstate=16, group_axis=False),
+    Case("mamba1, group axis", **_MAMBA1, headdim=48, dstate=16),
+    Case("mamba1, bfloat16", **_MAMBA1, headdim=48, dstate=16, dtypes={"state": "bfloat16", "*": "bfloat16"}),
     Case("one group", ngroups=1),
     Case("one group, no axis", ngroups=1, group_axis=False),
     Case("a group a head", ngroups=4),
@@ -196,14 +205,14 @@ CASES: tuple[Case, ...] = (
         dtypes={"state": "float16"},
     ),
     Case("size one", nheads=1, ngroups=1, headdim=1, dstate=1),
-    *(Case(f"{dtype} state", dtypes={"state": dtype}) for dtype in ("bfloat16", "float16")),
     *(
-        Case(f"{dtype} all but A", dtypes={"state": dtype, "*": dtype, "A": "float32"})
+        case
         for dtype in ("bfloat16", "float16")
-    ),
-    *(
-        Case(f"{dtype} all", dtypes={"state": dtype, "*": dtype}, untied=_ALL_UNTIED)
-        for dtype in ("bfloat16", "float16")
+        for case in (
+            Case(f"{dtype} state", dtypes={"state": dtype}),
+            Case(f"{dtype} all but A", dtypes={"state": dtype, "*": dtype, "A": "float32"}),
+            Case(f"{dtype} all", dtypes={"state": dtype, "*": dtype}, untied=_ALL_UNTIED),
+        )
     ),
     Case("bfloat16 x, float32 B and C", dtypes={"x": "bfloat16", "z": "bfloat16"}),
     Case("float16 x, bfloat16 state", dtypes={"x": "float16", "state": "bfloat16"}),
@@ -226,40 +235,10 @@ CASES: tuple[Case, ...] = (
         destinations=(3, 4, 5),
         dtypes={"dst_state_batch_indices": "int64"},
     ),
-    Case("mamba2-130m", sequences=2, slots=3, nheads=24, headdim=64, dstate=128, ngroups=1, indices=(2, 0)),
-    Case(
-        "mamba2-130m, bfloat16",
-        sequences=2,
-        slots=3,
-        nheads=24,
-        headdim=64,
-        dstate=128,
-        ngroups=1,
-        indices=(2, 0),
-        dtypes={"state": "bfloat16", "*": "bfloat16", "A": "float32"},
-    ),
-    Case(
-        "nemotron-h-8b",
-        sequences=2,
-        slots=3,
-        nheads=128,
-        headdim=64,
-        dstate=128,
-        ngroups=8,
-        indices=(1, 2),
-        dtypes={"state": "bfloat16", "*": "bfloat16", "A": "float32"},
-    ),
-    Case(
-        "mamba-130m",
-        sequences=2,
-        slots=3,
-        nheads=0,
-        ngroups=1,
-        headdim=1536,
-        dstate=16,
-        group_axis=False,
-        indices=(2, 0),
-    ),
+    Case("mamba2-130m", **_MODEL, nheads=24, ngroups=1, indices=(2, 0)),
+    Case("mamba2-130m, bfloat16", **_MODEL, nheads=24, ngroups=1, indices=(2, 0), dtypes=_STATE_16 | _INPUTS_16),
+    Case("nemotron-h-8b", **_MODEL, nheads=128, ngroups=8, indices=(1, 2), dtypes=_STATE_16 | _INPUTS_16),
+    Case("mamba-130m", **(_MODEL | _MAMBA1 | {"headdim": 1536, "dstate": 16}), group_axis=False, indices=(2, 0)),
     # --- Several tokens ---
     Case("tokens", tokens=4),
     Case("tokens, one", tokens=1),
@@ -267,7 +246,7 @@ CASES: tuple[Case, ...] = (
     Case("tokens, no slots", tokens=3, indices=None),
     Case("tokens, untied, no group axis", tokens=3, untied=_ALL_UNTIED, ngroups=1, group_axis=False),
     Case("tokens, bare", tokens=2, absent=("D", "z", "dt_bias"), dt_softplus=False),
-    Case("tokens, mamba1", tokens=3, nheads=0, ngroups=1, headdim=48, dstate=16, group_axis=False),
+    Case("tokens, mamba1", tokens=3, **_MAMBA1, headdim=48, dstate=16, group_axis=False),
     Case("tokens, odd sizes", tokens=5, nheads=3, ngroups=1, headdim=7, dstate=19),
     *(Case(f"tokens, {dtype}", tokens=4, dtypes={"state": dtype, "*": dtype}) for dtype in ("bfloat16", "float16")),
     Case("tokens, pads", tokens=3, indices=(_PAD, 5, _HIGHEST)),
@@ -276,21 +255,9 @@ CASES: tuple[Case, ...] = (
     Case("tokens, a wide table", tokens=2, slots=9, indices=(4, 0, 8), destinations=((1, 3, 0), (9, 7, 4), (5, 6, 1))),
     Case("tokens, one slot again and again", tokens=3, destinations=((4, 4, 4), (0, 5, 0), (1, 1, 2))),
     Case("one token, tables", indices=((4, 9), (0, 1), (2, 3)), destinations=((1,), (_LOWEST,), (5,))),
+    Case("accepted", **_DRAFTS, destinations=_DRAFTS["indices"], accepted=(2, 1, 0)),
     Case(
-        "accepted",
-        tokens=2,
-        slots=9,
-        indices=((4, 1), (0, 8), (2, 3)),
-        destinations=((4, 1), (0, 8), (2, 3)),
-        accepted=(2, 1, 0),
-    ),
-    Case(
-        "accepted out of range",
-        tokens=2,
-        slots=9,
-        indices=((4, 1), (0, 8), (2, 3)),
-        accepted=(-(2**63), 2**63 - 1, 3),
-        dtypes={"num_accepted_tokens": "int64"},
+        "accepted out of range", **_DRAFTS, accepted=(-(2**63), 2**63 - 1, 3), dtypes={"num_accepted_tokens": "int64"}
     ),
     # --- Packed ---
     Case("packed", tokens=9, cu_seqlens=(0, 4, 5, 9)),
@@ -298,8 +265,8 @@ CASES: tuple[Case, ...] = (
     Case("packed, no rows", tokens=0, cu_seqlens=(0, 0, 0, 0)),
     Case("packed, no sequences", tokens=3, sequences=0, indices=(), cu_seqlens=(0,)),
     Case("packed, rows of nobody", tokens=9, cu_seqlens=(2, 3, 5, 7), dtypes={"cu_seqlens": "int64"}),
-    Case("packed, no slots, bfloat16", tokens=6, cu_seqlens=(0, 1, 3, 6), indices=None, dtypes={"state": "bfloat16"}),
-    Case("packed, mamba1", tokens=6, cu_seqlens=(0, 1, 3, 6), nheads=0, ngroups=1, headdim=24, group_axis=False),
+    Case("packed, no slots, bfloat16", tokens=6, cu_seqlens=(0, 1, 3, 6), indices=None, dtypes=_STATE_16),
+    Case("packed, mamba1", tokens=6, cu_seqlens=(0, 1, 3, 6), **_MAMBA1, headdim=24, group_axis=False),
     Case("packed, decreasing", tokens=9, cu_seqlens=(6, 2, 2, _HIGHEST)),
     Case("packed, ends of the range", tokens=4, cu_seqlens=(_LOWEST, _HIGHEST, 1, _LOWEST)),
     Case(
@@ -311,14 +278,7 @@ CASES: tuple[Case, ...] = (
         destinations=((4, 1, 6, 7), (0, 8, 9, 10), (2, 3, _PAD, 11)),
         accepted=(3, 1, 4),
     ),
-    Case(
-        "packed, longer than the table",
-        tokens=6,
-        cu_seqlens=(0, 4, 5, 6),
-        indices=(4, 0, 2),
-        destinations=((4, 1), (0, 3), (2, 5)),
-        steps=0,
-    ),
+    Case("packed, longer than the table", tokens=6, cu_seqlens=(0, 4, 5, 6), destinations=((4, 1), (0, 3), (2, 5))),
     # --- Intermediate states ---
     Case("intermediates", tokens=3, steps=3),
     Case("intermediates, one token", steps=2),
@@ -328,12 +288,10 @@ CASES: tuple[Case, ...] = (
     Case(
         "intermediates, pads and entries out of range", tokens=2, steps=2, indices=(_PAD, 1, 2), entries=(3, _LOWEST, 6)
     ),
-    Case("intermediates, no update", tokens=3, steps=3, disable_state_update=True, dtypes={"state": "bfloat16"}),
+    Case("intermediates, no update", tokens=3, steps=3, disable_state_update=True, dtypes=_STATE_16),
     Case("no update", disable_state_update=True),
     Case("no update, tokens", tokens=3, disable_state_update=True),
-    Case(
-        "intermediates, mamba1, float16", tokens=2, steps=2, nheads=0, ngroups=1, headdim=8, dtypes={"state": "float16"}
-    ),
+    Case("intermediates, mamba1, float16", **_MAMBA1, tokens=2, steps=2, headdim=8, dtypes={"state": "float16"}),
     Case("intermediates, every second", tokens=5, steps=2, intermediate_stride=2),
     Case("intermediates, none of a short call", tokens=3, steps=1, intermediate_stride=4, dtypes={"state": "float16"}),
     Case(
@@ -343,11 +301,11 @@ CASES: tuple[Case, ...] = (
         steps=1,
         intermediate_stride=3,
         entries=(1, 3, 0),
-        dtypes={"state": "bfloat16"},
+        dtypes=_STATE_16,
     ),
     # --- Sequences that start from zeros ---
     Case("fresh", has_initial_state=(True, False, True)),
-    Case("fresh, no slots", has_initial_state=(False, False, True), indices=None, dtypes={"state": "bfloat16"}),
+    Case("fresh, no slots", has_initial_state=(False, False, True), indices=None, dtypes=_STATE_16),
     Case("fresh, destinations", has_initial_state=(False, True, False), destinations=(1, 0, 5)),
     Case("fresh, tokens", tokens=3, has_initial_state=(True, False, False), dtypes={"state": "float16"}),
     Case("fresh, packed", tokens=7, cu_seqlens=(0, 3, 3, 7), has_initial_state=(False, False, True)),
@@ -356,9 +314,7 @@ CASES: tuple[Case, ...] = (
     # --- Trees of draft tokens ---
     Case("tree", tokens=5, slots=16, destinations=_NODES, parents=_TREES),
     Case("tree, intermediates", tokens=5, steps=5, parents=_TREES, dtypes={"parent_tokens": "int64"}),
-    Case(
-        "tree, bfloat16, mamba1", tokens=5, steps=6, parents=_TREES, nheads=0, ngroups=1, dtypes={"state": "bfloat16"}
-    ),
+    Case("tree, bfloat16, mamba1", **_MAMBA1, tokens=5, steps=6, parents=_TREES, dtypes=_STATE_16),
     Case("tree, outputs alone", tokens=5, parents=_TREES, untied=_ALL_UNTIED, disable_state_update=True),
     Case("tree of one token", steps=1, parents=(0, -1, 5)),
     Case("tree, one token on an axis", tokens=1, steps=1, parents=((0,), (-1,), (5,))),
@@ -407,24 +363,15 @@ CASES: tuple[Case, ...] = (
         for dtype in LARGEST
         for case in (
             Case(f"{dtype} state", dtypes={"state": dtype}),
-            Case(
-                f"{dtype} state, bfloat16", dtypes={"state": dtype, "*": "bfloat16", "A": "float32"}, untied=_ALL_UNTIED
-            ),
+            Case(f"{dtype} state, bfloat16", dtypes={"state": dtype} | _INPUTS_16, untied=_ALL_UNTIED),
             Case(f"{dtype} state, tokens", dtypes={"state": dtype}, tokens=3, destinations=(1, 0, _PAD)),
             Case(f"{dtype} state, intermediates", dtypes={"state": dtype}, tokens=3, steps=3, entries=(5, 1, 6)),
             Case(f"{dtype} state, no update", dtypes={"state": dtype}, tokens=2, steps=2, disable_state_update=True),
         )
     ),
-    Case("int8 state, mamba1", dtypes={"state": "int8"}, nheads=0, ngroups=1, headdim=24, dstate=16, group_axis=False),
+    Case("int8 state, mamba1", dtypes={"state": "int8"}, **_MAMBA1, headdim=24, dstate=16, group_axis=False),
     Case("int16 state, pads", dtypes={"state": "int16"}, indices=(_PAD, 5, 9)),
-    Case(
-        "int8 state, a destination each",
-        dtypes={"state": "int8"},
-        slots=9,
-        tokens=4,
-        cu_seqlens=(0, 2, 3, 4),
-        destinations=((1, 3), (0, _PAD), (5, 6)),
-    ),
+    Case("int8 state, a destination each", **_PACKED_INT8),
     # --- Stochastic rounding ---
     *(
         case
@@ -437,14 +384,6 @@ CASES: tuple[Case, ...] = (
     Case(
         "stochastic float16, odd sizes", dtypes={"state": "float16"}, nheads=3, ngroups=1, headdim=5, dstate=7, seed=0
     ),
-    Case("stochastic bfloat16, destinations", dtypes={"state": "bfloat16"}, destinations=(1, _PAD, 5), seed=7),
-    Case(
-        "stochastic int8, packed",
-        dtypes={"state": "int8"},
-        slots=9,
-        tokens=4,
-        cu_seqlens=(0, 2, 3, 4),
-        destinations=((1, 3), (0, _PAD), (5, 6)),
-        seed=2**63 - 1,
-    ),
+    Case("stochastic bfloat16, destinations", dtypes=_STATE_16, destinations=(1, _PAD, 5), seed=7),
+    Case("stochastic int8, packed", **_PACKED_INT8, seed=2**63 - 1),
 )
