@@ -1,7 +1,7 @@
 """``python -m ssu_bridge info | check | bench``."""
 
 import argparse
-import dataclasses
+import collections
 import importlib.metadata
 import importlib.util
 import platform
@@ -136,41 +136,27 @@ def _check(only: str | None, backend: str | None, verbose: bool) -> int:
     cases = [case for case in CASES if not only or only in case.name]
     backends = [name for name in BACKENDS if backend in (None, name)]
     runs = [
-        _Run(framework, device, like, name, case)
+        (f"{framework} on {device}", framework, like, name, case)
         for framework in _frameworks()
         for device, like in _devices(framework)
         for name in backends
         for case in cases
     ]
     passed = failed = 0
-    refused: dict[str, int] = {}
-    for run in progress(runs):
+    refused: collections.Counter[str] = collections.Counter()
+    for where, framework, like, name, case in progress(runs, label=lambda run: f"{run[0]}, {run[3]}: {run[4].name}"):
         try:
-            report = _check_case(run.framework, run.like, run.case, run.backend)
+            report = _check_case(framework, like, case, name)
         except (UnsupportedError, BackendNotAvailableError) as refusal:
-            refused[str(refusal)] = refused.get(str(refusal), 0) + 1
+            refused[str(refusal)] += 1
             continue
         passed, failed = passed + report.passed, failed + (not report.passed)
         if verbose or not report.passed:
-            say(f"{run.framework} on {run.device}, {run.case.name}: {report}")
+            say(f"{where}, {case.name}: {report}")
     print(f"{passed} passed, {failed} failed")
     for reason, count in refused.items():
         print(f"  unsupported there, {count} times: {reason}")
     return 1 if failed or not passed else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A case on a backend, with arrays of a framework on a device."""
-
-    framework: str
-    device: str
-    like: Any
-    backend: str
-    case: Case
-
-    def __str__(self) -> str:
-        return f"{self.framework} on {self.device}, {self.backend}: {self.case.name}"
 
 
 def _check_case(framework: str, like: Any, case: Case, backend: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ssu_bridge.config import get_config
 from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import Options, options_of
 from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
 from ssu_bridge.dispatch import Explanation, load
@@ -161,7 +162,7 @@ def _same_pairs(results: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, 
 
 # The launcher of each kind of call, by the type of its state, its flags and the configuration: the only look-up of a
 # repeated call. At most 64, because each may keep compiled programs.
-_launchers: dict[tuple[Any, ...], Launch] = {}
+_launchers: Bounded[tuple[Any, ...], Launch] = Bounded(64)
 
 
 def _launcher(
@@ -188,10 +189,7 @@ def _launcher(
         return _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
-        launch = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
-        if len(_launchers) >= 64:
-            _launchers.clear()
-        _launchers[kind] = launch
+        launch = _launchers[kind] = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
         return launch
 
 

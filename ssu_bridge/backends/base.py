@@ -64,6 +64,15 @@ class BackendModule(Protocol):
         """Return the kernel for a supported problem, compiled and ready to be launched."""
 
 
+def nothing_missing(framework: str) -> None:
+    """Return None: the backend needs nothing besides the dependencies of this package and of the caller."""
+
+
+def no_settings(problem: Problem) -> str:
+    """Return "": the backend has one way to run a problem."""
+    return ""
+
+
 def missing_jax_ffi(framework: str) -> str | None:
     """Return what is not installed of what XLA needs to call a device kernel, or None."""
     if framework == "jax" and importlib.util.find_spec("jax_tvm_ffi") is None:

@@ -2,18 +2,15 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
-from ssu_bridge.core.arguments import ARGUMENTS, TIED_AXES
+from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi, no_settings
+from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, TIED_AXES
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
 PLATFORM = "cpu"
 CONFIG_FIELDS = ("philox_rounds",)
-
-
-def missing(framework: str) -> str | None:
-    """Return what JAX arrays need besides this package, if it is not installed."""
-    return missing_jax_ffi(framework)
+missing = missing_jax_ffi
+settings = no_settings
 
 
 def refusal(problem: Problem) -> str | None:
@@ -23,35 +20,29 @@ def refusal(problem: Problem) -> str | None:
     return lacks_form(problem, "loop")
 
 
-def settings(problem: Problem) -> str:
-    """Return "": the kernel has no settings."""
-    return ""
-
-
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel: dtypes, sizes and strides are read in each call, the rest is compiled in."""
     options = problem.options
     rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
     flags = (options.dt_softplus, options.pad_slot_id, rounds, options.intermediate_stride)
-    return _kernel(problem.names, problem.results, *flags)
+    return _kernel(problem.names, "state" in problem.results, *flags)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    names: tuple[str, ...], results: tuple[str, ...], dt_softplus: bool, pad_slot_id: int, rounds: int, stride: int
+    names: tuple[str, ...], updates_state: bool, dt_softplus: bool, pad_slot_id: int, rounds: int, stride: int
 ) -> DeviceKernel:
-    # The first six arrays are always there, and the results follow from the names but for whether the state is one.
-    optional = ",".join(names[6:])
-    flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={'state' in results:d};philox={rounds}"
+    optional = ",".join(names[len(REQUIRED) :])
+    flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={updates_state:d};philox={rounds}"
     if stride > 1:
         flags += f";stride={stride}"
     rows = [row(name) for name in (*names, "out")]
-    function = library().cpu_kernel(names, rows, results, dt_softplus, pad_slot_id, rounds, "auto", stride)
-    check = library().cpu_check(names, rows, results, stride)
+    function = library().cpu_kernel(rows, updates_state, dt_softplus, pad_slot_id, rounds, stride, "auto")
+    check = library().cpu_check(rows, updates_state, stride)
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function, check)
 
 
-def row(name: str) -> tuple[tuple[str, ...], str, int, bool]:
+def row(name: str) -> tuple[str, tuple[str, ...], str, int, bool]:
     """Return what the table says of an argument, as the native library takes it."""
     argument = ARGUMENTS[name]
-    return argument.shapes, argument.free, TIED_AXES.get(name, 0), argument.written
+    return name, argument.shapes, argument.free, TIED_AXES.get(name, 0), argument.written

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.backends.base import HostKernel
+from ssu_bridge.backends.base import HostKernel, no_settings, nothing_missing
 from ssu_bridge.core import rounding
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.quantized import SCALES
@@ -14,6 +14,8 @@ from ssu_bridge.core.slots import routes
 
 PLATFORM = None
 CONFIG_FIELDS = ("philox_rounds",)
+missing = nothing_missing
+settings = no_settings
 
 
 class Store(NamedTuple):
@@ -50,19 +52,9 @@ class Exact(NamedTuple):
     stores: dict[str, Store]
 
 
-def missing(framework: str) -> str | None:
-    """Return None: NumPy is a dependency of this package."""
-    return None
-
-
 def refusal(problem: Problem) -> str | None:
     """Refuse traced arrays, which have no values to copy."""
     return "it computes on the host and so cannot be traced by JAX" if problem.traced else None
-
-
-def settings(problem: Problem) -> str:
-    """Return "": the reference has no settings."""
-    return ""
 
 
 def load(problem: Problem) -> HostKernel:

@@ -14,44 +14,27 @@ DROPPING = "the same, but JAX drops its unused arguments"
 
 
 def eager_calls(a: dict[str, Any]) -> tuple[dict[str, Callable[[], None]], list[Any]]:
-    """Return the calls by name, and the list of the states that they replace, in the same order.
-
-    The arguments are written out, because building them would be part of what is measured.
-    """
+    """Return the calls by name, and the list of the states that they replace, in the same order."""
     states = [jnp.copy(a["state"]) for _ in range(3)]
-    z = a.get("z")
+    others = [a.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    indices = a["state_batch_indices"]
 
     def call_update() -> None:
-        _, states[0] = update(
-            states[0], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=z, dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
-        )  # fmt: skip
+        _, states[0] = update(states[0], *others, True, indices)
 
     def trivial(place: int, jitted: Any) -> Callable[[], None]:
         def call() -> None:
-            _, states[place] = jitted(
-                states[place], a["x"], a["dt"], a["A"], a["B"], a["C"],
-                D=a["D"], z=z, dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"],
-            )  # fmt: skip
+            _, states[place] = jitted(states[place], *others, indices)
 
         return call
 
-    return {
-        "update": call_update,
-        TRIVIAL: trivial(1, _trivial(keep_unused=True)),
-        DROPPING: trivial(2, _trivial()),
-    }, states
+    kept, dropping = (jax.jit(_adding_one(), donate_argnums=0, keep_unused=keep) for keep in (True, False))
+    return {"update": call_update, TRIVIAL: trivial(1, kept), DROPPING: trivial(2, dropping)}, states
 
 
-def _trivial(**options: Any) -> Any:
-    """Return a jitted function; each call makes another function, because JAX keeps programs by those."""
-
-    def add_one(
-        state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, *, D: Any, z: Any, dt_bias: Any, state_batch_indices: Any
-    ) -> tuple[Any, Any]:
-        return x + 1, state + 1
-
-    return jax.jit(add_one, donate_argnums=0, **options)
+def _adding_one() -> Callable[..., Any]:
+    """Return another function in each call, because JAX keeps programs by those."""
+    return lambda state, x, *others: (x + 1, state + 1)
 
 
 def ratios(medians: dict[str, float]) -> str:

@@ -1,11 +1,5 @@
-"""Functions with the names, arguments and rules of other packages, for Torch: only the import changes.
+"""What the drop-ins share: missing axes, copies of what ``update`` does not accept, and repeated calls."""
 
-Each translates its call into one of ``ssu_bridge.update``, whose backend is the one that is configured. What they
-add is what those packages allow and ``update`` does not: arrays that lack axes of size 1, float arrays that lie in
-memory in any way, and an output of another float dtype than x.
-"""
-
-import inspect
 import warnings
 from typing import Any
 
@@ -14,6 +8,7 @@ import torch
 from ssu_bridge.api import update
 from ssu_bridge.config import get_config
 from ssu_bridge.core.arguments import ARGUMENTS, FLOATS, TIED_AXES
+from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import options_of
 from ssu_bridge.frontends import dynamo
 from ssu_bridge.frontends.torch.frontend import Launcher
@@ -21,7 +16,7 @@ from ssu_bridge.frontends.torch.frontend import Launcher
 # The axes of the float arrays in a call of one token for each sequence, all heads and groups spelt out.
 _AXES = {name: argument.shapes[0] for name, argument in ARGUMENTS.items() if argument.dtypes[: len(FLOATS)] == FLOATS}
 # By all arguments of a drop-in that are no arrays, and the configuration in force.
-_launchers: dict[tuple[Any, ...], Launcher] = {}
+_launchers: Bounded[tuple[Any, ...], Launcher] = Bounded(64)
 _FLOATS = {getattr(torch, name) for name in FLOATS}
 
 
@@ -59,11 +54,11 @@ def repeated(key: tuple[Any, ...], raw: tuple[Any, ...], out: Any) -> Any:
 def step(arrays: dict[str, Any], key: tuple[Any, ...] = (), raw: tuple[Any, ...] = (), **rest: Any) -> Any:
     """Call ``update`` and return the output, wherever float arrays lie in memory and whatever float the output is.
 
-    Arrays that ``update`` would not take are copied, and what it wrote to a copy is copied back. With ``key`` and
+    Arrays that ``update`` would not accept are copied, and what it wrote to a copy is copied back. With ``key`` and
     ``raw``, :func:`repeated` finds the call again if nothing had to be translated.
     """
     written = ("out",) if rest.get("disable_state_update") else ("out", "state")
-    given = {name: _taken(name, tensor, name in written) for name, tensor in arrays.items()}
+    given = {name: _acceptable(name, tensor, name in written) for name, tensor in arrays.items()}
     if given["state"] is not arrays["state"]:
         warnings.warn(
             f"state: copied as a whole, because the trailing axes of the slots are not dense in memory "
@@ -95,11 +90,8 @@ def _launcher(key: tuple[Any, ...], flags: dict[str, Any]) -> Launcher:
     launcher = _launchers.get((*key, config))
     if launcher is None:
         given = {"pad_slot_id": -1, "disable_state_update": False, "algorithm": None, **flags}
-        rare = {"donate": True, "check_indices": False, "intermediate_stride": 1, "backend": None, "config": config}
-        names = inspect.signature(options_of).parameters
-        launcher = Launcher(options_of(**{name: value for name, value in (given | rare).items() if name in names}))
-        if len(_launchers) >= 64:  # flags that vary without end must not fill the memory
-            _launchers.clear()
+        update_flags = (given["dt_softplus"], given["pad_slot_id"], given["disable_state_update"])
+        launcher = Launcher(options_of(*update_flags, True, False, 1, None, given["algorithm"], config))
         _launchers[(*key, config)] = launcher
     return launcher
 
@@ -109,8 +101,8 @@ def rows(table: Any, sequences: int) -> Any:
     return table if table is None or table.shape[0] <= sequences else table[:sequences]
 
 
-def _taken(name: str, tensor: Any, is_written: bool) -> Any:
-    """Return an argument as ``update`` takes it, or as it is where that will refuse it: what is written over itself."""
+def _acceptable(name: str, tensor: Any, is_written: bool) -> Any:
+    """Return a tensor, or a dense copy if ``update`` allows no such gaps and what it writes can be copied back."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_nested:
         return tensor
     if not _has_gaps(name, tensor) or (is_written and _may_overlap_itself(tensor)):

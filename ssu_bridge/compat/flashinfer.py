@@ -8,9 +8,8 @@ import torch
 from ssu_bridge.backends.flashinfer.backend import ALIKE
 from ssu_bridge.compat._translate import repeated, rows, step, with_heads
 from ssu_bridge.config import using
+from ssu_bridge.core.arguments import TOKENWISE
 from ssu_bridge.core.quantized import QuantizedState
-
-_TOKENWISE = ("x", "dt", "B", "C", "z")
 
 
 def selective_state_update(
@@ -98,7 +97,7 @@ def selective_state_update(
     _require_alike({**arrays, **tables, "out": out})
     arrays = with_heads(arrays)
     if several:
-        arrays |= {n: t.unsqueeze(1) for n in _TOKENWISE if (t := arrays[n]) is not None and t.ndim == 3}
+        arrays |= {n: t.unsqueeze(1) for n in TOKENWISE if (t := arrays.get(n)) is not None and t.ndim == 3}
     sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
     slots = {name: rows(table, sequences) for name, table in tables.items()}
     if packed or several:

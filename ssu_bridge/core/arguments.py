@@ -58,6 +58,8 @@ REQUIRED = ("state", "x", "dt", "A", "B", "C")
 TABLES = tuple(name for name, argument in ARGUMENTS.items() if argument.dtypes in (INDICES, BOOLS))
 # The most tokens of a sequence that parent_tokens makes a tree of.
 MOST_TOKENS_OF_A_TREE = 64
+# What has a row for each token, besides out.
+TOKENWISE = tuple(name for name, argument in ARGUMENTS.items() if argument.free == "*" and not argument.written)
 # What disable_state_update leaves alone.
 STATE = ("state", "state_scale")
 # These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.

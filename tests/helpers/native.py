@@ -61,8 +61,8 @@ def results_of(names, update=True):
 
 
 def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1):
-    rows = [cpu.row(name) if name in ARGUMENTS else (["H"], "", 0, False) for name in (*names, "out")]
-    return library().cpu_kernel(names, rows, results, softplus, pad, rounds, isa, stride)
+    rows = [cpu.row(name) if name in ARGUMENTS else (name, ["H"], "", 0, False) for name in (*names, "out")]
+    return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, isa)
 
 
 def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):

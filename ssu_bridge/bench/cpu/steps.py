@@ -106,64 +106,42 @@ def _tiny_arrays() -> dict[str, Any]:
 def _print_jax_host() -> None:
     jax_calls, _ = eager_calls({name: jnp.array(array) for name, array in _tiny_arrays().items()})
     times = interleaved(jax_calls, rounds=200, seconds=0.004)
-    print("host time of an eager JAX call, ten arrays, a tiny problem, state donated")
-    for name, timing in times.items():
-        _print_row(name, timing)
+    _print_rows("host time of an eager JAX call, ten arrays, a tiny problem, state donated", times)
     print(f"  {ratios({name: timing.median for name, timing in times.items()})}\n")
 
 
 def _print_torch_host() -> None:
     import torch
 
-    a = {name: torch.from_numpy(array) for name, array in _tiny_arrays().items()}
-    out = torch.empty_like(a["x"])
-
-    def call_update() -> None:
-        update(
-            a["state"], a["x"], a["dt"], a["A"], a["B"], a["C"],
-            D=a["D"], z=a["z"], dt_bias=a["dt_bias"], state_batch_indices=a["state_batch_indices"], dt_softplus=True,
-            out=out,
-        )  # fmt: skip
-
-    def call_add() -> None:
-        out.add_(a["x"])
-
-    times = interleaved({"update": call_update, "add_": call_add}, rounds=200, seconds=0.004)
-    print(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}")
-    _print_row("update", times["update"])
-    _print_row("Tensor.add_, for comparison", times["add_"])
-    _print_torch_turns()
-
-
-def _print_torch_turns() -> None:
     from ssu_bridge.bench.cpu import torch_calls
 
+    a: dict[str, Any] = {name: torch.from_numpy(array) for name, array in _tiny_arrays().items()}
+    out = torch.empty_like(a["x"])
+    functions = {
+        "update": functools.partial(update, **a, dt_softplus=True, out=out),
+        "Tensor.add_, for comparison": functools.partial(out.add_, a["x"]),
+    }
+    times = interleaved(functions, rounds=200, seconds=0.004)
+    _print_rows(f"host time of an eager Torch call, eleven tensors, a tiny problem; torch {torch.__version__}", times)
     times = interleaved(torch_calls.problems_in_turn(), rounds=200, seconds=0.004)
-    print(f"\nhost time of {torch_calls.PROBLEMS} eager Torch calls, and the ratio to one problem's")
     one, *_ = times.values()
-    for name, timing in times.items():
-        _print_row(f"{name} ({timing.median / one.median:.2f})", timing)
+    rows = {f"{name} ({timing.median / one.median:.2f})": timing for name, timing in times.items()}
+    _print_rows(f"\nhost time of {torch_calls.PROBLEMS} eager Torch calls, and the ratio to one problem's", rows)
     times = interleaved(torch_calls.drop_ins(), rounds=200, seconds=0.004)
-    print("\nhost time of an eager call of a drop-in, and the ratio to update's on the same tensors")
-    for name, timing in times.items():
-        alike = times["update, out given" if name.endswith("out given") else "update"]
-        _print_row(f"{name} ({timing.median / alike.median:.2f})", timing)
+    alike = {name: times["update, out given" if name.endswith("out given") else "update"] for name in times}
+    rows = {f"{name} ({timing.median / alike[name].median:.2f})": timing for name, timing in times.items()}
+    _print_rows("\nhost time of an eager call of a drop-in, and the ratio to update's on the same tensors", rows)
 
 
 def _print_calls() -> None:
-    print("\nhost time of calls with NumPy arrays, ten arrays, a tiny problem")
-    for name, timing in calls.numpy_calls(_tiny_arrays()).items():
-        _print_row(name, timing)
-    print("\ntime of first calls, which trace and compile")
-    for name, timing in calls.first_calls(_tiny_arrays()).items():
-        _print_row(name, timing)
-    print(f"\ntime of first calls on a state that is sharded over {sharded.DEVICES} virtual devices")
-    for name, timing in sharded.first_calls().items():
-        _print_row(name, timing)
-    print("\ntime to prepare an exported program")
-    for name, timing in calls.preparations(_tiny_arrays()).items():
-        _print_row(name, timing)
+    tiny, devices = _tiny_arrays(), sharded.DEVICES
+    _print_rows("\nhost time of calls with NumPy arrays, ten arrays, a tiny problem", calls.numpy_calls(tiny))
+    _print_rows("\ntime of first calls, which trace and compile", calls.first_calls(tiny))
+    _print_rows(f"\ntime of first calls on a state sharded over {devices} virtual devices", sharded.first_calls())
+    _print_rows("\ntime to prepare an exported program", calls.preparations(tiny))
 
 
-def _print_row(name: str, timing: Timing) -> None:
-    print(f"  {name:<54}{timing!s}")
+def _print_rows(title: str, times: dict[str, Timing]) -> None:
+    print(title)
+    for name, timing in times.items():
+        print(f"  {name:<54}{timing!s}")

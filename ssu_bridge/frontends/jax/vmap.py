@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import batching
 
-from ssu_bridge.core.arguments import ARGUMENTS, STATE, TABLES
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, TABLES, TOKENWISE
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import read_slots, slots
 from ssu_bridge.errors import UnsupportedError
@@ -23,8 +23,8 @@ from ssu_bridge.frontends.jax.step_primitive import bind, step
 
 _READ, _WRITE, _ENTRIES = "state_batch_indices", "dst_state_batch_indices", "intermediate_state_indices"
 _EDGES = "cu_seqlens"
-# What says something of each sequence; parent_tokens has a row for each token, as x has.
-_BY_SEQUENCE = tuple(name for name in TABLES if not ARGUMENTS[name].free.startswith("*"))
+# What says something of each sequence.
+_BY_SEQUENCE = tuple(name for name in TABLES if name not in TOKENWISE)
 # One for all sequences of a step.
 _PARAMETERS = ("A", "D", "dt_bias", "rand_seed")
 

@@ -148,62 +148,66 @@ bool holds(const std::vector<Argument>& arguments, Argument argument) {
   return std::find(arguments.begin(), arguments.end(), argument) != arguments.end();
 }
 
+Argument parse_name(const std::string& name) {
+  for (int i = 0; i < kArguments; ++i)
+    if (name == kArgumentNames[i]) return static_cast<Argument>(i);
+  TVM_FFI_THROW(ValueError) << "arguments: '" << name << "' is unknown";
+  std::abort();  // unreachable; the line above has no way to say so
+}
+
 // Reads the arguments of a call, which are its inputs, out, and what of the inputs is written.
 class CallReader {
  public:
-  CallReader(std::vector<Argument> inputs, CallRules rules, std::vector<Argument> written, int64_t intermediate_stride)
-      : inputs_(std::move(inputs)),
-        rules_(std::move(rules)),
-        written_(std::move(written)),
-        intermediate_stride_(intermediate_stride) {}
+  // The rows are those of the inputs, then that of out.
+  CallReader(const ffi::Array<ArgumentRow>& rows, bool updates_state) {
+    for (const ArgumentRow& row : rows) {
+      Argument argument = parse_name(row.get<0>());
+      if (holds(given_, argument))
+        TVM_FFI_THROW(ValueError) << "arguments: '" << name_of(argument) << "' is twice there";
+      given_.push_back(argument);
+      rules_[argument] = parse_rule(row);
+      bool is_state = argument == Argument::kState || argument == Argument::kScales;
+      bool is_in_place = argument != Argument::kOut && (updates_state || !is_state);
+      if (rules_[argument].is_written && is_in_place) in_place_.push_back(argument);
+    }
+    for (Argument argument : kRequiredArguments)
+      if (!holds(given_, argument)) TVM_FFI_THROW(ValueError) << "arguments: '" << name_of(argument) << "' is missing";
+    if (given_.back() != Argument::kOut) TVM_FFI_THROW(ValueError) << "arguments: expected 'out' at the end";
+  }
 
   CallTensors read(ffi::PackedArgs arguments, StepArguments& step_arguments) const {
-    int inputs = static_cast<int>(inputs_.size());
-    int written = static_cast<int>(written_.size());
-    if (arguments.size() != inputs + 1 + written)
-      TVM_FFI_THROW(ValueError) << "expected " << inputs << " inputs, out and " << written << " written in place, got "
-                                << arguments.size() << " arguments";
+    int given = static_cast<int>(given_.size());
+    int in_place = static_cast<int>(in_place_.size());
+    if (arguments.size() != given + in_place)
+      TVM_FFI_THROW(ValueError) << "expected " << given - 1 << " inputs, out and " << in_place
+                                << " written in place, got " << arguments.size() << " arguments";
     CallTensors tensors;
-    for (int i = 0; i < inputs; ++i) tensors.inputs[static_cast<int>(inputs_[i])] = arguments[i].cast<DLTensor*>();
-    tensors.out = arguments[inputs].cast<DLTensor*>();
-    for (int i = 0; i < written; ++i) check_in_place(tensors, written_[i], arguments[inputs + 1 + i].cast<DLTensor*>());
-    step_arguments.intermediate_stride = intermediate_stride_;
+    for (int i = 0; i < given; ++i) tensors[given_[i]] = arguments[i].cast<DLTensor*>();
+    for (int i = 0; i < in_place; ++i) check_in_place(tensors, in_place_[i], arguments[given + i].cast<DLTensor*>());
     read_tensors(tensors, rules_, step_arguments);
     return tensors;
   }
-
-  bool writes(Argument argument) const { return holds(written_, argument); }
 
  private:
   static void check_in_place(const CallTensors& tensors, Argument argument, const DLTensor* result) {
     const DLTensor* input = tensors[argument];
     if (result->data != input->data || result->byte_offset != input->byte_offset)
-      TVM_FFI_THROW(ValueError) << "the result " << kArgumentNames[static_cast<int>(argument)]
+      TVM_FFI_THROW(ValueError) << "the result " << name_of(argument)
                                 << " must be the memory of the input of that name: the step works in place";
   }
 
-  std::vector<Argument> inputs_;
+  std::vector<Argument> given_, in_place_;
   CallRules rules_;
-  std::vector<Argument> written_;
-  int64_t intermediate_stride_;
 };
 
 class CpuKernel {
  public:
-  CpuKernel(CallReader reader, bool softplus, int64_t pad_slot, int rounds, const VariantPair& steps)
-      : reader_(std::move(reader)),
-        softplus_(softplus),
-        updates_state_(reader_.writes(Argument::kState)),
-        pad_slot_(pad_slot),
-        rounds_(rounds),
-        steps_(steps) {}
+  // `options` holds what is not read from the tensors of a call.
+  CpuKernel(CallReader reader, const StepArguments& options, const VariantPair& steps)
+      : reader_(std::move(reader)), options_(options), steps_(steps) {}
 
   void operator()(ffi::PackedArgs arguments, ffi::Any*) const {
-    StepArguments step_arguments;
-    step_arguments.softplus = softplus_;
-    step_arguments.pad_slot = pad_slot_;
-    step_arguments.updates_state = updates_state_;
-    step_arguments.random.rounds = rounds_;
+    StepArguments step_arguments = options_;
     read_seed(reader_.read(arguments, step_arguments), step_arguments);
     run_step(step_arguments, step_for(step_arguments));
   }
@@ -215,92 +219,40 @@ class CpuKernel {
   }
 
   CallReader reader_;
-  bool softplus_;
-  bool updates_state_;
-  int64_t pad_slot_;
-  int rounds_;
+  StepArguments options_;
   VariantPair steps_;
 };
 
-// The arguments of these names, which hold the required ones.
-std::vector<Argument> parse_names(const ffi::Array<ffi::String>& names) {
-  std::vector<Argument> arguments;
-  for (const ffi::String& name : names) {
-    int found = 0;
-    while (found < kArguments && name != kArgumentNames[found]) ++found;
-    if (found == kArguments || holds(arguments, static_cast<Argument>(found)))
-      TVM_FFI_THROW(ValueError) << "argument_names: '" << std::string(name) << "' is unknown or twice there";
-    arguments.push_back(static_cast<Argument>(found));
-  }
-  for (int i = 0; i < kRequiredArguments; ++i)
-    if (!holds(arguments, static_cast<Argument>(i)))
-      TVM_FFI_THROW(ValueError) << "argument_names: '" << kArgumentNames[i] << "' is missing";
-  return arguments;
-}
-
-// The rules of the inputs, then that of out.
-CallRules parse_rules(const ffi::Array<ArgumentRow>& rows, const std::vector<Argument>& inputs) {
-  if (rows.size() != inputs.size() + 1)
-    TVM_FFI_THROW(ValueError) << "arguments: expected those of " << inputs.size() << " inputs and of out, got "
-                              << rows.size();
-  CallRules rules;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    rules.inputs[static_cast<int>(inputs[i])] = parse_rule(rows[static_cast<int64_t>(i)]);
-  rules.out = parse_rule(rows.back());
-  return rules;
-}
-
-// What is written besides out, in the order of the inputs. It follows from them but for whether the state is updated.
-std::vector<Argument> parse_results(const ffi::Array<ffi::String>& names, const std::vector<Argument>& inputs) {
-  bool updates_state = std::find(names.begin(), names.end(), "state") != names.end();
-  std::vector<Argument> written;
-  std::string expected = "out", given;
-  for (Argument argument : inputs) {
-    bool is_state = argument == Argument::kState || argument == Argument::kScales;
-    bool is_intermediate = argument == Argument::kIntermediates || argument == Argument::kIntermediateScales;
-    if (!is_intermediate && !(is_state && updates_state)) continue;
-    written.push_back(argument);
-    expected += std::string(", ") + kArgumentNames[static_cast<int>(argument)];
-  }
-  for (const ffi::String& name : names) given += (given.empty() ? "" : ", ") + std::string(name);
-  if (given != expected) TVM_FFI_THROW(ValueError) << "result_names: expected " << expected << ", got " << given;
-  return written;
-}
-
-int parse_rounds(int64_t rounds) {
-  if (rounds < 0 || rounds > INT32_MAX)
-    TVM_FFI_THROW(ValueError) << "philox_rounds: expected a number from 0 to 2**31 - 1, got " << rounds;
-  return rounds == 0 ? kUsualRounds : static_cast<int>(rounds);
-}
-
-CallReader make_reader(const ffi::Array<ffi::String>& argument_names, const ffi::Array<ArgumentRow>& rows,
-                       const ffi::Array<ffi::String>& result_names, int64_t intermediate_stride) {
+StepArguments options_with(int64_t intermediate_stride) {
   if (intermediate_stride < 1)
     TVM_FFI_THROW(ValueError) << "intermediate_stride: expected at least 1, got " << intermediate_stride;
-  std::vector<Argument> inputs = parse_names(argument_names);
-  std::vector<Argument> written = parse_results(result_names, inputs);
-  CallRules rules = parse_rules(rows, inputs);
-  return CallReader(std::move(inputs), std::move(rules), std::move(written), intermediate_stride);
+  StepArguments options;
+  options.intermediate_stride = intermediate_stride;
+  return options;
 }
 
 }  // namespace
 
-ffi::Function make_cpu_kernel(ffi::Array<ffi::String> argument_names, ffi::Array<ArgumentRow> rows,
-                              ffi::Array<ffi::String> result_names, bool dt_softplus, int64_t pad_slot_id,
-                              int64_t philox_rounds, ffi::String isa, int64_t intermediate_stride) {
+ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, bool dt_softplus, int64_t pad_slot_id,
+                              int64_t philox_rounds, int64_t intermediate_stride, ffi::String isa) {
   thread_count();  // so that a wrong setting is reported here
-  return ffi::Function::FromPacked(CpuKernel(make_reader(argument_names, rows, result_names, intermediate_stride),
-                                             dt_softplus, pad_slot_id, parse_rounds(philox_rounds),
-                                             find_variants(isa)));
+  if (philox_rounds < 0 || philox_rounds > INT32_MAX)
+    TVM_FFI_THROW(ValueError) << "philox_rounds: expected a number from 0 to 2**31 - 1, got " << philox_rounds;
+  StepArguments options = options_with(intermediate_stride);
+  options.updates_state = updates_state;
+  options.softplus = dt_softplus;
+  options.pad_slot = pad_slot_id;
+  options.random.rounds = philox_rounds == 0 ? kUsualRounds : static_cast<int>(philox_rounds);
+  return ffi::Function::FromPacked(CpuKernel(CallReader(rows, updates_state), options, find_variants(isa)));
 }
 
-ffi::Function make_cpu_check(ffi::Array<ffi::String> argument_names, ffi::Array<ArgumentRow> rows,
-                             ffi::Array<ffi::String> result_names, int64_t intermediate_stride) {
-  return ffi::Function::FromPacked([reader = make_reader(argument_names, rows, result_names, intermediate_stride)](
-                                       ffi::PackedArgs arguments, ffi::Any*) {
-    StepArguments step_arguments;
-    reader.read(arguments, step_arguments);
-  });
+ffi::Function make_cpu_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride) {
+  CallReader reader(rows, updates_state);
+  return ffi::Function::FromPacked(
+      [reader, options = options_with(intermediate_stride)](ffi::PackedArgs arguments, ffi::Any*) {
+        StepArguments step_arguments = options;
+        reader.read(arguments, step_arguments);
+      });
 }
 
 }  // namespace ssu_bridge

@@ -11,30 +11,7 @@
 
 namespace ssu_bridge {
 
-const char* const kArgumentNames[kArguments] = {"state",
-                                                "x",
-                                                "dt",
-                                                "A",
-                                                "B",
-                                                "C",
-                                                "D",
-                                                "z",
-                                                "dt_bias",
-                                                "state_batch_indices",
-                                                "dst_state_batch_indices",
-                                                "num_accepted_tokens",
-                                                "cu_seqlens",
-                                                "intermediate_states",
-                                                "intermediate_state_indices",
-                                                "parent_tokens",
-                                                "has_initial_state",
-                                                "state_scale",
-                                                "intermediate_state_scales",
-                                                "rand_seed"};
-
 namespace {
-
-const char* name_of(Argument argument) { return kArgumentNames[static_cast<int>(argument)]; }
 
 // What the letters of the patterns stand for, as far as tensors have told.
 class Sizes {
@@ -167,17 +144,16 @@ void check_strides(const DLTensor& tensor, const char* name, const Rule& rule, c
 }
 
 // Checks all but the type.
-const Pattern& check(const DLTensor& tensor, const char* name, const Rule& rule, Call& call) {
+const Pattern& check(Argument argument, Call& call) {
+  const DLTensor& tensor = *call.tensors[argument];
+  const char* name = name_of(argument);
+  const Rule& rule = call.rules[argument];
   check_device(tensor, name);
   // A Torch tensor may have lost its storage, or never had one.
   if (tensor.data == nullptr && !is_empty(tensor)) TVM_FFI_THROW(ValueError) << name << " has no memory";
   const Pattern& pattern = match(tensor, name, rule, call);
   check_strides(tensor, name, rule, pattern, call.has_heads);
   return pattern;
-}
-
-const Pattern& check(Argument argument, Call& call) {
-  return check(*call.tensors[argument], name_of(argument), call.rules.inputs[static_cast<int>(argument)], call);
 }
 
 int64_t& stride_of(Operand& operand, char axis) {
@@ -197,21 +173,19 @@ int64_t& stride_of(Operand& operand, char axis) {
   }
 }
 
-Operand read_operand(const DLTensor& tensor, const char* name, const Pattern& pattern) {
+Operand read_operand(Argument argument, Call& call) {
   Operand operand;
-  operand.data = data_of(tensor);
-  operand.type = float_type(tensor, name);
+  const DLTensor* tensor = call.tensors[argument];
+  if (!tensor) return operand;
+  const Pattern& pattern = check(argument, call);
+  operand.data = data_of(*tensor);
+  operand.type = float_type(*tensor, name_of(argument));
   int64_t dense = 1;
-  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
-    stride_of(operand, pattern.axes[axis]) = stride_of(tensor, axis, dense);
-    dense *= tensor.shape[axis];
+  for (int axis = tensor->ndim - 1; axis >= 0; --axis) {
+    stride_of(operand, pattern.axes[axis]) = stride_of(*tensor, axis, dense);
+    dense *= tensor->shape[axis];
   }
   return operand;
-}
-
-Operand read_operand(Argument argument, Call& call) {
-  const DLTensor* tensor = call.tensors[argument];
-  return tensor ? read_operand(*tensor, name_of(argument), check(argument, call)) : Operand();
 }
 
 // A table with a row for each sequence, and a column for each token where it has two axes.
@@ -367,12 +341,6 @@ void check_seed(Call& call, StepArguments& a) {
   a.random.is_used = true;
 }
 
-void read_out(Call& call, StepArguments& a) {
-  const DLTensor& out = *call.tensors.out;
-  a.out = read_operand(out, "out", check(out, "out", call.rules.out, call));
-  if (a.out.type != a.x.type) TVM_FFI_THROW(ValueError) << "out must have the type of x";
-}
-
 std::string without(std::string axes, char symbol) {
   axes.erase(std::remove(axes.begin(), axes.end(), symbol), axes.end());
   return axes;
@@ -388,11 +356,11 @@ std::string with_tokens(std::string axes, const char* token_axes) {
 Rule parse_rule(const ArgumentRow& row) {
   const char* const token_axes[kForms] = {"b", "bT", "L"};
   Rule rule;
-  tvm::ffi::Array<tvm::ffi::String> shapes = row.get<0>();
-  rule.tied_axes = static_cast<int>(row.get<2>());
-  rule.is_written = row.get<3>();
+  tvm::ffi::Array<tvm::ffi::String> shapes = row.get<1>();
+  rule.tied_axes = static_cast<int>(row.get<3>());
+  rule.is_written = row.get<4>();
   for (int form = 0; form < kForms; ++form) {
-    std::string free = with_tokens(row.get<1>(), token_axes[form]);
+    std::string free = with_tokens(row.get<2>(), token_axes[form]);
     for (bool has_heads : {false, true}) {
       std::vector<Pattern>& patterns = rule.patterns[form][has_heads];
       for (const tvm::ffi::String& shape : shapes) {
@@ -439,8 +407,9 @@ void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArgume
   a.has_initial_state = read_flags(Argument::kHasInitialState, call);
   read_intermediates(call, a);
   check_seed(call, a);
-  read_out(call, a);
+  a.out = read_operand(Argument::kOut, call);
 
+  if (a.out.type != a.x.type) TVM_FFI_THROW(ValueError) << "out must have the type of x";
   if (tensors[Argument::kAcceptedTokens] && !a.read_slots.has_columns)
     TVM_FFI_THROW(ValueError) << "num_accepted_tokens goes with a state_batch_indices of two axes only";
   if (!tensors[Argument::kReadSlots] && a.state.entries < a.sequences)

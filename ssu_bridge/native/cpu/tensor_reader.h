@@ -14,39 +14,45 @@
 
 namespace ssu_bridge {
 
-// What a call may pass besides out, in any order; the first six are always there.
-enum class Argument {
-  kState,
-  kX,
-  kDt,
-  kA,
-  kB,
-  kC,
-  kD,
-  kZ,
-  kDtBias,
-  kReadSlots,
-  kWriteSlots,
-  kAcceptedTokens,
-  kSequenceStarts,
-  kIntermediates,
-  kIntermediateEntries,
-  kParents,
-  kHasInitialState,
-  kScales,
-  kIntermediateScales,
-  kSeed,
-};
-constexpr int kArguments = 20;
-constexpr int kRequiredArguments = 6;
-extern const char* const kArgumentNames[kArguments];
+// What a call may pass, by their names in core/arguments.py; the first six and out are always there.
+#define SSU_BRIDGE_ARGUMENTS(X)                         \
+  X(kState, "state")                                    \
+  X(kX, "x")                                            \
+  X(kDt, "dt")                                          \
+  X(kA, "A")                                            \
+  X(kB, "B")                                            \
+  X(kC, "C")                                            \
+  X(kD, "D")                                            \
+  X(kZ, "z")                                            \
+  X(kDtBias, "dt_bias")                                 \
+  X(kReadSlots, "state_batch_indices")                  \
+  X(kWriteSlots, "dst_state_batch_indices")             \
+  X(kAcceptedTokens, "num_accepted_tokens")             \
+  X(kSequenceStarts, "cu_seqlens")                      \
+  X(kIntermediates, "intermediate_states")              \
+  X(kIntermediateEntries, "intermediate_state_indices") \
+  X(kParents, "parent_tokens")                          \
+  X(kHasInitialState, "has_initial_state")              \
+  X(kScales, "state_scale")                             \
+  X(kIntermediateScales, "intermediate_state_scales")   \
+  X(kSeed, "rand_seed")                                 \
+  X(kOut, "out")
+
+#define SSU_BRIDGE_ENUMERATOR(enumerator, name) enumerator,
+#define SSU_BRIDGE_NAME(enumerator, name) name,
+enum class Argument { SSU_BRIDGE_ARGUMENTS(SSU_BRIDGE_ENUMERATOR) };
+constexpr const char* kArgumentNames[] = {SSU_BRIDGE_ARGUMENTS(SSU_BRIDGE_NAME)};
+constexpr const char* name_of(Argument argument) { return kArgumentNames[static_cast<int>(argument)]; }
+constexpr int kArguments = sizeof(kArgumentNames) / sizeof(*kArgumentNames);
+constexpr Argument kRequiredArguments[] = {Argument::kState, Argument::kX, Argument::kDt, Argument::kA,
+                                           Argument::kB,     Argument::kC, Argument::kOut};
 
 // The tensors of a call; null where an optional one is absent.
 struct CallTensors {
-  const DLTensor* inputs[kArguments] = {};
-  const DLTensor* out = nullptr;
+  const DLTensor* given[kArguments] = {};
 
-  const DLTensor* operator[](Argument argument) const { return inputs[static_cast<int>(argument)]; }
+  const DLTensor*& operator[](Argument argument) { return given[static_cast<int>(argument)]; }
+  const DLTensor* operator[](Argument argument) const { return given[static_cast<int>(argument)]; }
 };
 
 // How sequences and tokens lie: (b, ...), (b, T, ...), or rows of packed sequences (L, ...).
@@ -69,12 +75,17 @@ struct Rule {
   bool is_written = false;
 };
 
-// A rule as core/arguments.py spells it: shapes, free axes, how many axes a tied view repeats, whether it is written.
-using ArgumentRow = tvm::ffi::Tuple<tvm::ffi::Array<tvm::ffi::String>, tvm::ffi::String, int64_t, bool>;
+// A row of the table in core/arguments.py: name, shapes, free axes, how many axes a tied view repeats, whether the
+// argument is written.
+using ArgumentRow =
+    tvm::ffi::Tuple<tvm::ffi::String, tvm::ffi::Array<tvm::ffi::String>, tvm::ffi::String, int64_t, bool>;
 Rule parse_rule(const ArgumentRow& row);
 
 struct CallRules {
-  Rule inputs[kArguments], out;
+  Rule rules[kArguments];
+
+  Rule& operator[](Argument argument) { return rules[static_cast<int>(argument)]; }
+  const Rule& operator[](Argument argument) const { return rules[static_cast<int>(argument)]; }
 };
 
 // Fills in everything that the tensors' metadata tell; it reads no element. Raises ValueError for what core/shapes.py

@@ -1,47 +1,17 @@
-"""The xla backend: the step in plain jax.numpy, on any device and differentiable."""
+"""The step in jax.numpy, traced into the caller's program."""
 
-import functools
 from typing import Any
 
-from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form
-from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
+import jax
+import jax.numpy as jnp
+
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE, TOKENWISE
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import read_slots, slots
 
-PLATFORM = None
-CONFIG_FIELDS = ()
 
-
-def missing(framework: str) -> str | None:
-    """Return None: the caller has JAX already."""
-    return None
-
-
-def refusal(problem: Problem) -> str | None:
-    """Refuse arrays of other frameworks, quantised states and stochastic rounding, among others."""
-    if problem.framework != "jax":
-        return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC) or lacks_form(problem, "loop")
-
-
-def settings(problem: Problem) -> str:
-    """Return "": the program has no settings."""
-    return ""
-
-
-def load(problem: Problem) -> TracedKernel:
-    """Return the function that computes the step; it is traced into the caller's program."""
-    return TracedKernel(functools.partial(_run, problem))
-
-
-# What has a row for each token.
-_TOKENWISE = ("x", "dt", "B", "C", "z")
-
-
-def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
-    import jax
-    import jax.numpy as jnp
-
+def run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what ``problem.results`` lists."""
     # The caller's modes are about the caller's arithmetic; this one's axes and dtypes are meant as they are.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         read = read_slots(jnp, problem, arrays)
@@ -51,8 +21,6 @@ def _run(problem: Problem, arrays: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
-    import jax.numpy as jnp
-
     new, out = _token(problem, arrays, _load(problem, arrays, read))
     places = _places(problem, arrays, read, jnp.arange(problem.sequences), 0, True)
     written = {n: _store(array, places[n], new) for n, array in _stored_each_token(problem, arrays).items()}
@@ -61,8 +29,6 @@ def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
 
 def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
     """All sequences side by side, one token after another."""
-    import jax
-    import jax.numpy as jnp
 
     def body(carry: Any, token: Any) -> tuple[Any, Any]:
         kept, written = carry
@@ -71,7 +37,7 @@ def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any
         written = {name: _store(array, places[name], states) for name, array in written.items()}
         return (_keep(kept, states, number), written), out
 
-    rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in (*_TOKENWISE, "parent_tokens") if name in arrays}
+    rows = {name: jnp.moveaxis(arrays[name], 1, 0) for name in TOKENWISE if name in arrays}
     sequences, tokens = jnp.arange(problem.sequences)[None], jnp.arange(problem.tokens)[:, None]
     places = _places(problem, arrays, read, sequences, tokens, True)
     start = _load(problem, arrays, read)
@@ -85,9 +51,6 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
 
     Of sequences that share rows, results are undefined: a row is computed for the first of its sequences alone.
     """
-    import jax
-    import jax.numpy as jnp
-
     if not problem.sequences:
         return arrays | {"out": jnp.zeros_like(arrays["x"])}
     rows = jnp.arange(problem.tokens)[:, None]
@@ -117,7 +80,7 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
         written = {name: _store(array, places[name], new) for name, array in written.items()}
         return (_keep(kept, new, token[0]), written), jnp.where(is_owned, out[0], 0)
 
-    own = {name: arrays[name] for name in (*_TOKENWISE, "parent_tokens") if name in arrays}
+    own = {name: arrays[name] for name in TOKENWISE if name in arrays}
     kept = _kept(problem, arrays, jnp.zeros_like(start[:1]), MOST_TOKENS_OF_A_TREE)
     (_, written), out = jax.lax.scan(body, (kept, written), (own, places, sequence, token, is_owned[:, 0]))
     return _results(problem, arrays, read, written, None, out)
@@ -130,8 +93,6 @@ def _packed(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, An
 
 def _kept(problem: Problem, arrays: dict[str, Any], start: Any, most: int) -> Any:
     """Return what is kept before the first token, of states that start so."""
-    import jax.numpy as jnp
-
     return jnp.zeros((most, *start.shape), start.dtype) if "parent_tokens" in arrays else start
 
 
@@ -142,8 +103,6 @@ def _keep(kept: Any, states: Any, token: Any) -> Any:
 
 def _continued(kept: Any, start: Any, parents: Any, token: Any) -> Any:
     """Return the states that a token of each of some sequences continues."""
-    import jax.numpy as jnp
-
     if parents is None:
         return kept
     is_earlier = (parents >= 0) & (parents < token)
@@ -156,8 +115,6 @@ def _continued(kept: Any, start: Any, parents: Any, token: Any) -> Any:
 
 def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any]:
     """Return the new states of some sequences and their outputs, from their old states in float32."""
-    import jax
-    import jax.numpy as jnp
 
     def wide(name: str) -> Any:
         return arrays[name].astype(jnp.float32)
@@ -212,8 +169,6 @@ def _places(
     problem: Problem, arrays: dict[str, Any], read: Any, sequence: Any, token: Any, is_owned: Any
 ) -> dict[str, Any]:
     """Return the places in those that some sequences' tokens are stored to."""
-    import jax.numpy as jnp
-
     places = {}
     stores = is_owned if read is None else is_owned & (read[sequence] >= 0)
     if "dst_state_batch_indices" in problem.tables:
@@ -235,8 +190,6 @@ def _places(
 
 def _final_slots(problem: Problem, arrays: dict[str, Any], read: Any) -> Any:
     """Return the slots that the final states go to."""
-    import jax.numpy as jnp
-
     if "dst_state_batch_indices" not in arrays:
         return read
     final = slots(jnp, problem, arrays["dst_state_batch_indices"])
@@ -255,8 +208,6 @@ def _results(
 
 def _load(problem: Problem, arrays: dict[str, Any], places: Any) -> Any:
     """Return states in float32; zeros for a pad and for a sequence without an initial state."""
-    import jax.numpy as jnp
-
     state, has_state = arrays["state"], arrays.get("has_initial_state")
     if places is not None:
         has_state = places >= 0 if has_state is None else has_state & (places >= 0)
@@ -270,8 +221,6 @@ def _load(problem: Problem, arrays: dict[str, Any], places: Any) -> Any:
 
 def _store(array: Any, places: Any, rows: Any) -> Any:
     """Put rows into an array, in its dtype."""
-    import jax.numpy as jnp
-
     rows = rows.astype(array.dtype)
     if places is None:
         return array.at[: rows.shape[0]].set(rows)
