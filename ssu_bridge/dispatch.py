@@ -23,9 +23,9 @@ _logged: set[tuple[Backend, Backend]] = set()
 
 
 class Answer(NamedTuple):
-    """What a backend says to a Problem: ``refusal`` is None if it supports it, else the reason as a sentence.
+    """A backend's answer for a Problem: ``refusal`` is the reason why it does not support it, None if it does.
 
-    ``settings`` describes how it would run the Problem, if it had a choice.
+    ``settings`` describes how the backend would run the Problem, "" where it has no choice.
     """
 
     backend: Backend
@@ -42,13 +42,13 @@ class Choice(NamedTuple):
 
     def error(self) -> UnsupportedError | BackendNotAvailableError:
         """Return the error to raise when no backend was selected."""
-        asked = self.problem.options.config.backend
+        requested = self.problem.options.config.backend
         reasons = "; ".join(f"{answer.backend}: {answer.refusal}" for answer in self.answers if answer.refusal)
-        if asked is Backend.AUTO:
+        if requested is Backend.AUTO:
             return UnsupportedError(f"no backend supports this call. {reasons}")
-        if missing := module(asked).missing(self.problem.framework):
-            return BackendNotAvailableError(f"backend {asked!s}: {missing}")
-        able = [str(name) for name in BACKENDS if name is not asked and answer(name, self.problem).refusal is None]
+        if missing := module(requested).missing(self.problem.framework):
+            return BackendNotAvailableError(f"backend {requested!s}: {missing}")
+        able = [str(name) for name in BACKENDS if name is not requested and answer(name, self.problem).refusal is None]
         instead = (
             f"supported by backend={' or '.join(map(repr, able))}" if able else "no other backend supports it either"
         )
@@ -83,15 +83,15 @@ def module(backend: Backend) -> BackendModule:
 
 def answer(backend: Backend, problem: Problem) -> Answer:
     """Return the answer of one backend to a Problem."""
-    asked = module(backend)
-    refusal = asked.missing(problem.framework) or asked.refusal(problem)
-    return Answer(backend, refusal, "" if refusal else asked.settings(problem))
+    queried = module(backend)
+    refusal = queried.missing(problem.framework) or queried.refusal(problem)
+    return Answer(backend, refusal, "" if refusal else queried.settings(problem))
 
 
 def consider_problem(problem: Problem) -> Choice:
     """Query the backends that the configuration allows and select the first that supports the Problem."""
-    asked = problem.options.config.backend
-    names = _automatic(problem) if asked is Backend.AUTO else (asked,)
+    requested = problem.options.config.backend
+    names = _automatic(problem) if requested is Backend.AUTO else (requested,)
     answers = tuple(answer(name, problem) for name in names)
     return Choice(problem, next((a.backend for a in answers if a.refusal is None), None), answers)
 
@@ -117,8 +117,8 @@ def _row_matches(row: dict[str, Any], problem: Problem) -> bool:
 def choose(problem: Problem) -> Choice:
     """Return the choice for a Problem, of a backend that supports it.
 
-    It is kept: JAX asks for it when it traces a call and again when it lowers it. A refusal is not kept, because what
-    is missing may be installed.
+    The choice is cached: JAX needs it when it traces a call and again when it lowers it. A refusal is not cached,
+    because what is missing may be installed.
 
     Raises:
         UnsupportedError, BackendNotAvailableError: as :func:`load`.

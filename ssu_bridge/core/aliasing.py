@@ -67,7 +67,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return False
     try:
         return np.shares_memory(a, b, max_work=_MOST_WORK)  # type: ignore[arg-type]  # its stub knows no limits
-    except np.exceptions.TooHardError:  # nobody knows, and a copy or an error is right either way
+    except np.exceptions.TooHardError:  # undecided: a copy or an error is right either way
         return True
 
 

@@ -10,6 +10,8 @@ BOOLS = ("bool",)
 QUANTIZED = tuple(LARGEST)
 # A state of one of these can be rounded stochastically; float32 holds the result as it is, int16 all but so.
 ROUNDABLE = ("float16", "bfloat16", "int8", "float8_e4m3fn")
+# The key of stochastic rounding, whatever dtype and shape it has.
+SEED_BYTES = 8
 # The most that a thread of a GPU loads at once, and from multiples of it only.
 VECTOR_BYTES = 16
 
@@ -58,6 +60,10 @@ REQUIRED = ("state", "x", "dt", "A", "B", "C")
 TABLES = tuple(name for name, argument in ARGUMENTS.items() if argument.dtypes in (INDICES, BOOLS))
 # The most tokens of a sequence that parent_tokens makes a tree of.
 MOST_TOKENS_OF_A_TREE = 64
+# The tables that name slots, of one axis or with a column for each token.
+SLOT_TABLES = ("state_batch_indices", "dst_state_batch_indices")
+# What a call can write in place.
+WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written and name != "out")
 # What has a row for each token, besides out.
 TOKENWISE = tuple(name for name, argument in ARGUMENTS.items() if argument.free == "*" and not argument.written)
 # What disable_state_update leaves alone.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ssu_bridge.config import SSUConfig, replaced
-from ssu_bridge.core.arguments import ARGUMENTS, STATE, pattern_of
+from ssu_bridge.core.arguments import STATE, WRITTEN, pattern_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Problem:
     def results(self) -> tuple[str, ...]:
         """What the call computes, in the order in which kernels take it: "out", then the arrays it writes in place."""
         kept = STATE if self.options.disable_state_update else ()
-        return ("out", *(name for name in self.names if ARGUMENTS[name].written and name not in kept))
+        return ("out", *(name for name in self.names if name in WRITTEN and name not in kept))
 
     def axes(self, name: str, count: int) -> str:
         """Return the symbols of an array's axes, as ``ARGUMENTS`` has them, for an array of so many."""

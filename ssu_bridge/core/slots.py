@@ -13,7 +13,7 @@ from ssu_bridge.core.problem import Problem
 
 
 def slots(xp: Any, problem: Problem, indices: Any) -> Any:
-    """Return the slots that indices name, -1 for a pad."""
+    """Return the slots that indices name, -1 for a padding index."""
     valid = (indices >= 0) & (indices < problem.slots)
     if 0 <= problem.options.pad_slot_id <= xp.iinfo(indices.dtype).max:  # else none of them is it
         valid = valid & (indices != problem.options.pad_slot_id)
@@ -21,11 +21,11 @@ def slots(xp: Any, problem: Problem, indices: Any) -> Any:
 
 
 def read_slots(xp: Any, problem: Problem, arrays: Mapping[str, Any]) -> Any:
-    """Return the slot that each sequence starts from, -1 for a pad; None where sequence i has slot i."""
+    """Return the slot that each sequence starts from, -1 for a padding index; None where sequence i has slot i."""
     indices = arrays.get("state_batch_indices")
     if indices is None:
         return None
-    if indices.ndim == 2 and indices.shape[1] == 0:  # no tokens, and no column to read a slot from: all are pads
+    if indices.ndim == 2 and indices.shape[1] == 0:  # no tokens, and no column to read a slot from
         return xp.full(indices.shape[:1], -1, indices.dtype)
     if indices.ndim == 2:
         sequences = xp.arange(indices.shape[0])

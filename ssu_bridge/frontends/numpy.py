@@ -41,7 +41,7 @@ class _ArrayStruct(ctypes.Structure):
     )
 
 
-# A function object of our own, so that nobody else sets its types.
+# A function object of our own: ctypes.pythonapi's is shared, and others may set its types.
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_size_t, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )

@@ -264,7 +264,7 @@ CASES: tuple[Case, ...] = (
     Case("packed, empty sequences", tokens=5, cu_seqlens=(0, 0, 5, 5)),
     Case("packed, no rows", tokens=0, cu_seqlens=(0, 0, 0, 0)),
     Case("packed, no sequences", tokens=3, sequences=0, indices=(), cu_seqlens=(0,)),
-    Case("packed, rows of nobody", tokens=9, cu_seqlens=(2, 3, 5, 7), dtypes={"cu_seqlens": "int64"}),
+    Case("packed, rows of no sequence", tokens=9, cu_seqlens=(2, 3, 5, 7), dtypes={"cu_seqlens": "int64"}),
     Case("packed, no slots, bfloat16", tokens=6, cu_seqlens=(0, 1, 3, 6), indices=None, dtypes=_STATE_16),
     Case("packed, mamba1", tokens=6, cu_seqlens=(0, 1, 3, 6), **_MAMBA1, headdim=24, group_axis=False),
     Case("packed, decreasing", tokens=9, cu_seqlens=(6, 2, 2, _HIGHEST)),

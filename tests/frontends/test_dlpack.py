@@ -214,7 +214,7 @@ def test_jax_waits_for_torch_on_a_gpu_and_the_host_does_not():
 def test_a_state_that_torch_still_views_does_not_come_back():
     state = jnp.zeros((64, 1024))
     view = ssu_bridge.to_torch(state)
-    with pytest.raises(ValueError, match="state: expected one that nobody views, got one with a live Torch view"):
+    with pytest.raises(ValueError, match="state: expected one without views, got one with a live Torch view"):
         ssu_bridge.after_torch(state)
     assert not state.is_deleted()
     del view

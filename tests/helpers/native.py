@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from ssu_bridge.backends import cpu
-from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE
+from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE, WRITTEN
 from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
 from ssu_bridge.native import library
 
@@ -18,7 +18,6 @@ INT8, INT16 = np.dtype(np.int8), np.dtype(np.int16)
 ROUNDABLE = (BF16, F16, INT8, FP8)
 ISAS = list(library().cpu_isas())
 ORDER = tuple(name for name in ARGUMENTS if name != "out")
-WRITTEN = tuple(name for name in ORDER if ARGUMENTS[name].written)
 _GUARD, _GUARD_BYTE = 1024, 0xA5
 
 

@@ -12,6 +12,7 @@ from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_t
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.backends.flashinfer.module import Module
 from ssu_bridge.config import FLASHINFER_ALGORITHMS
+from ssu_bridge.core.arguments import SLOT_TABLES
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -30,7 +31,6 @@ _MOST_TOKENS = 16
 _MOST_HEADS = 65535
 _VECTORS = ("state", "x", "B", "C", "z", "state_scale", "intermediate_states", "intermediate_state_scales")
 _DENSE = ("intermediate_states", "intermediate_state_scales", "cu_seqlens", "num_accepted_tokens")
-_TABLES = ("state_batch_indices", "dst_state_batch_indices")
 # The arrays that its function requires in the dtype of another.
 ALIKE = {
     "x": ("B", "C", "z", "out"),
@@ -129,7 +129,7 @@ def _adapted(function: Any, specialisation: _Specialisation) -> Any:
 def _module(problem: Problem) -> Module:
     assert problem.capability is not None
     dtypes = dict(problem.dtypes)
-    indices = [dtypes[name] for name in _TABLES if name in dtypes]
+    indices = [dtypes[name] for name in SLOT_TABLES if name in dtypes]
     return Module(
         state_dtype=dtypes["state"],
         input_dtype=dtypes["x"],
@@ -180,9 +180,9 @@ def _simple_alone(problem: Problem) -> str | None:
 
 def _algorithm(problem: Problem) -> str:
     """Return the algorithm to request of FlashInfer: its own choice, unless it could choose a kernel that errs."""
-    asked = problem.options.config.algorithm
-    if asked in FLASHINFER_ALGORITHMS:
-        return asked
+    requested = problem.options.config.algorithm
+    if requested in FLASHINFER_ALGORITHMS:
+        return requested
     if _by_token(problem):
         return "simple" if _simple_alone(problem) else "auto"
     return "auto" if problem.nheads // problem.ngroups in _HEADS_IN_A_GROUP else "simple"
@@ -273,19 +273,19 @@ def _wrong_tokens(problem: Problem) -> str | None:
 
 
 def _wrong_algorithm(problem: Problem) -> str | None:
-    asked = problem.options.config.algorithm
+    requested = problem.options.config.algorithm
     assert problem.capability is not None
-    if asked not in FLASHINFER_ALGORITHMS or asked == "simple":
+    if requested not in FLASHINFER_ALGORITHMS or requested == "simple":
         return None
     if _by_token(problem):
         if problem.capability < (10, 0):
-            return f"its {asked} multi-token kernel, which this call needs, runs from compute capability 10.0 on"
+            return f"its {requested} multi-token kernel, which this call needs, runs from compute capability 10.0 on"
         what = _simple_alone(problem)
-        return what and f"its {asked} multi-token kernel, which this call needs, does not support {what}"
+        return what and f"its {requested} multi-token kernel, which this call needs, does not support {what}"
     if problem.capability < (9, 0):
-        return f"its {asked} kernel runs from compute capability 9.0 on"
-    if asked == "horizontal" and "state_scale" in problem.names:
+        return f"its {requested} kernel runs from compute capability 9.0 on"
+    if requested == "horizontal" and "state_scale" in problem.names:
         return "its horizontal kernel does not support int16 states"
-    if asked == "horizontal" and problem.nheads // problem.ngroups not in _HEADS_IN_A_GROUP:
+    if requested == "horizontal" and problem.nheads // problem.ngroups not in _HEADS_IN_A_GROUP:
         return "its horizontal kernel supports 1, 2, 4, 8, 16, 32 or 64 heads in a group"
     return None

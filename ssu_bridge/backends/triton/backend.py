@@ -38,7 +38,7 @@ def refusal(problem: Problem) -> str | None:
 
 
 def settings(problem: Problem) -> str:
-    """Return the form that is taken and the tile of a program, in words."""
+    """Return the form that is selected and the tile of a program, in words."""
     return str(forms.tile(problem))
 
 

@@ -9,25 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssu_bridge.backends.triton.tiles import Tile, is_plain
-from ssu_bridge.core.arguments import ARGUMENTS, TABLES, VECTOR_BYTES
+from ssu_bridge.core.arguments import (
+    ARGUMENTS,
+    BOOLS,
+    FLOATS,
+    SEED_BYTES,
+    TABLES,
+    TIED_AXES,
+    TOKENWISE,
+    VECTOR_BYTES,
+)
 from ssu_bridge.core.problem import Problem
 
 # From this compute capability on, a kernel can start before those ahead of it are done.
 _OVERLAPPING = (9, 0)
-# A float8 state is handled as bytes, and a seed as the eight that it has in either dtype.
-_POINTERS = {
-    "float32": "*fp32",
-    "bfloat16": "*bf16",
-    "float16": "*fp16",
-    "float8_e4m3fn": "*i8",
-    "int8": "*i8",
-    "int16": "*i16",
-    "int32": "*i32",
-    "int64": "*i64",
-    "uint32": "*i64",
-    "bool": "*u8",
-}
-_SEED_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -161,7 +156,7 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         if name not in arguments:
             signature[name], fixed[position,] = "constexpr", constants.get(name)
             continue
-        signature[name] = _POINTERS[dtypes[name]] if arguments[name].kind is Kind.ADDRESS else "i64"
+        signature[name] = _pointer(name, dtypes[name]) if arguments[name].kind is Kind.ADDRESS else "i64"
         if arguments[name].divisor > 1:
             attributes[position,] = [["tt.divisibility", arguments[name].divisor]]
     major, minor = specialisation.capability
@@ -180,6 +175,13 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         scratch_pointers=_scratch_pointers(compiled, len(passed)),
         text={stage: compiled.asm[stage] for stage in ("ttgir", "ptx")},
     )
+
+
+def _pointer(name: str, dtype: str) -> str:
+    """Return Triton's type for the address of an array. A float8 state is handled as bytes."""
+    bits = 8 * (SEED_BYTES if name == "rand_seed" else np.dtype(dtype).itemsize)
+    kind = "bf" if dtype == "bfloat16" else "fp" if dtype in FLOATS else "u" if dtype in BOOLS else "i"
+    return f"*{kind}{bits}"
 
 
 def identity(specialisation: Specialisation) -> str:
@@ -248,7 +250,7 @@ def _strides(specialisation: Specialisation, name: str) -> tuple[str, ...]:
 def _divisor(specialisation: Specialisation, name: str) -> int:
     """Return of how many bytes an array's address is a multiple."""
     if name == "rand_seed":
-        return _SEED_BYTES
+        return SEED_BYTES
     single = name in (*specialisation.tied, *specialisation.unaligned) or name in TABLES
     return 1 if single else VECTOR_BYTES
 
@@ -265,7 +267,7 @@ def _kernel_dtypes(specialisation: Specialisation) -> dict[str, str]:
 
 def constant_arguments(s: Specialisation) -> dict[str, Any]:
     """Return what is compiled in, by the names of the kernels' arguments."""
-    tied = {f"TIED_{name.upper()}": name in s.tied for name in ("dt", "A", "D", "dt_bias")}
+    tied = {f"TIED_{name.upper()}": name in s.tied for name in TIED_AXES}
     sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
@@ -273,8 +275,7 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.
-    by_token = ("x", "dt", "B", "C", "z", "out", "parent_tokens")
-    no_strides = {f"{name}_token_stride": 0 for name in by_token if s.form == "single"}
+    no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.form == "single"}
     return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
 
 

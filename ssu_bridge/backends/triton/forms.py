@@ -26,10 +26,10 @@ def refusal(problem: Problem) -> str | None:
 
 def tile(problem: Problem) -> Tile:
     """Return the tile of a program, in the form that is selected or was measured to be faster."""
-    return _matrix_tile(problem) if _takes_matrix(problem) else tiles.tile(problem)
+    return _matrix_tile(problem) if _uses_matrix(problem) else tiles.tile(problem)
 
 
-def _takes_matrix(problem: Problem) -> bool:
+def _uses_matrix(problem: Problem) -> bool:
     selected = problem.options.config.algorithm
     if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
         return False
@@ -39,7 +39,7 @@ def _takes_matrix(problem: Problem) -> bool:
 def _matrix_refusal(problem: Problem) -> str | None:
     """Say what the matrix form lacks, or None."""
     if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
-        return f"it takes parameters that are tied to the head, and {' and '.join(untied)} is not"
+        return f"it requires parameters that are tied to the head, and {' and '.join(untied)} is not"
     stores_each = "dst_state_batch_indices" in problem.tables
     stores_some = "intermediate_states" in problem.names
     if stores_each or (stores_some and problem.options.intermediate_stride < _LEAST):

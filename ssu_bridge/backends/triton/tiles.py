@@ -38,16 +38,16 @@ def tile(problem: Problem) -> Tile:
     """Return the configured tile, or else the table's.
 
     Raises:
-        ValueError: the configuration asks for a tile that this problem cannot have.
+        ValueError: the configured tile is impossible for this problem.
     """
     columns = power_of_two(problem.dstate)
-    asked = problem.options.config.triton_tile
-    if asked is not None:
-        least = least_rows(problem, asked[1])
-        if not least or asked[0] < least:
+    requested = problem.options.config.triton_tile
+    if requested is not None:
+        least = least_rows(problem, requested[1])
+        if not least or requested[0] < least:
             can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
-            raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {asked}")
-        return Tile(asked[0], columns, asked[1])
+            raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {requested}")
+        return Tile(requested[0], columns, requested[1])
     elements, warps = _table_entry(problem)
     if not least_rows(problem, warps):
         warps = _WARPS_FOR_LONG_ROWS

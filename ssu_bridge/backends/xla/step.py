@@ -207,7 +207,7 @@ def _results(
 
 
 def _load(problem: Problem, arrays: dict[str, Any], places: Any) -> Any:
-    """Return states in float32; zeros for a pad and for a sequence without an initial state."""
+    """Return states in float32; zeros for a padding index and for a sequence without an initial state."""
     state, has_state = arrays["state"], arrays.get("has_initial_state")
     if places is not None:
         has_state = places >= 0 if has_state is None else has_state & (places >= 0)
@@ -224,7 +224,7 @@ def _store(array: Any, places: Any, rows: Any) -> Any:
     rows = rows.astype(array.dtype)
     if places is None:
         return array.at[: rows.shape[0]].set(rows)
-    # A pad goes past the end, where the scatter drops it; each to a place of its own, because XLA writes faster where
-    # no two rows go to one place.
+    # A padding index goes past the end, where the scatter drops it; each to a place of its own, because XLA writes
+    # faster where no two rows go to one place.
     dropped = array.shape[0] + jnp.arange(rows.shape[0], dtype=places.dtype)
     return array.at[jnp.where(places >= 0, places, dropped)].set(rows, mode="drop", unique_indices=True)

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssu_bridge.core.arguments import ARGUMENTS, STATE
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.core.quantized import QuantizedState
 from ssu_bridge.dispatch import program_options
 from ssu_bridge.errors import NotInPlaceError
 from ssu_bridge.frontends.base import SEED, Arrays, Launch, require_one_framework
 from ssu_bridge.frontends.jax.metadata import (
-    WRITTEN,
     address,
     copied_from_host,
     explain_failure,

@@ -1,4 +1,4 @@
-"""What ``jax.vmap`` maps: the axes that arrays have beyond those of one call."""
+"""The axes that ``jax.vmap`` adds to the arrays of a call."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,8 +20,8 @@ def axes_of(problem: Problem, name: str, count: int, maps: Maps) -> Axes:
     return (*mapped, *problem.axes(name, count - len(mapped)))
 
 
-def over_calls(function: Callable[..., Any], names: Iterable[str], maps: Maps) -> Callable[..., Any]:
-    """Return what does for arrays with mapped axes what a function of the arrays of one call does."""
+def vmapped(function: Callable[..., Any], names: Iterable[str], maps: Maps) -> Callable[..., Any]:
+    """Return a function of one call's arrays, vmapped over the axes of all maps."""
     for mapped in reversed(maps):
         function = jax.vmap(function, in_axes=tuple(0 if name in mapped else None for name in names))
     return function

@@ -7,15 +7,12 @@ import jax
 import jax.extend.backend
 import numpy as np
 
-from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arguments import ARGUMENTS, SLOT_TABLES, WRITTEN
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.validate import check_dtype, describe
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework
 
-# What a call can write in place.
-WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written and name != "out")
-_SLOTS = ("state_batch_indices", "dst_state_batch_indices")
 _COUNTS = ("num_accepted_tokens", "cu_seqlens")
 
 
@@ -112,7 +109,7 @@ def _narrowed(name: str, array: np.ndarray, pad_slot_id: int) -> np.ndarray:
     narrow = np.iinfo(np.int32)
     pad = pad_slot_id if narrow.min <= pad_slot_id <= narrow.max else -1
     inside = (array >= narrow.min) & (array <= narrow.max)
-    beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in _SLOTS else -1
+    beyond = np.clip(array, narrow.min, narrow.max) if name in _COUNTS else pad if name in SLOT_TABLES else -1
     return np.where(inside, array, beyond).astype(np.int32)
 
 

@@ -17,7 +17,7 @@ from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax import reshape_in_place
 from ssu_bridge.frontends.jax.ffi_targets import register, spell
 from ssu_bridge.frontends.jax.kernel_primitive import kernel, lower, register_lowering, result_types
-from ssu_bridge.frontends.jax.mapped_axes import Maps, over_calls
+from ssu_bridge.frontends.jax.mapped_axes import Maps, vmapped
 from ssu_bridge.frontends.jax.metadata import platforms, several_devices
 from ssu_bridge.frontends.jax.sharding.automatic import kernels_in, partitioned_jaxpr
 from ssu_bridge.frontends.jax.xla_errors import refusals
@@ -81,7 +81,7 @@ def _lower(ctx: Any, *operands: Any, problem: Problem, maps: Maps, shards: Any, 
     if _devices(ctx.module_context.axis_context) == 1:
         if not maps:
             return lower(ctx, *operands, problem=problem, platform=platform)
-        calls = over_calls(functools.partial(kernel.bind, problem=problem), problem.names, maps)
+        calls = vmapped(functools.partial(kernel.bind, problem=problem), problem.names, maps)
         return mlir.lower_fun(calls, multiple_results=True)(ctx, *operands)
     if hasattr(ctx.module_context.axis_context, "mesh"):
         raise UnsupportedError(

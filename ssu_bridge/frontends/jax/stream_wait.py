@@ -34,7 +34,7 @@ def after_torch(arrays: tuple[jax.Array, ...], device: jax.Device) -> tuple[jax.
     except Exception as error:
         if not is_viewed(error):
             raise
-        raise ValueError("state: expected one that nobody views, got one with a live Torch view; drop it") from error
+        raise ValueError("state: expected one without views, got one with a live Torch view; drop it") from error
     return after
 
 

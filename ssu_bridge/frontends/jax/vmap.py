@@ -1,4 +1,4 @@
-"""``jax.vmap`` of the step: the mapped axis is folded into the sequences and the slots, so that one step does it all.
+"""``jax.vmap`` of the step: one step runs all mapped calls, its sequences and slots those of all of them.
 
 Of v mapped calls, call j has slots j*S to (j+1)*S - 1 of one long state, and likewise its sequences, rows and entries.
 """

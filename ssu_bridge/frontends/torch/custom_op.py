@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from ssu_bridge.config import SSUConfig
-from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED
+from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.base import Arrays, launcher_of, named, refuse_copy, returned
 from ssu_bridge.frontends.torch import transforms
 from ssu_bridge.frontends.torch.seeds import seeded
 
-_WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written)
+_WRITTEN = (*WRITTEN, "out")
 
 
 def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:

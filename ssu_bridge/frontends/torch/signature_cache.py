@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C import _increment_version
 
-from ssu_bridge.core.arguments import ARGUMENTS, STATE
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.frontends.base import Arrays, named, returned
 from ssu_bridge.frontends.torch import transforms
@@ -38,7 +38,7 @@ class SignatureCache:
 
     def __init__(self, options: Options):
         kept = STATE if options.disable_state_update else ()
-        self._written = [place for place, name in enumerate(_NAMES) if ARGUMENTS[name].written and name not in kept]
+        self._written = [place for place, name in enumerate(_NAMES) if name in WRITTEN and name not in kept]
         self._writes_state = 0 in self._written
         self._run = _know_none
         self._add: Any = None

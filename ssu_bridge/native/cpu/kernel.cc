@@ -40,8 +40,8 @@ constexpr int64_t kRoundingCost = 4;
 constexpr int kUsualRounds = 10;
 
 // A piece of scratch for each of the threads of a call. The memory stays with the thread that calls, so that a call
-// allocates nothing once its thread has met the size. It is the caller that allocates, before anything is written: the
-// workers have nobody to tell that there is no memory.
+// allocates nothing once its thread has met the size. The caller allocates, before anything is written: a worker
+// has no way to report that there is no memory.
 class ThreadScratch {
  public:
   ThreadScratch(const StepArguments& a, int threads) {

@@ -13,7 +13,7 @@ namespace {
 
 enum StorageKind : uint32_t { kSlot = 0, kIntermediate = 1 };
 
-// What the counter holds beside the number of the elements.
+// The words of the counter besides the number of the block.
 struct RandomPlace {
   uint32_t token;  // of its sequence
   uint32_t kind;

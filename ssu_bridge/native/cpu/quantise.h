@@ -101,7 +101,8 @@ inline float largest_magnitude(const float* row, int64_t count) {
   return value;
 }
 
-// A scale whose reciprocal would be infinite, 0 among them, is not taken: such a row is rounded to zeros.
+// Where the reciprocal of the scale would be infinite (a scale of 0 included), the scale is 1 and the row becomes
+// zeros.
 inline float scale_for(float magnitude, float reciprocal) {
   float scale = magnitude * reciprocal;
   return scale <= 0x1p-128f ? 1.0f : scale;

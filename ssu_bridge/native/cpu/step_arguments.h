@@ -136,8 +136,8 @@ static inline int64_t padded(int64_t columns) { return (columns + 31) / 32 * 32;
 // B, C, a group of rows of A, a zero row to read and a row to throw away.
 static inline int64_t direct_scratch_floats(int64_t columns) { return padded(columns) * (4 + kMaxRowGroup); }
 
-// How many random words are drawn ahead at least, and room for those of a row: it begins inside a block of four, and
-// what is drawn at once, a batch at most, ends behind it.
+// How many random words are drawn ahead at least, and how many words the buffer of a row holds: the row may begin
+// inside a block of four, and the last batch may end after the row.
 constexpr int64_t kRandomBatch = 128;
 static inline int64_t random_scratch_words(int64_t columns) { return padded(columns) + 2 * kRandomBatch; }
 

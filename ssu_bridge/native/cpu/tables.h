@@ -40,7 +40,8 @@ static inline int64_t parent_of(const StepArguments& a, int64_t sequence, const 
   return parent < 0 || parent >= token ? kNone : parent;
 }
 
-// The slot that a column of a table names, or kNone for a pad. A column that the table does not have is one.
+// The slot that a column of a table names, or kNone for a padding index. A column that the table does not have counts
+// as one.
 static inline int64_t slot_in(const StepArguments& a, const IndexTable& table, int64_t sequence, int64_t column) {
   if (column >= table.columns) return kNone;
   int64_t slot = index_in(table, sequence, column);

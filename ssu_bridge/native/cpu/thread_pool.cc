@@ -90,7 +90,7 @@ class ThreadPool {
       wake(wanted);
       job.take_chunks(worker);
       lock.lock();
-      // Nothing is left to take, so nobody else need come.
+      // No chunk is left, so no other worker is needed.
       remove(job);
       // Under the lock, since the caller may destroy the job as soon as it sees the last helper gone.
       if (--job.helpers_inside == 0) job.all_left.notify_one();

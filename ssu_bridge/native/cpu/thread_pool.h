@@ -9,7 +9,7 @@ namespace ssu_bridge {
 // A piece of work cut into chunks 0..count-1, which may run in any order and at the same time.
 struct ChunkedWork {
   // `worker` is below the number of threads that run_chunks was called with, and no two threads have the same at a
-  // time. Nobody is there to catch an exception: what may throw, such as an allocation, comes before run_chunks.
+  // time. An exception would end the process: what may throw, such as an allocation, comes before run_chunks.
   virtual void run_chunk(int64_t chunk, int worker) noexcept = 0;
 
  protected:

@@ -20,7 +20,8 @@ struct Tile {
   float* row(int64_t r) const { return rows + r * stride; }
 };
 
-// The tiles of an item: that of the state that a sequence starts from and, of a tree, one behind it for each token.
+// The tiles of an item: that of the state that a sequence starts from and, of a tree, one more for each token, after it
+// in memory.
 struct Tiles {
   uint32_t* words;
   float* rows;

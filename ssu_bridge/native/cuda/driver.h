@@ -76,7 +76,7 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
-// What has a place for each device has this many. `check_ordinal` raises ValueError for a device beyond them.
+// The most devices that the process-wide tables hold. `check_ordinal` raises ValueError for a higher ordinal.
 constexpr int kMaxCudaDevices = 64;
 void check_ordinal(int64_t ordinal);
 

@@ -19,8 +19,8 @@ namespace ffi = tvm::ffi;
 // The driver's number for CU_EVENT_DISABLE_TIMING.
 constexpr unsigned kNoTiming = 2;
 
-// What was recorded on one device: an event for each stream. A stream that records again does so behind what it
-// recorded before, so whoever waits late waits for that, too.
+// What was recorded on one device: an event for each stream. A stream records again after all that it
+// recorded before, so a later wait covers that, too.
 class RecordedWork {
  public:
   void record(int ordinal, CudaStream stream) {

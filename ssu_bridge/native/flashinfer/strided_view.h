@@ -21,8 +21,8 @@ class StridedView {
   StridedView(const StridedView&) = delete;
   StridedView& operator=(const StridedView&) = delete;
 
-  // The first `outer` axes of `source` as they are, but dense where they have one entry; behind them the `inner` axes,
-  // dense but for those that repeat.
+  // The first `outer` axes of `source` as they are, but dense where they have one entry; then the trailing `inner`
+  // axes, dense but for those that repeat.
   DLTensor* view(const DLTensor& source, int outer, const Axis* inner, int inner_count);
 
   // One element, of `dtype`.

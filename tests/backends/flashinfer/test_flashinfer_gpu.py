@@ -89,7 +89,14 @@ def _all_compiled():
 
 def test_there_are_cases():
     assert len(TAKEN) >= 30
-    names = {"mamba2", "pads", "destinations, pads in both", "tokens", "packed, rows of nobody", "int16 state, tokens"}
+    names = {
+        "mamba2",
+        "pads",
+        "destinations, pads in both",
+        "tokens",
+        "packed, rows of no sequence",
+        "int16 state, tokens",
+    }
     assert names <= {case.name for case in TAKEN}
 
 

@@ -71,7 +71,7 @@ def test_another_specialisation_is_another_kernel():
         (triton_compile, "VECTOR_BYTES", 32),
         (triton_compile, "_OVERLAPPING", (12, 0)),
         (triton_compile, "ARGUMENTS", {"dt": None}),
-        (triton_compile, "_SEED_BYTES", 4),
+        (triton_compile, "SEED_BYTES", 4),
         (disk_cache, "_source_hash", lambda: "of other files"),
     ],
 )

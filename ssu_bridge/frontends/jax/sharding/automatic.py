@@ -16,7 +16,7 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.dispatch import consider_problem
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.kernel_primitive import kernel
-from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, over_calls
+from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, vmapped
 from ssu_bridge.frontends.jax.metadata import described, platforms
 from ssu_bridge.frontends.jax.sharding.layout import Layout, own_slots, place_of, spec_of
 from ssu_bridge.frontends.jax.sharding.shards import localised, shard_seed
@@ -59,7 +59,7 @@ def kernels_in(program: Any) -> Iterator[Problem]:
 def _partitioned(problem: Problem, maps: Maps) -> Callable[..., Any]:
     @custom_partitioning
     def step(*operands: Any) -> Any:
-        return tuple(over_calls(functools.partial(kernel.bind, problem=problem), problem.names, maps)(*operands))
+        return tuple(vmapped(functools.partial(kernel.bind, problem=problem), problem.names, maps)(*operands))
 
     def partition(mesh: Any, operands: Any, results: Any) -> Any:
         names = problem.names
@@ -76,7 +76,7 @@ def _partitioned(problem: Problem, maps: Maps) -> Callable[..., Any]:
         def shardings(names: Iterable[str]) -> tuple[NamedSharding, ...]:
             return tuple(NamedSharding(mesh, spec_of(layout.places[name])) for name in names)
 
-        return mesh, over_calls(of_one_call, names, maps), shardings(problem.results), shardings(names)
+        return mesh, vmapped(of_one_call, names, maps), shardings(problem.results), shardings(names)
 
     step.def_partition(partition=partition, sharding_rule=functools.partial(_rule, problem, maps))  # type: ignore[no-untyped-call]
     return step

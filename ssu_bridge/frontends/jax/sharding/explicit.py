@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ssu_bridge.config import Backend
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, over_calls
+from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, vmapped
 from ssu_bridge.frontends.jax.sharding.layout import Layout, Place, place_of, spec_of
 from ssu_bridge.frontends.jax.sharding.shards import localised
 from ssu_bridge.frontends.jax.xla_errors import is_mapped_elsewhere
@@ -94,7 +94,7 @@ def _on_shards(
     in_specs = tuple(spec_of(layout.places[name]) for name in names)
     out_specs = tuple(of_results(layout.places))
     placed = tuple(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True))
-    on_shard = over_calls(of_one_call, names, maps)
+    on_shard = vmapped(of_one_call, names, maps)
     try:
         results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arguments import SLOT_TABLES, WRITTEN
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.mapped_axes import Axes, Maps, axes_of
@@ -61,7 +61,7 @@ class Layout:
         for name in shapes:
             # Where calls are XLA may have chosen itself, as for an array that is repeated for each.
             own, place = (_own(symbols[name], where[name]) for where in (self.places, given))
-            if ARGUMENTS[name].written and own != place:
+            if name in WRITTEN and own != place:
                 raise UnsupportedError(
                     f"{name}: expected to be sharded as the state is, {spec_of(own)}, got {spec_of(place)}"
                 )
@@ -101,7 +101,7 @@ _LOCAL = "where slots are sharded; call update inside jax.shard_map, with indice
 
 def own_slots(problem: Problem) -> bool:
     """Say whether sequence i has slot i and there are no others, so that both can be sharded alike."""
-    indexed = any(name.endswith("state_batch_indices") for name in problem.names)
+    indexed = any(name in problem.names for name in SLOT_TABLES)
     return problem.form != "packed" and not indexed and problem.slots == problem.sequences
 
 
