@@ -1,4 +1,4 @@
-"""Which backend does what, by asking them: the table of the README."""
+"""Which backend does what, by asking them: the table of docs/how-to/choosing-a-backend.md."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The table of the README: what backends say, and that they refuse nothing else."""
+"""The feature table of the docs: what backends say, and that they refuse nothing else."""
 
 import tomllib
 from pathlib import Path
@@ -16,9 +16,9 @@ from ssu_bridge.testing.cases import CASES
 SERVED = sorted({(Backend.parse(backend), framework(mode)) for mode, backend in (*PAIRS, *GPU_PAIRS)})
 
 
-def test_the_readme_has_it():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert f"\n\n{table()}\n\n" in readme
+def test_the_docs_have_it():
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "choosing-a-backend.md"
+    assert f"\n\n{table()}\n\n" in page.read_text()
 
 
 def test_every_feature_has_a_case():
