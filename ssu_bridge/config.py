@@ -1,4 +1,4 @@
-"""The configuration: what it holds, where the one in force comes from, and its command-line arguments."""
+"""The configuration: its fields, where the one in force comes from, and its command-line arguments."""
 
 import argparse
 import contextlib

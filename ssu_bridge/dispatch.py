@@ -153,9 +153,9 @@ def load(problem: Problem) -> Kernel:
 
 
 def program_options(options: Options, platforms: Iterable[str], *, seeded: bool) -> Options:
-    """Return what a program for these platforms depends on of its options; the rest is as it is by default.
+    """Return the options of a call with those fields at their defaults that a program for these platforms ignores.
 
-    Calls that differ in the rest have one program.
+    Calls that differ only in these fields share a program.
 
     Args:
         options: of a call.

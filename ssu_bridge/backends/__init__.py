@@ -1,1 +1,1 @@
-"""The backends, a module each: ``missing``, ``refusal`` and ``load`` of ``ssu_bridge.backends.base``."""
+"""The backends, one module or package each, with the interface of ``ssu_bridge.backends.base.BackendModule``."""

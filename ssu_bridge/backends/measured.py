@@ -1,4 +1,4 @@
-"""The tables of measurements that choices are based on: TOML files with a table for each GPU."""
+"""Tables of measurements: TOML files with a table for each GPU."""
 
 import functools
 import tomllib

@@ -1,4 +1,4 @@
-"""The reference backend: the step in NumPy and float64, written to be compared with the formulas."""
+"""The reference backend: the step in NumPy and float64, the exact results that others are compared with."""
 
 import functools
 from collections.abc import Mapping

@@ -16,15 +16,15 @@ DROPPING = "the same, but JAX drops its unused arguments"
 def eager_calls(a: dict[str, Any]) -> tuple[dict[str, Callable[[], None]], list[Any]]:
     """Return the calls by name, and the list of the states that they replace, in the same order."""
     states = [jnp.copy(a["state"]) for _ in range(3)]
-    others = [a.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    indices = a["state_batch_indices"]
+    others: list[Any] = [a.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    rest: list[Any] = [*others, True, a["state_batch_indices"]]
 
     def call_update() -> None:
-        _, states[0] = update(states[0], *others, True, indices)
+        _, states[0] = update(states[0], *rest)
 
     def trivial(place: int, jitted: Any) -> Callable[[], None]:
         def call() -> None:
-            _, states[place] = jitted(states[place], *others, indices)
+            _, states[place] = jitted(states[place], *others, a["state_batch_indices"])
 
         return call
 

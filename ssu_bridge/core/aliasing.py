@@ -12,7 +12,7 @@ _MOST_WORK = 1 << 12
 
 
 def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Check what a call writes in place against its other arrays, and say whether out needs memory of its own.
+    """Check what a call writes in place against its other arrays; return whether out needs memory of its own.
 
     Each thread reads the elements of x and z that belong to the output that it then writes, so out may be either of
     them. Everything else is read by several threads, at any time. Packed sequences may share rows, and so read x and z
@@ -20,7 +20,7 @@ def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bo
 
     Args:
         problem: the description of the call.
-        arrays: the arrays by name, and out if it was given. Only addresses, shapes and strides are looked at.
+        arrays: the arrays by name, and out if it was given. Only addresses, shapes and strides are read.
 
     Returns:
         Whether out shares memory with an array that is only read, otherwise than by being x or z: the output has to be
@@ -48,7 +48,7 @@ def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bo
 
 
 class Memory:
-    """Where an array of any device lies, for NumPy to look at its address and strides; it reads nothing there."""
+    """The address and strides of an array on any device, for NumPy to compare; nothing is read there."""
 
     def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int):
         # NumPy takes no null pointer, and an array without memory shares none.

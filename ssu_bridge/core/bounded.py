@@ -1,4 +1,4 @@
-"""A table that keeps what calls have in common, and does not grow without end."""
+"""A dict of bounded size."""
 
 from typing import Generic, TypeVar
 

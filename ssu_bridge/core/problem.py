@@ -125,5 +125,5 @@ class Problem:
 
 
 def _came(value: object) -> str:
-    """Say what came where a Python scalar was expected; tracers print badly, so those by their type alone."""
+    """Spell what came where a Python scalar was expected; a tracer by its type alone, because it prints badly."""
     return repr(value) if isinstance(value, (int, float, str, type(None), np.generic)) else type(value).__name__

@@ -1,4 +1,4 @@
-"""How a state is stored: to nearest or stochastically, in floats or quantised. In NumPy, and what kernels must equal.
+"""Rounding of states, to nearest or stochastically, floats or quantised, in NumPy. Kernels give the same bits.
 
 ``scale_rows`` and ``nearest`` take the namespace that they compute in, which may be ``torch`` or ``jax.numpy`` too.
 """

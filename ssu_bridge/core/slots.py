@@ -35,7 +35,7 @@ def read_slots(xp: Any, problem: Problem, arrays: Mapping[str, Any]) -> Any:
 
 
 class Routes(NamedTuple):
-    """What the tables of a call mean, whatever numbers are in them; -1 stands for nowhere.
+    """Where the tables of a call lead, whatever numbers are in them; -1 stands for no slot, entry or token.
 
     Attributes:
         starts: (b,), the first of each sequence's rows among all rows of tokens.
@@ -63,7 +63,7 @@ def routes(problem: Problem, arrays: Mapping[str, Any]) -> Routes:
 
     Args:
         problem: the description of the call.
-        arrays: the call's NumPy arrays by name, of which only the shapes of the states and the tables are looked at.
+        arrays: the call's NumPy arrays by name, of which only the shapes of the states and the tables are read.
     """
     b = problem.sequences
     sequences = np.arange(b)

@@ -94,7 +94,7 @@ def named(arrays: Arrays, out: Any = None) -> dict[str, Any]:
 
 
 def returned(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what ``update`` does, from the arrays of a call by name as they are after it, out among them."""
+    """Return the results of ``update``, from the arrays of a call by name after it, out among them."""
     results = paired(arrays)
     return results["out"], *(results[name] for name in SCALES if name in results)
 

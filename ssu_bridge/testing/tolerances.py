@@ -1,4 +1,4 @@
-"""The results of a call against the exact ones, and the one place where tolerances are set."""
+"""The comparison of results with exact ones, and the only place where tolerances are set."""
 
 import functools
 from collections.abc import Mapping

@@ -18,7 +18,7 @@ _MOST_COLUMNS = 128
 
 
 def refusal(problem: Problem) -> str | None:
-    """Say why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
+    """Return why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
     if problem.options.config.algorithm == "matrix" and not _is_one_token(problem):
         return _matrix_refusal(problem)
     return None
@@ -37,7 +37,7 @@ def _uses_matrix(problem: Problem) -> bool:
 
 
 def _matrix_refusal(problem: Problem) -> str | None:
-    """Say what the matrix form lacks, or None."""
+    """Return what the matrix form lacks for a problem, or None."""
     if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
         return f"it requires parameters that are tied to the head, and {' and '.join(untied)} is not"
     stores_each = "dst_state_batch_indices" in problem.tables

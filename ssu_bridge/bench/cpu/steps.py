@@ -117,7 +117,7 @@ def _print_torch_host() -> None:
 
     a: dict[str, Any] = {name: torch.from_numpy(array) for name, array in _tiny_arrays().items()}
     out = torch.empty_like(a["x"])
-    functions = {
+    functions: dict[str, Callable[[], object]] = {
         "update": functools.partial(update, **a, dt_softplus=True, out=out),
         "Tensor.add_, for comparison": functools.partial(out.add_, a["x"]),
     }

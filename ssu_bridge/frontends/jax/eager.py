@@ -85,7 +85,7 @@ def launcher(state_type: type, options: Options) -> Launch:
 
 
 def _traced(arrays: Arrays) -> bool:
-    """Say whether a transform maps, differentiates or traces some of the arrays: then the state stays the caller's."""
+    """Return whether a transform maps, differentiates or traces some of the arrays; the state then is the caller's."""
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
@@ -152,7 +152,7 @@ _warned = False
 
 
 def _report_copy(state: Any, results: tuple[Any, ...], options: Options) -> None:
-    """Say that the new state has new memory: as an error if the configuration is strict, else as a warning, once."""
+    """Raise if the configuration is strict, else warn once: the new state has new memory."""
     global _warned
     if isinstance(state, jax.core.Tracer) or state.size == 0:  # no memory to speak of
         return

@@ -1,4 +1,4 @@
-"""Exported programs: which of their calls JAX is to allow, and having the kernels that they call in another process."""
+"""Exported programs: the safety checks to disable, and loading the kernels that a program calls."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

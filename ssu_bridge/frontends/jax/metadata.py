@@ -1,4 +1,4 @@
-"""What the JAX frontend knows of arrays: their metadata, where they lie, and what can be wrong with them."""
+"""JAX arrays: their metadata, platforms and addresses, and the errors for arrays that cannot be used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +61,7 @@ def _devices() -> list[Any]:
 
 
 def several_devices() -> bool:
-    """Say whether the process has more than one device of some platform."""
+    """Return whether the process has more than one device of some platform."""
     return any(len(jax.devices(name)) > 1 for name in platforms())
 
 

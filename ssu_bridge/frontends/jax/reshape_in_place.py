@@ -1,4 +1,4 @@
-"""Reshaping what a call writes in place, without XLA:CPU copying it.
+"""Reshapes of what a call writes in place, without a copy by XLA:CPU.
 
 XLA copies what such a call writes to, and later takes away the copies that nothing needs; and for a reshaped array it
 chooses a layout, which it copies to the one that a call or a result has to have. XLA:CPU has by then made one operation

@@ -1,4 +1,4 @@
-"""JAX's computations made to wait for Torch's, on the GPU: an XLA FFI call that waits for events and does no more."""
+"""An XLA FFI call that makes JAX's stream wait, on the GPU, for what Torch's stream was given."""
 
 import contextlib
 import functools

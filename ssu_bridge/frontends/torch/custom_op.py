@@ -1,4 +1,4 @@
-"""``update`` as an operator of Torch, which says what it changes and is opaque to Dynamo and to dispatch modes."""
+"""``update`` as an operator of Torch: it declares what it writes, and is opaque to Dynamo and to dispatch modes."""
 
 from typing import Any
 

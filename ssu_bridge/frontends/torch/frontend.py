@@ -1,4 +1,4 @@
-"""The Torch frontend: tensors go to the kernel as they are, through DLPack's C exchange."""
+"""Torch calls: checked, launched, and kept for calls of the same signature."""
 
 import functools
 import sys

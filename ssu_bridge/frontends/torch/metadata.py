@@ -1,4 +1,4 @@
-"""What the check of a call looks at in tensors, and the Problem that it makes of them."""
+"""The metadata of tensors, and the Problem that is made of it."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ Key = tuple[TensorInfo | None, ...]
 
 
 def key_of(arrays: Arrays, out: torch.Tensor | None) -> Key:
-    """Return all that the check of a call looks at.
+    """Return the metadata that the check of a call reads.
 
     Raises:
         TypeError, ValueError: an argument is no tensor whose memory a kernel can use; the message names it.

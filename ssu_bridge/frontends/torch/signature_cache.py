@@ -1,4 +1,4 @@
-"""Repeated calls: those that look like one that was checked run again without a look at each tensor from Python."""
+"""Repeated calls, found by their signature in native code, without reading each tensor's metadata in Python."""
 
 import functools
 import operator
@@ -23,7 +23,7 @@ _NO_GRAD = [name in transforms.NO_GRAD for name in ("out", *_NAMES)]
 # Kernels of one launcher: sizes that vary without end must not fill the memory.
 _LIMIT = 1024
 
-# In C, as all that looks at each tensor of a repeated call.
+# In C, as is everything that reads each tensor of a repeated call.
 _is_neg = torch.Tensor.is_neg
 _requires_grad = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _is_none = functools.partial(operator.is_, None)
@@ -33,7 +33,7 @@ class SignatureCache:
     """The kernels of calls with the same options, by what their tensors look like.
 
     A signature holds shapes, dtypes, strides, devices and which arguments are there; the native library compares it,
-    at a fraction of what it costs in Python. What the library does not see of a tensor is looked at in every call.
+    at a fraction of what it costs in Python. What the library does not see of a tensor is read in every call.
     """
 
     def __init__(self, options: Options):

@@ -1,4 +1,4 @@
-"""Torch's transforms and modes: which of them see a step, and the errors for those that a step cannot run under."""
+"""Torch's transforms and modes: which of them are in force, and the errors for the unsupported ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +42,7 @@ def recording() -> bool:
 
 
 def functorch_refusal() -> str | None:
-    """Say which transform of ``torch.func`` is in force, and what to do; or None."""
+    """Return the error message for the transform of ``torch.func`` that is in force, or None."""
     interpreter: Any = peek_interpreter_stack()
     if interpreter is None:
         return None

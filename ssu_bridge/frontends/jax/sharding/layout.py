@@ -100,7 +100,7 @@ _LOCAL = "where slots are sharded; call update inside jax.shard_map, with indice
 
 
 def own_slots(problem: Problem) -> bool:
-    """Say whether sequence i has slot i and there are no others, so that both can be sharded alike."""
+    """Return whether sequence i has slot i and there are no other slots, so that both can be sharded alike."""
     indexed = any(name in problem.names for name in SLOT_TABLES)
     return problem.form != "packed" and not indexed and problem.slots == problem.sequences
 
