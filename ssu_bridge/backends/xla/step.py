@@ -177,9 +177,8 @@ def _places(
         places["state"] = jnp.where(stores & (token < table.shape[1]), place, -1)
     if "intermediate_states" in arrays:
         entries, steps = arrays["intermediate_states"].shape[:2]
-        entry = arrays.get("intermediate_state_indices", jnp.arange(problem.sequences) if read is None else read)[
-            sequence
-        ]
+        own = jnp.arange(problem.sequences) if read is None else read
+        entry = arrays.get("intermediate_state_indices", own)[sequence]
         stride = problem.options.intermediate_stride
         step = token // stride
         inside = stores & (entry >= 0) & (entry < entries) & ((token + 1) % stride == 0) & (step < steps)
