@@ -41,10 +41,10 @@ def options_of(
     flags = {"dt_softplus": dt_softplus, "disable_state_update": disable_state_update}
     for name, flag in {**flags, "donate": donate, "check_indices": check_indices}.items():
         if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a Python bool, got {_came(flag)}")
+            raise TypeError(f"{name}: expected a Python bool, got {_described(flag)}")
     for name, number in {"pad_slot_id": pad_slot_id, "intermediate_stride": intermediate_stride}.items():
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise TypeError(f"{name}: expected a Python int, got {_came(number)}")
+            raise TypeError(f"{name}: expected a Python int, got {_described(number)}")
     if not 1 <= intermediate_stride < 2**31:
         raise ValueError(f"intermediate_stride: expected an int from 1 to 2**31 - 1, got {intermediate_stride}")
     if not -(2**63) <= pad_slot_id < 2**63:
@@ -124,6 +124,6 @@ class Problem:
         return dataclasses.replace(self, platform=platform, capability=capability)
 
 
-def _came(value: object) -> str:
+def _described(value: object) -> str:
     """Spell what came where a Python scalar was expected; a tracer by its type alone, because it prints badly."""
     return repr(value) if isinstance(value, (int, float, str, type(None), np.generic)) else type(value).__name__

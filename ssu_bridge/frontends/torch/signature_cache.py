@@ -40,7 +40,7 @@ class SignatureCache:
         kept = STATE if options.disable_state_update else ()
         self._written = [place for place, name in enumerate(_NAMES) if name in WRITTEN and name not in kept]
         self._writes_state = 0 in self._written
-        self._run = _know_none
+        self._run = _never_found
         self._add: Any = None
 
     def run(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...] | None:
@@ -71,7 +71,7 @@ class SignatureCache:
         self._add(kernel, out, *arrays)
 
 
-def _know_none(*arguments: Any) -> bool:
+def _never_found(*arguments: Any) -> bool:
     return False
 
 
