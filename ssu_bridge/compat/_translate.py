@@ -8,6 +8,7 @@ import torch
 from ssu_bridge.api import update
 from ssu_bridge.config import get_config
 from ssu_bridge.core.arguments import ARGUMENTS, FLOATS, TIED_AXES
+from ssu_bridge.core.arrays import is_dense
 from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import options_of
 from ssu_bridge.frontends import dynamo
@@ -123,15 +124,11 @@ def _may_overlap_itself(tensor: torch.Tensor) -> bool:
 def _has_gaps(name: str, tensor: Any) -> bool:
     if tensor.is_contiguous():
         return False
-    axes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    shape, strides = tuple(tensor.shape), tensor.stride()
     if name in _AXES:
-        axes = axes[-len(_AXES[name].lstrip(ARGUMENTS[name].free)) :]
+        inner = len(_AXES[name].lstrip(ARGUMENTS[name].free))
+        shape, strides = shape[-inner:], strides[-inner:]
     repeated = TIED_AXES.get(name, 0)
-    if repeated and not any(stride for _, stride in axes[-repeated:]):  # one number a head
-        axes = axes[:-repeated]
-    step = 1
-    for size, stride in reversed(axes):
-        if size > 1 and stride != step:
-            return True
-        step *= size
-    return False
+    if repeated and not any(strides[-repeated:]):  # one number a head
+        shape, strides = shape[:-repeated], strides[:-repeated]
+    return not is_dense(shape, strides)

@@ -4,6 +4,7 @@ Nothing here imports a framework: an array of one can only arrive where that fra
 """
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,16 @@ class ArrayInfo(NamedTuple):
     device: str | None = None
     writeable: bool = True
     aligned: bool = True
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether axes of these sizes and strides, in elements, leave no gaps and are in row-major order."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def framework_of(array: object) -> str | None:

@@ -15,7 +15,7 @@ from ssu_bridge.core.arguments import (
     TABLES,
     TIED_AXES,
 )
-from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.arrays import ArrayInfo, is_dense
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.shapes import Shapes
@@ -84,7 +84,7 @@ def describe(
         entries=size.get("E", 0),
         stochastic_rounding="rand_seed" in arrays,
         unaligned=_unaligned(shapes, arrays, tied),
-        strided=tuple(name for name, info in arrays.items() if name not in tied and not _is_dense(info)),
+        strided=tuple(n for n, a in arrays.items() if n not in tied and a.strides and not is_dense(a.shape, a.strides)),
         options=options,
     )
 
@@ -101,15 +101,6 @@ def _unaligned(shapes: "Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[st
     # An output that is not given yet will be dense, as x is in shape and dtype.
     vectors = {"out": ArrayInfo(arrays["x"].shape, arrays["x"].dtype), **vectors}
     return tuple(name for name, info in vectors.items() if not shapes.is_aligned(name, info))
-
-
-def _is_dense(info: ArrayInfo) -> bool:
-    step = 1
-    for n, stride in zip(reversed(info.shape), reversed(info.strides or ()), strict=False):
-        if n > 1 and stride != step:
-            return False
-        step *= n
-    return True
 
 
 def check_dtype(name: str, dtype: str) -> None:
