@@ -1,4 +1,4 @@
-"""Progress of long runs on stderr: a bar on a terminal, a line a minute in a file or a pipe."""
+"""Progress of long runs on stderr: a bar on a terminal, a line every few seconds in a file or a pipe."""
 
 import contextlib
 import importlib.util
@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-# Seconds before a wait is reported, and between two lines about the same work.
-PATIENCE, INTERVAL = 3.0, 60.0
+# Seconds between two lines about a run, before a wait for a compilation is reported, and between two lines about it.
+EVERY, PATIENCE, INTERVAL = 5.0, 3.0, 60.0
 
 _log = logging.getLogger("ssu_bridge")
 
@@ -20,23 +20,49 @@ _log = logging.getLogger("ssu_bridge")
 def progress(items: Sequence[Item], label: Callable[[Item], str] = str) -> Iterator[Item]:
     """Yield the items of a long run, and show how many are done.
 
-    A terminal gets a bar if ``tqdm`` is installed; without it, and where stderr is no terminal, a line a minute.
+    A terminal gets a bar if ``tqdm`` is installed; without it, and where stderr is no terminal, a line every
+    few seconds.
 
     Args:
         items: the work, in order.
         label: names an item.
     """
-    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
-        yield from _bar(items, label)
-        return
-    started = told = time.monotonic()
-    for number, item in enumerate(items):
-        now = time.monotonic()
-        if now - told >= INTERVAL:
-            told = now
-            line = f"{number} of {len(items)} done after {now - started:.0f} s; next: {label(item)}"
-            print(line, file=sys.stderr, flush=True)
-        yield item
+    bar = sys.stderr.isatty() and importlib.util.find_spec("tqdm")
+    yield from (_bar if bar else _lines)(items, label)
+
+
+def _lines(items: Sequence[Any], label: Callable[[Any], str]) -> Iterator[Any]:
+    started, at = time.monotonic(), (0, "")
+
+    def tell() -> None:
+        number, name = at
+        seconds = time.monotonic() - started
+        print(f"{number} of {len(items)} done after {seconds:.0f} s; now: {name}", file=sys.stderr, flush=True)
+
+    with _ticking(tell, EVERY):
+        for number, item in enumerate(items):
+            at = (number, label(item))
+            yield item
+
+
+@contextlib.contextmanager
+def _ticking(tell: Callable[[], None], first: float, later: float | None = None) -> Iterator[None]:
+    """Call a function after so many seconds in the block, and again and again, from a thread of its own."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        wait = first
+        while not finished.wait(wait):
+            tell()
+            wait = later or first
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        watcher.join()
 
 
 def _bar(items: Sequence[Any], label: Callable[[Any], str]) -> Iterator[Any]:
@@ -66,24 +92,17 @@ def compiling(what: str, expectation: str) -> Iterator[None]:
         what: what is compiled and by what, as in "FlashInfer's kernels with nvcc".
         expectation: how long it takes as a rule, and what is kept.
     """
-    started, finished, told = time.monotonic(), threading.Event(), threading.Event()
+    started, told = time.monotonic(), False
 
-    def watch() -> None:
-        wait = PATIENCE
-        while not finished.wait(wait):
-            seconds = f"{time.monotonic() - started:.0f} s so far"
-            report(f"compiling {what} ({seconds if told.is_set() else expectation})")
-            told.set()
-            wait = INTERVAL
+    def tell() -> None:
+        nonlocal told
+        seconds = f"{time.monotonic() - started:.0f} s so far"
+        report(f"compiling {what} ({seconds if told else expectation})")
+        told = True
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with _ticking(tell, PATIENCE, INTERVAL):
         yield
-    finally:
-        finished.set()
-        watcher.join()
-    if told.is_set():
+    if told:
         report(f"compiled {what} in {time.monotonic() - started:.0f} s")
 
 

@@ -15,6 +15,7 @@ PACKAGE = Path(ssu_bridge.__file__).parent
 # Top-level modules and packages, the highest first: each may import those of the lines below its own, and of its own line.
 LAYERS = [
     {"__main__"},
+    {"commands"},
     {"bench"},
     {"__init__"},
     {"cases", "compat", "testing"},

@@ -1,7 +1,9 @@
-"""What long runs show: a bar on a terminal, a line a minute elsewhere, and how long a compilation takes."""
+"""What long runs show: a bar on a terminal, lines elsewhere, and how long a compilation takes."""
 
+import contextlib
 import io
 import logging
+import re
 import sys
 import time
 
@@ -16,24 +18,35 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that advances by 25 s each time it is read."""
-    now = [0.0]
-
-    def monotonic():
-        now[0] += 25
-        return now[0]
-
-    monkeypatch.setattr(progress.time, "monotonic", monotonic)
+def often(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.1)
 
 
-def test_a_pipe_gets_a_line_a_minute(clock, capsys):
-    assert list(progress.progress(["a", "b", "c", "d", "e", "f"])) == ["a", "b", "c", "d", "e", "f"]
-    # Item i is reached after 25 * (i + 1) s: lines at 75 s and 150 s.
-    assert capsys.readouterr().err.splitlines() == [
-        "2 of 6 done after 75 s; next: c",
-        "5 of 6 done after 150 s; next: f",
-    ]
+LINE = re.compile(r"(\d) of 2 done after \d s; now: ([ab])")
+
+
+@pytest.mark.usefixtures("often")
+def test_a_pipe_gets_lines_while_an_item_takes_its_time(capsys):
+    done = []
+    for item in progress.progress(["a", "b"]):
+        time.sleep(0.35)
+        done.append(item)
+    assert done == ["a", "b"]
+    told = [LINE.fullmatch(line).groups() for line in capsys.readouterr().err.splitlines()]
+    assert len(told) >= 4
+    assert set(told) == {("0", "a"), ("1", "b")}
+
+
+@pytest.mark.usefixtures("often")
+def test_a_run_that_is_left_stops_telling(capsys):
+    with contextlib.closing(progress.progress(["a", "b"])) as run:
+        next(run)
+    time.sleep(0.25)
+    assert capsys.readouterr().err == ""
+
+
+def test_it_tells_every_few_seconds():
+    assert progress.EVERY <= 10
 
 
 def test_a_short_run_says_nothing(capsys):
@@ -52,11 +65,14 @@ def test_a_terminal_gets_a_bar_and_lines_go_above_it(monkeypatch, capsys):
     assert "/2 [" in shown
 
 
-def test_a_terminal_without_tqdm_gets_a_line_a_minute(clock, monkeypatch):
+@pytest.mark.usefixtures("often")
+def test_a_terminal_without_tqdm_gets_lines(monkeypatch):
     monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert list(progress.progress(range(3))) == [0, 1, 2]
-    assert sys.stderr.getvalue() == "2 of 3 done after 75 s; next: 2\n"
+    for _ in progress.progress(["a", "b"]):
+        time.sleep(0.15)
+    assert all(LINE.fullmatch(line) for line in sys.stderr.getvalue().splitlines())
+    assert sys.stderr.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ssu_bridge.bench.timing import Timing
 
@@ -35,12 +35,20 @@ class Figures(NamedTuple):
         Raises:
             ValueError: the file is none of this kind.
         """
-        title, header, *lines = path.read_text().splitlines()
+        title, header, *lines = [*path.read_text().splitlines(), "", ""]
         columns = header.split(",")
         if not title.startswith("# ") or columns[:2] + columns[3:] != ["panel", "curve", "microseconds"]:
             raise ValueError(f"{path}: expected a title after '# ', then panel,curve,AXIS,microseconds; got {header!r}")
-        points = tuple(Point(panel, curve, int(at), float(time)) for panel, curve, at, time in csv.reader(lines))
+        rows = [row for row in csv.reader(lines) if row]
+        try:
+            points = tuple(Point(panel, curve, int(at), float(time)) for panel, curve, at, time in rows)
+        except ValueError as error:
+            raise ValueError(f"{path}: expected lines of panel,curve,{columns[2]},microseconds; {error}") from None
         return cls(title.removeprefix("# "), columns[2], points)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything by name, for JSON."""
+        return {"title": self.title, "axis": self.axis, "points": [point._asdict() for point in self.points]}
 
     def save(self, path: Path) -> None:
         """Write a CSV file: a title, a header, a line for each point."""

@@ -240,7 +240,7 @@ def test_the_command_check(capsys):
 
 def test_the_command_check_fails_with_a_wrong_backend(capsys, monkeypatch):
     spoiled(monkeypatch, lambda arrays, out: out.__setitem__(..., 0))
-    monkeypatch.setattr("ssu_bridge.__main__._frameworks", lambda: ["numpy"])
+    monkeypatch.setattr("ssu_bridge.commands.check.frameworks", lambda: ["numpy"])
     assert main(["check", "--case", "one group", "--backend", "cpu"]) == 1
     assert "FAIL" in capsys.readouterr().out
 

@@ -1,9 +1,8 @@
-"""What calls cost on the host besides the step: NumPy arrays, first calls of JAX, and preparing an exported program."""
+"""What calls of JAX cost on the host besides the step: eager ones, first ones, and preparing an exported program."""
 
 import functools
 import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge import export_checks, prepare, update, using
+from ssu_bridge.bench.jax_calls import eager_calls
 from ssu_bridge.bench.timing import Timing, interleaved, summary
+from ssu_bridge.progress import progress
 
 # Of fields that no backend uses on a CPU.
 _UNUSED = ({"algorithm": "simple"}, {"triton_tile": (16, 4)}, {"philox_rounds": 7}, {"strict_in_place": True})
@@ -19,32 +20,18 @@ _UNUSED = ({"algorithm": "simple"}, {"triton_tile": (16, 4)}, {"philox_rounds": 
 _pads = itertools.count(-1_000_000, -1)
 
 
-def numpy_calls(arrays: dict[str, Any]) -> dict[str, Timing]:
-    """Time a call of NumPy arrays, one of JAX arrays, and one with NumPy arrays that are copied for JAX."""
-    host = {name: array.copy() for name, array in arrays.items()}
-    device = {name: jnp.array(array) for name, array in arrays.items()}
-    mixed = {**device, **{name: arrays[name] for name in ("x", "B", "C", "state_batch_indices")}}
-    calls = {
-        "NumPy arrays": lambda: update(**host, dt_softplus=True),
-        "JAX arrays": _jax_call(device),
-        "JAX arrays, four operands of NumPy": _jax_call(mixed),
-    }
-    return interleaved(calls, rounds=100, seconds=0.004)
-
-
-def _jax_call(arrays: dict[str, Any]) -> Callable[[], object]:
-    others, states = {n: a for n, a in arrays.items() if n != "state"}, [jnp.copy(arrays["state"])]
-
-    def call() -> None:
-        _, states[0] = update(states[0], **others, dt_softplus=True)
-
-    return call
+def eager(arrays: dict[str, Any]) -> dict[str, Timing]:
+    """Time an eager call, and trivial jitted functions with the ratio of its time to theirs."""
+    functions, _ = eager_calls({name: jnp.array(array) for name, array in arrays.items()})
+    times = interleaved(functions, rounds=200, seconds=0.004)
+    ours = times.pop("update")
+    return {"update": ours} | {f"{name} ({ours.median / t.median:.2f})": t for name, t in times.items()}
 
 
 def first_calls(arrays: dict[str, Any], rounds: int = 5) -> dict[str, Timing]:
     """Time first calls of JAX, and calls that differ from one in configuration that no backend uses."""
     samples: dict[str, list[float]] = {"a first JAX call": [], "the next, other unused configuration": []}
-    for _ in range(rounds):
+    for _ in progress(range(rounds)):
         pad = next(_pads)
         first, *others = [_timed(arrays, pad, fields) for fields in ({}, *_UNUSED)]
         for name, values in zip(samples, ([first], others), strict=True):

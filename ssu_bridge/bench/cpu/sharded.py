@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ssu_bridge import update
 from ssu_bridge.bench.timing import Timing, summary
+from ssu_bridge.progress import progress
 from ssu_bridge.testing.cases import Case
 
 DEVICES = 4
@@ -29,7 +30,7 @@ PROCESSES = ("a first process", "a second process")
 def first_calls(rounds: int = 3) -> dict[str, Timing]:
     """Time first calls, each round in two new processes; the first finds an empty compilation cache."""
     samples: dict[str, list[float]] = collections.defaultdict(list)
-    for _ in range(rounds):
+    for _ in progress(range(rounds)):
         with tempfile.TemporaryDirectory() as cache:
             for process in PROCESSES:
                 for call, (seconds, compiled) in _measured(cache).items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssu_bridge import update
+from ssu_bridge.bench.timing import Timing, interleaved
 from ssu_bridge.compat import flashinfer, mamba_ssm, vllm
 
 H, P, N = 2, 4, 8
@@ -16,6 +17,31 @@ _VARIANTS = tuple(
     itertools.product((torch.float32, torch.bfloat16), (True, False), (torch.float32, torch.bfloat16), (1, 2))
 )
 PROBLEMS = len(_VARIANTS)
+
+
+def host(arrays: dict[str, Any]) -> dict[str, Timing]:
+    """Time a call of ``update``, and one of Torch's own functions to compare it with."""
+    a: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    out = torch.empty_like(a["x"])
+    calls: dict[str, Callable[[], object]] = {
+        "update": functools.partial(update, **a, dt_softplus=True, out=out),
+        "Tensor.add_, for comparison": functools.partial(out.add_, a["x"]),
+    }
+    return interleaved(calls, rounds=200, seconds=0.004)
+
+
+def turns() -> dict[str, Timing]:
+    """Time as many calls of one problem as of problems that differ, with the ratio."""
+    times = interleaved(problems_in_turn(), rounds=200, seconds=0.004)
+    one, *_ = times.values()
+    return {f"{name} ({timing.median / one.median:.2f})": timing for name, timing in times.items()}
+
+
+def drop_in_times() -> dict[str, Timing]:
+    """Time ``update`` and the drop-ins, with the ratio to ``update`` on the same tensors."""
+    times = interleaved(drop_ins(), rounds=200, seconds=0.004)
+    alike = {name: times["update, out given" if name.endswith("out given") else "update"] for name in times}
+    return {f"{name} ({timing.median / alike[name].median:.2f})": timing for name, timing in times.items()}
 
 
 def problems_in_turn() -> dict[str, Callable[[], object]]:

@@ -12,7 +12,7 @@ from jax.interpreters import ad, mlir
 
 from ssu_bridge.backends.base import DeviceKernel
 from ssu_bridge.core.problem import Problem
-from ssu_bridge.dispatch import load, program_options
+from ssu_bridge.dispatch import consider_problem, load, program_options
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax import reshape_in_place
 from ssu_bridge.frontends.jax.ffi_targets import register, spell
@@ -117,8 +117,10 @@ def _devices(context: Any) -> int:
 register_lowering(step, _lower)
 
 
-def _refuse_gradient(*_: Any, **__: Any) -> Any:
-    raise UnsupportedError('this backend cannot be differentiated; use backend="xla"')
+def _refuse_gradient(*_: Any, problem: Problem, **__: Any) -> Any:
+    selected = (consider_problem(problem.on(*platform)).backend for platform in platforms().items())
+    names = " or ".join(dict.fromkeys(str(backend) for backend in selected if backend))
+    raise UnsupportedError(f'backend {names}: it cannot be differentiated; use backend="xla"')
 
 
 ad.primitive_jvps[step] = _refuse_gradient
