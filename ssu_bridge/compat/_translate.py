@@ -7,7 +7,7 @@ import torch
 
 from ssu_bridge.api import update
 from ssu_bridge.config import get_config
-from ssu_bridge.core.arguments import ARGUMENTS, FLOATS, TIED_AXES
+from ssu_bridge.core.arguments import ARGUMENTS, FLOAT_ARRAYS, FLOATS, TIED_AXES
 from ssu_bridge.core.arrays import is_dense
 from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import options_of
@@ -15,7 +15,7 @@ from ssu_bridge.frontends import dynamo
 from ssu_bridge.frontends.torch.frontend import Launcher
 
 # The axes of the float arrays in a call of one token for each sequence, all heads and groups spelt out.
-_AXES = {name: argument.shapes[0] for name, argument in ARGUMENTS.items() if argument.dtypes[: len(FLOATS)] == FLOATS}
+_AXES = {name: ARGUMENTS[name].shapes[0] for name in FLOAT_ARRAYS}
 # By all arguments of a drop-in that are no arrays, and the configuration in force.
 _launchers: Bounded[tuple[Any, ...], Launcher] = Bounded(64)
 _FLOATS = {getattr(torch, name) for name in FLOATS}

@@ -54,6 +54,8 @@ ARGUMENTS: dict[str, Argument] = {
     "rand_seed": Argument(("", "1", "2"), ("int64", "uint32")),
     "out": Argument(("*HP",), FLOATS, "*", written=True),
 }
+# What may have any float dtype.
+FLOAT_ARRAYS = tuple(name for name, argument in ARGUMENTS.items() if argument.dtypes[: len(FLOATS)] == FLOATS)
 DTYPES = frozenset(dtype for argument in ARGUMENTS.values() for dtype in argument.dtypes)
 REQUIRED = ("state", "x", "dt", "A", "B", "C")
 # What says where each sequence or token reads and stores, in numbers or bools.

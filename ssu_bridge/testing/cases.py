@@ -1,12 +1,13 @@
 """The named problems that the tests, ``check`` and the benchmarks share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype "bfloat16")
 import numpy as np
 
+from ssu_bridge.core.arguments import FLOAT_ARRAYS, TIED_AXES, patterns
 from ssu_bridge.core.quantized import SCALES, QuantizedState, paired
 from ssu_bridge.core.rounding import LARGEST
 
@@ -68,30 +69,10 @@ class Case:
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         """Draw the arrays, by the names that kernels have for them."""
         rng = np.random.default_rng(seed)
-        N = self.dstate
-        rows: tuple[int, ...] = (self.sequences,) if self.tokens is None else (self.sequences, self.tokens)
-        if self.cu_seqlens is not None:
-            rows = rows[1:]
-        heads = (self.nheads,) if self.nheads else ()
-        channels = (*heads, self.headdim)
-        groups = (self.ngroups,) if self.group_axis else ()
-        shapes = {
-            "state": (self.slots, *channels, N),
-            "x": (*rows, *channels),
-            "dt": (*rows, *self._channels("dt")),
-            "A": self._channels("A", N),
-            "B": (*rows, *groups, N),
-            "C": (*rows, *groups, N),
-            "D": self._channels("D"),
-            "z": (*rows, *channels),
-            "dt_bias": self._channels("dt_bias"),
-        }
-        if self.steps:
-            shapes["intermediate_states"] = (self.slots + self.spare_entries, self.steps, *channels, N)
-        values = {n: rng.standard_normal(shape) for n, shape in shapes.items() if n not in self.absent}
+        values = {name: rng.standard_normal(shape) for name, shape in self._shapes()}
         values["A"] = -np.exp(values["A"])
         # dt + dt_bias where softplus is tiny, where it is the identity, and in between.
-        extremes = rng.choice([0.0, -25.0, 22.0], shapes["dt"], p=[0.9, 0.05, 0.05])
+        extremes = rng.choice([0.0, -25.0, 22.0], values["dt"].shape, p=[0.9, 0.05, 0.05])
         values["dt"] = values["dt"] + extremes if self.dt_softplus else np.abs(values["dt"]) * 0.1
         if "dt_bias" in values and not self.dt_softplus:
             values["dt_bias"] = np.abs(values["dt_bias"]) * 0.1
@@ -133,12 +114,20 @@ class Case:
         flags |= {"disable_state_update": True} if self.disable_state_update else {}
         return flags | ({"intermediate_stride": self.intermediate_stride} if self.intermediate_stride > 1 else {})
 
-    def _channels(self, name: str, *state_axis: int) -> tuple[int, ...]:
-        """Return the shape of a parameter: one number a head where it is tied."""
-        if self.nheads and name not in self.untied:
-            return (self.nheads,)
-        heads = (self.nheads,) if self.nheads else ()
-        return (*heads, self.headdim, *state_axis)
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the float arrays of the call with their shapes."""
+        form = "packed" if self.cu_seqlens is not None else "single" if self.tokens is None else "multi"
+        sizes = {"S": self.slots, "H": self.nheads, "P": self.headdim, "N": self.dstate, "G": self.ngroups}
+        sizes |= {"b": self.sequences, "T": self.tokens or 0, "L": self.tokens or 0}
+        sizes |= {"E": self.slots + self.spare_entries, "K": self.steps}
+        for name in FLOAT_ARRAYS:
+            if name not in ("out", *self.absent) and (self.steps or name != "intermediate_states"):
+                # The last shape of several is the one tied to heads, or without an axis of groups.
+                is_last = name not in self.untied if name in TIED_AXES else not self.group_axis
+                yield (
+                    name,
+                    tuple(sizes[symbol] for symbol in patterns(name, form, self.nheads > 0)[-1 if is_last else 0]),
+                )
 
 
 def arguments(arrays: Mapping[str, np.ndarray], framework: str, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
