@@ -129,6 +129,7 @@ def _has_gaps(name: str, tensor: Any) -> bool:
         inner = len(_AXES[name].lstrip(ARGUMENTS[name].free))
         shape, strides = shape[-inner:], strides[-inner:]
     repeated = TIED_AXES.get(name, 0)
-    if repeated and not any(strides[-repeated:]):  # one number a head
+    trailing = zip(shape[-repeated:], strides[-repeated:], strict=True)
+    if repeated and not any(size > 1 and stride for size, stride in trailing):  # one number a head
         shape, strides = shape[:-repeated], strides[:-repeated]
     return not is_dense(shape, strides)

@@ -1,5 +1,6 @@
 """Which arrays of a call may share memory, and which must not."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,4 +73,5 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _same_elements(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.itemsize == b.itemsize
+    steps = ([stride for n, stride in zip(c.shape, c.strides, strict=True) if n > 1] for c in (a, b))
+    return a.ctypes.data == b.ctypes.data and operator.eq(*steps) and a.itemsize == b.itemsize

@@ -95,8 +95,11 @@ class Shapes:
         """Return whether a parameter is one number a head."""
         if len(info.shape) < len(self._patterns(name)[0]):
             return True
-        tied = TIED_AXES[name]
-        return self.heads_axis and info.strides is not None and not any(info.strides[-tied:])
+        if not self.heads_axis:
+            return False
+        trailing = range(-TIED_AXES[name], 0)
+        # The stride of a single entry means nothing.
+        return all(info.shape[axis] == 1 or (info.strides and not info.strides[axis]) for axis in trailing)
 
     def check_strides(self, name: str, info: ArrayInfo, tied: bool) -> None:
         """Check that an array is dense along the axes that may not be strided."""
