@@ -145,11 +145,10 @@ def test_one_framework_works_without_the_others(hidden, call):
 
 
 def is_unbounded(node):
-    """Say whether a statement makes a cache without a bound: functools.cache of arguments, or a table of the module's."""
+    """Say whether a statement makes a cache without a bound: functools.cache, or a table of the module's."""
     if isinstance(node, ast.FunctionDef):
         caches = {"functools.cache", "cache", "functools.lru_cache(maxsize=None)", "lru_cache(maxsize=None)"}
-        takes_any = bool(ast.unparse(node.args))
-        return takes_any and any(ast.unparse(decorator) in caches for decorator in node.decorator_list)
+        return any(ast.unparse(decorator) in caches for decorator in node.decorator_list)
     empty = isinstance(node, ast.AnnAssign) and node.value is not None and ast.unparse(node.value)
     return empty in ("{}", "[]", "set()", "dict()", "list()")
 

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 
+# Unbounded: there is one library.
 @functools.cache
 def library() -> Any:
     """Return the TVM-FFI module of the project's native code.

@@ -53,10 +53,6 @@ def arrays_of(call):
     return {name: value for name, value in call.items() if name not in FLAGS}
 
 
-def flags_of(call):
-    return {name: value for name, value in call.items() if name in FLAGS}
-
-
 def tensors_of(call, mode="torch"):
     """A call's arrays as Torch tensors, by the names that kernels have for them."""
     return unpaired(to_mode(arrays_of(call), mode))

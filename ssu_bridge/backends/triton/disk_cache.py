@@ -86,6 +86,7 @@ def _key(specialisation: Specialisation) -> str:
     return hashlib.sha256(repr((identity(specialisation), _source_hash(), told)).encode()).hexdigest()
 
 
+# Unbounded: it has no arguments, and so holds one hash.
 @functools.cache
 def _source_hash() -> str:
     package = resources.files("ssu_bridge.backends.triton")

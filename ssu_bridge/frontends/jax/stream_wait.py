@@ -38,6 +38,7 @@ def after_torch(arrays: tuple[jax.Array, ...], device: jax.Device) -> tuple[jax.
     return after
 
 
+# Unbounded: it has no arguments, and so holds one function.
 @functools.cache
 def _waiting() -> Any:
     register_function(_TARGET, library().waiting_kernel(), "cuda", in_graphs=False)

@@ -47,6 +47,7 @@ class RecordedWork {
 
  private:
   std::mutex mutex_;
+  // Without a bound: a process keeps its streams, of which Torch makes 32 a device and priority.
   std::map<CudaStream, CudaEvent> events_;
 };
 
