@@ -22,7 +22,7 @@ from ssu_bridge.frontends.jax.metadata import (
     refuse_out,
 )
 from ssu_bridge.frontends.jax.tracing import trace, trace_call, with_given
-from ssu_bridge.frontends.jax.xla_errors import is_viewed, lost_its_state, refusal_in, refusals
+from ssu_bridge.frontends.jax.xla_errors import is_viewed, lost_its_state, memory_error_in, own_errors, refusal_in
 
 # On a state that came out of a step.
 _MARK = "_ssu_bridge_step"
@@ -61,7 +61,10 @@ def launcher(state_type: type, options: Options) -> Launch:
             before = None if hasattr(state, _MARK) else address(state)
             results = run(*arrays)
         except Exception as error:
-            if lost_its_state(error, state):
+            lost = lost_its_state(error, state)
+            if no_memory := memory_error_in(error):
+                raise no_memory from error
+            if lost:
                 raise
             explain_failure(arrays)
             if refusal := refusal_in(error):
@@ -130,16 +133,17 @@ def launcher_on_references(options: Options) -> Launch:
 
 def _launch_on_references(options: Options, donated: tuple[int, ...], arrays: Arrays) -> tuple[Any, ...]:
     """Run a call of which some arrays are references: the program updates them in place, and they are not donated."""
-    others = tuple(i for i in donated if i < len(arrays) and not isinstance(arrays[i], jax.Ref))
+    written = [i for i in donated if i < len(arrays)]
+    others = tuple(i for i in written if not isinstance(arrays[i], jax.Ref))
     seeded = len(arrays) > SEED and arrays[SEED] is not None
     run = _compiled_output_last(program_options(options, platforms(), seeded=seeded), others)
-    try:
-        with refusals():
+    with own_errors():
+        try:
             return with_given(arrays, run(*arrays))
-    except Exception as error:
-        if not any(lost_its_state(error, arrays[i]) for i in others):
-            explain_failure(arrays)
-        raise
+        except Exception as error:
+            if not any(lost_its_state(error, arrays[i]) for i in written) and not refusal_in(error):
+                explain_failure(arrays)
+            raise
 
 
 def _donated(options: Options) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from ssu_bridge.frontends.jax.kernel_primitive import kernel, lower, register_lo
 from ssu_bridge.frontends.jax.mapped_axes import Maps, vmapped
 from ssu_bridge.frontends.jax.metadata import platforms, several_devices
 from ssu_bridge.frontends.jax.sharding.automatic import kernels_in, partitioned_jaxpr
-from ssu_bridge.frontends.jax.xla_errors import refusals
+from ssu_bridge.frontends.jax.xla_errors import own_errors
 
 # Its operands are what ``problem.names`` lists, its results what ``problem.results`` does, with the axes of ``maps``; x
 # and what is written in place have all of them. ``shards`` is the step that XLA can partition, where the process has
@@ -63,7 +63,7 @@ def _result_types(*operands: Any, problem: Problem, **_: Any) -> tuple[Any, ...]
 @step.def_impl  # type: ignore[untyped-decorator]
 def _run_at_once(*operands: Any, problem: Problem, **parameters: Any) -> Any:
     """Run the step where nothing traces or jits it, as under ``jax.disable_jit``."""
-    with refusals(), jax.disable_jit(False):
+    with own_errors(), jax.disable_jit(False):
         return _jitted(problem=_of_this_process(problem), **parameters)(*operands)
 
 

@@ -31,10 +31,39 @@ def lost_its_state(error: Exception, state: Any) -> bool:
     A state that was deleted before the call is an invalid argument. Seen on jax 0.10.2.
     """
     ran = isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith("INVALID_ARGUMENT")
-    failed = ran and isinstance(state, jax.Array) and state.is_deleted()
+    failed = ran and _is_gone(state)
     if failed:
-        error.add_note("ssu_bridge: the kernel failed while it ran, and the state that was donated to it is lost.")
+        error.add_note(_LOST)
     return failed
+
+
+_LOST = "ssu_bridge: the kernel failed while it ran, and the state that was donated to it is lost."
+
+
+def _is_gone(state: Any) -> bool:
+    if not isinstance(state, jax.Ref):
+        return isinstance(state, jax.Array) and state.is_deleted()
+    try:
+        state[...]
+    except RuntimeError:  # "Array has been deleted": XLA was given the memory of the reference
+        return True
+    return False
+
+
+def memory_error_in(error: Exception) -> MemoryError | None:
+    """Return the MemoryError of the native code that XLA made an error of its own of, with what is noted; or None.
+
+    XLA keeps the text of an error and not its type. Seen on jax 0.10.2.
+    """
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    _, found, rest = str(error).partition("INTERNAL: no memory for the scratch")
+    if not found:
+        return None
+    result = MemoryError(found.removeprefix("INTERNAL: ") + rest.partition("\n")[0])
+    if _LOST in getattr(error, "__notes__", ()):
+        result.add_note(_LOST)
+    return result
 
 
 def refusal_in(error: Exception) -> UnsupportedError | None:
@@ -49,11 +78,11 @@ def refusal_in(error: Exception) -> UnsupportedError | None:
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Raise such a refusal in the place of XLA's error."""
+def own_errors() -> Iterator[None]:
+    """Raise what :func:`refusal_in` or :func:`memory_error_in` finds in the place of XLA's error."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if refusal := refusal_in(error):
-            raise refusal from error
+        if own := refusal_in(error) or memory_error_in(error):
+            raise own from error
         raise

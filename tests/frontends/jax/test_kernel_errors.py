@@ -1,9 +1,12 @@
 """What a kernel raises for the types of its arguments comes before anything is donated to it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from native import run_script
 
 import ssu_bridge
 from ssu_bridge import api
@@ -98,13 +101,17 @@ def test_a_check_looks_at_every_argument():
     assert state.values.dtype == jnp.int8
 
 
+# The native code's own words, and no more of them than are looked for.
+NO_MEMORY = "no memory for the scratch of a state"
+
+
 @pytest.fixture
 def failing_kernel(monkeypatch):
     """The cpu backend's kernel finds no memory while it runs."""
     import tvm_ffi
 
     def fail(*tensors):
-        raise MemoryError("no memory for the scratch")
+        raise MemoryError(NO_MEMORY)
 
     function = tvm_ffi.convert(fail)
     monkeypatch.setattr(cpu, "load", lambda problem: DeviceKernel("ssu_bridge.cpu(failing)", function, lambda *a: None))
@@ -113,12 +120,90 @@ def failing_kernel(monkeypatch):
     api._launchers.clear()
 
 
+def arrays():
+    return {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
+
+
+def is_noted_as_lost(error):
+    return any("donated to it is lost" in note for note in getattr(error, "__notes__", ()))
+
+
 def test_a_kernel_that_fails_while_it_runs_says_so_itself(failing_kernel):
-    given = {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
-    with pytest.raises(jax.errors.JaxRuntimeError, match="no memory for the scratch") as caught:
+    given = arrays()
+    with pytest.raises(MemoryError, match=f"^{NO_MEMORY}") as caught:
         jax.block_until_ready(ssu_bridge.update(**given, backend="cpu"))
     # The state is not blamed: it was this call that took it.
     assert given["state"].is_deleted()
-    assert any("donated to it is lost" in note for note in caught.value.__notes__)
+    assert is_noted_as_lost(caught.value)
     with pytest.raises(ValueError, match="state: expected a live array"):
         ssu_bridge.update(**given, backend="cpu")
+
+
+def test_a_failing_kernel_that_was_given_a_copy_costs_nothing(failing_kernel):
+    given = arrays()
+    with pytest.raises(MemoryError, match=NO_MEMORY) as caught:
+        jax.block_until_ready(ssu_bridge.update(**given, donate=False, backend="cpu"))
+    assert not given["state"].is_deleted()
+    assert not is_noted_as_lost(caught.value)
+
+
+def test_a_failing_kernel_loses_a_reference_and_says_so(failing_kernel):
+    given = arrays()
+    reference = jax.new_ref(given.pop("state"))
+    with pytest.raises(MemoryError, match=NO_MEMORY) as caught:
+        jax.block_until_ready(ssu_bridge.update(reference, **given, backend="cpu"))
+    assert is_noted_as_lost(caught.value)
+    with pytest.raises(RuntimeError, match="deleted"):
+        reference[...]
+
+
+def test_a_failing_kernel_without_jit(failing_kernel):
+    given = arrays()
+    with jax.disable_jit(), pytest.raises(MemoryError, match=NO_MEMORY):
+        ssu_bridge.update(**given, backend="cpu")
+    assert not given["state"].is_deleted()
+
+
+def test_inside_of_jit_the_error_is_jax_s(failing_kernel):
+    given = arrays()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"INTERNAL: {NO_MEMORY}"):
+        jax.block_until_ready(jax.jit(functools.partial(ssu_bridge.update, backend="cpu"))(**given))
+
+
+# A state of so many columns that its scratch, 200 MB, does not fit into what is left, while all else does.
+SCRIPT = """
+import resource
+import numpy as np, ssu_bridge
+{imports}
+def arrays(N):
+    a = {{"state": np.zeros((1, 1, 1, N), "f2"), "x": np.ones((1, 1, 1), "f"), "dt": np.ones((1, 1), "f"),
+         "A": -np.ones(1, "f"), "B": np.ones((1, N), "f2"), "C": np.ones((1, N), "f2")}}
+    return {{name: {convert}(array) for name, array in a.items()}}
+ssu_bridge.update(**arrays(8), backend="cpu")
+a = arrays(1 << 22)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    ssu_bridge.update(**a, backend="cpu")
+except MemoryError as error:
+    print(error, *getattr(error, "__notes__", ()), sep="|")
+    print("lost" if {lost} else "kept")
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "convert", "lost"),
+    [
+        ("", "", "a['state'].any()"),
+        ("import torch", "torch.from_numpy", "a['state'].any()"),
+        ("import jax.numpy as jnp", "jnp.array", "a['state'].is_deleted()"),
+    ],
+    ids=["numpy", "torch", "jax"],
+)
+def test_scratch_without_memory_in_each_framework(imports, convert, lost):
+    result = run_script(SCRIPT.format(imports=imports, convert=convert, lost=lost), SSU_BRIDGE_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    message, verdict = result.stdout.splitlines()
+    assert message.startswith("no memory for the scratch of a state with 4194304 columns (dstate) on 1 threads")
+    assert verdict == ("lost" if "jax" in imports else "kept")
+    assert ("donated to it is lost" in message) == ("jax" in imports)

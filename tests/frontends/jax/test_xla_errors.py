@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tvm_ffi
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from modes import to_mode
 
 import ssu_bridge
 from ssu_bridge.frontends.jax import xla_errors
+from ssu_bridge.frontends.jax.ffi_targets import register_function
 from ssu_bridge.testing.cases import Case
 
 CASE = Case("errors", nheads=2, headdim=4, dstate=4, slots=4, sequences=4, indices=None)
@@ -48,6 +50,25 @@ def test_a_mesh_axis_that_is_mapped_elsewhere():
             jax.vmap(inside)(xs)
     assert xla_errors.is_mapped_elsewhere(caught.value)
     assert not xla_errors.is_mapped_elsewhere(ValueError("state: expected an array"))
+
+
+def test_a_kernel_without_memory():
+    """Met for real in test_kernel_errors, where a process has too little."""
+    function = tvm_ffi.convert(lambda *tensors: fail())
+
+    def fail():
+        raise MemoryError("no memory for the scratch of a state with 8 columns")
+
+    register_function("ssu_bridge.test_without_memory", function, "cpu", in_graphs=False)
+    call = jax.ffi.ffi_call("ssu_bridge.test_without_memory", jax.ShapeDtypeStruct((2,), jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.block_until_ready(jax.jit(lambda x: call(x), donate_argnums=0)(state := jnp.zeros(2)))
+    assert str(xla_errors.memory_error_in(caught.value)) == "no memory for the scratch of a state with 8 columns"
+    assert not hasattr(xla_errors.memory_error_in(caught.value), "__notes__")
+    assert xla_errors.lost_its_state(caught.value, state)
+    assert "is lost" in xla_errors.memory_error_in(caught.value).__notes__[0]
+    assert xla_errors.memory_error_in(jax.errors.JaxRuntimeError("INTERNAL: something else")) is None
+    assert xla_errors.memory_error_in(ValueError(str(caught.value))) is None
 
 
 @pytest.mark.gpu
