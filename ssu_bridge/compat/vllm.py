@@ -3,10 +3,9 @@
 import contextlib
 from typing import Any
 
-import torch
-
 from ssu_bridge.compat._translate import repeated, rows, step, with_heads
 from ssu_bridge.config import using
+from ssu_bridge.core.arguments import ROUNDABLE
 
 NULL_BLOCK_ID = 0
 
@@ -77,10 +76,10 @@ def selective_state_update(
         read, write = _first_column(read), _first_column(write)
     else:
         read, write = _with_columns(read), _with_columns(read if write is None else write)
-    seed, config = None, {}
+    config: dict[str, Any] = {}
     if enable_stochastic_rounding and num_accepted_tokens is None:
-        seed = torch.randint(2**63 - 1, (), device=state.device)
-        config = {"philox_rounds": cache_philox_rounds}
+        _require_roundable(state)
+        config = {"stochastic_rounding": True, "philox_rounds": cache_philox_rounds}
     with using(**config) if config else contextlib.nullcontext():
         step(
             with_heads(arrays),
@@ -92,7 +91,15 @@ def selective_state_update(
             pad_slot_id=null,
             num_accepted_tokens=rows(num_accepted_tokens, sequences),
             cu_seqlens=cu_seqlens,
-            rand_seed=seed,
+        )
+
+
+def _require_roundable(state: Any) -> None:
+    name = str(getattr(state, "dtype", "")).removeprefix("torch.")
+    if name not in ROUNDABLE:
+        raise ValueError(
+            f"enable_stochastic_rounding: expected False for a {name} state, which is not rounded stochastically "
+            f"({', '.join(ROUNDABLE)} are), got True"
         )
 
 

@@ -102,21 +102,30 @@ def returned(arrays: Mapping[str, Any]) -> tuple[Any, ...]:
 SEED = list(ARGUMENTS).index("rand_seed")
 
 
+def draws_seed(arrays: Arrays, options: Options) -> bool:
+    """Return whether a seed has to be drawn for a call: rounding is configured, and it has none."""
+    missing = options.config.stochastic_rounding and (len(arrays) <= SEED or arrays[SEED] is None)
+    return missing and _dtype_name(arrays[0]) in ROUNDABLE
+
+
 def with_seed(arrays: Arrays, options: Options, make: Callable[[int | None], Any]) -> Arrays:
     """Give a call the array that its seed travels in.
+
+    A seed that has to be drawn is drawn into it when nothing can refuse the call any more: one that raises leaves the
+    framework's generator as it was.
 
     Args:
         arrays: of the call; its seed may be an int, an array of one number with any axes, or missing where stochastic
             rounding is configured.
         options: the configuration is theirs.
-        make: returns an array of one int64, with the bits of the int that it is given; drawn at random for None.
+        make: returns an array of one int64, with the bits of the int that it is given; for None with any.
     """
     seed: Any = arrays[SEED] if len(arrays) > SEED else None
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"rand_seed: expected an int of 64 bits, got {seed}")
         seed = make((int(seed) + 2**63) % 2**64 - 2**63)
-    elif seed is None and options.config.stochastic_rounding and _dtype_name(arrays[0]) in ROUNDABLE:
+    elif draws_seed(arrays, options):
         seed = make(None)
     elif len(shape := getattr(seed, "shape", ())) > 1 and math.prod(shape) == 1:
         seed = seed.reshape(())

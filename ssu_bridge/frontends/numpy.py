@@ -17,6 +17,7 @@ from ssu_bridge.frontends.base import (
     SEED,
     Arrays,
     Launch,
+    draws_seed,
     named,
     refuse_copy,
     require_one_framework,
@@ -71,8 +72,9 @@ def launcher(state_type: type, options: Options) -> Launch:
     steps: Bounded[tuple[Any, ...], _Step] = Bounded(256)
 
     def launch(arrays: Arrays, out: np.ndarray | None) -> tuple[Any, ...]:
-        if seeds or len(arrays) > SEED:
-            arrays = seeded(arrays, options)
+        draws = seeds and draws_seed(arrays, options)
+        if draws or len(arrays) > SEED:
+            arrays = with_seed(arrays, options, _seed)
         try:
             # All that the check looks at. A flag of NumPy says whether an array is aligned, and one whether writeable.
             signature = tuple(
@@ -85,6 +87,9 @@ def launcher(state_type: type, options: Options) -> Launch:
         if step is None:
             step = steps[signature] = _step(arrays, out, options)
         result = np.empty(arrays[1].shape, arrays[1].dtype) if out is None else out
+        if draws:  # when nothing can refuse the call any more
+            needs_fresh_output(step.problem, named(arrays, out))
+            _draw(arrays[SEED])
         holders = [a.__array_struct__ for a in (*arrays, result) if a is not None]
         addresses = [_ArrayStruct.from_address(_pointer(holder, None)).data for holder in holders]
         if not step.run(True, *addresses):
@@ -110,24 +115,32 @@ def _step(arrays: Arrays, out: np.ndarray | None, options: Options) -> _Step:
     assert isinstance(kernel, DeviceKernel)
     given["out"] = np.empty(given["x"].shape, given["x"].dtype) if out is None else out
     in_place = [list(given).index(name) for name in problem.results[1:]]
-    run = library().at_addresses(kernel.function, [*map(_view, given.values())], in_place)
+    tensors = [*map(_view, given.values())]
+    kernel.check(*tensors, *(tensors[place] for place in in_place))
+    run = library().at_addresses(kernel.function, tensors, in_place)
     return _Step(run, None, state_alone, problem)
 
 
 def consider(arrays: Arrays, out: np.ndarray | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the one platform there is."""
-    with_any_seed = with_seed(arrays, options, lambda _: np.zeros((), np.int64))
-    return (consider_problem(_describe(with_any_seed, out, options)),)
+    return (consider_problem(_describe(with_seed(arrays, options, _seed), out, options)),)
 
 
 def seeded(arrays: Arrays, options: Options) -> Arrays:
     """Return the arrays with the seed in one; if it has to be drawn, by NumPy's global generator."""
-    return with_seed(arrays, options, _seed)
+    with_one = with_seed(arrays, options, _seed)
+    if draws_seed(arrays, options):
+        _draw(with_one[SEED])
+    return with_one
 
 
 def _seed(value: int | None) -> np.ndarray:
+    return np.array(value or 0, np.int64)
+
+
+def _draw(seed: np.ndarray) -> None:
     narrow = np.iinfo(np.int64)
-    return np.asarray(np.random.randint(narrow.min, narrow.max, dtype=np.int64) if value is None else value, np.int64)
+    seed[...] = np.random.randint(narrow.min, narrow.max, dtype=np.int64)
 
 
 def to_host(array: np.ndarray) -> np.ndarray:
@@ -147,7 +160,9 @@ def _describe(arrays: Arrays, out: np.ndarray | None, options: Options) -> Probl
 
 
 def _info(name: str, array: Any) -> ArrayInfo:
-    if not array.flags.aligned or any(array.itemsize and stride % array.itemsize for stride in array.strides):
+    # The strides of single entries and of empty arrays mean nothing.
+    steps = [stride for n, stride in zip(array.shape, array.strides, strict=True) if n > 1 and array.size]
+    if not array.flags.aligned or any(array.itemsize and step % array.itemsize for step in steps):
         raise ValueError(f"{name}: expected elements aligned to their size, got byte strides {array.strides}")
     # A dtype of foreign byte order has the native one's name; its code, such as >f4, is refused with the dtypes.
     dtype = array.dtype.name if array.dtype.isnative else array.dtype.str

@@ -11,6 +11,7 @@ from ssu_bridge.backends import reference
 from ssu_bridge.config import Backend, using
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.quantized import SCALES, paired, unpaired
+from ssu_bridge.dispatch import load
 from ssu_bridge.frontends.base import frontend_of, named
 from ssu_bridge.testing.tolerances import Row, compare
 
@@ -63,13 +64,14 @@ def check(*args: Any, **kwargs: Any) -> Report:
     """
     arrays, out, options = bind(*args, **kwargs)
     side = frontend_of(arrays, out)
-    arrays = side.seeded(arrays, options)
     choice = side.consider(arrays, out, options)[0]
     problem, backend = choice.problem, choice.backend
     if problem.traced:
         raise ValueError("check: expected concrete arrays, got some that JAX is tracing; call it outside of jit")
     if backend is None:
         raise choice.error()
+    load(problem)
+    arrays = side.seeded(arrays, options)
     before = {name: side.to_host(array) for name, array in named(arrays).items()}
     copies = {name: side.from_host(before[name], array) for name, array in named(arrays).items()}
     if problem.framework != "jax":  # an output that is not written must not look right by chance

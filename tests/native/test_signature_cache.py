@@ -10,7 +10,7 @@ from ssu_bridge.native import library
 
 def cache(written=(), limit=8):
     """Return the cache's two functions, and the list of the arguments that kernels were called with."""
-    run, add = library().signature_cache(list(written), limit)
+    run, add, _ = library().signature_cache(list(written), limit)
     return run, add, []
 
 

@@ -8,9 +8,9 @@ from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.errors import UnsupportedError
-from ssu_bridge.frontends.base import Arrays, launcher_of, named, refuse_copy, returned
+from ssu_bridge.frontends.base import Arrays, draws_seed, launcher_of, named, refuse_copy, returned
 from ssu_bridge.frontends.torch import transforms
-from ssu_bridge.frontends.torch.seeds import seeded
+from ssu_bridge.frontends.torch.seeds import placed
 
 _WRITTEN = (*WRITTEN, "out")
 
@@ -28,7 +28,8 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
     if refusal := transforms.functorch_refusal():
         raise UnsupportedError(refusal)
     transforms.require_no_grad(named(arrays, out))
-    arrays = seeded(arrays, options)
+    if not draws_seed(arrays, options):  # the operator draws one, when it has checked its tensors
+        arrays = placed(arrays, options)
     x = arrays[1]
     result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     config = options.config
@@ -44,6 +45,7 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         config.algorithm,
         config.philox_rounds,
         config.triton_tile or (),
+        config.stochastic_rounding,
     )
     return returned(named(arrays, result))
 
@@ -55,14 +57,15 @@ def _spell(place: int, name: str) -> str:
 
 
 _FLAGS = "bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, SymInt intermediate_stride"
-_CONFIG = "str backend, str algorithm, SymInt philox_rounds, SymInt[] triton_tile"
+_CONFIG = "str backend, str algorithm, SymInt philox_rounds, SymInt[] triton_tile, bool stochastic_rounding=False"
 _SCHEMA = f"({', '.join(_spell(*argument) for argument in enumerate(ARGUMENTS))}, {_FLAGS}, {_CONFIG}) -> ()"
 
 
 @torch.library.custom_op("ssu_bridge::update", mutates_args=_WRITTEN, schema=_SCHEMA)
 def _step(*arguments: Any) -> None:
     *arrays, out = arguments[: len(ARGUMENTS)]
-    dt_softplus, pad, keeps_state, stride, backend, algorithm, rounds, tile = arguments[len(ARGUMENTS) :]
-    config = SSUConfig(backend, algorithm, philox_rounds=rounds, triton_tile=tuple(tile) or None)
+    # Torch leaves out what is as it is by default.
+    dt_softplus, pad, keeps_state, stride, backend, algorithm, rounds, tile, *stochastic = arguments[len(ARGUMENTS) :]
+    config = SSUConfig(backend, algorithm, any(stochastic), rounds, triton_tile=tuple(tile) or None)
     options = Options(dt_softplus, pad, keeps_state, True, False, stride, config)
     launcher_of(tuple(arrays), out, options)(tuple(arrays), out)

@@ -12,11 +12,11 @@ from ssu_bridge.backends.base import DeviceKernel, HostKernel
 from ssu_bridge.core.aliasing import Memory, needs_fresh_output
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.dispatch import Choice, consider_problem, load
-from ssu_bridge.frontends.base import SEED, Arrays, named, refuse_copy, returned, with_seed
+from ssu_bridge.frontends.base import SEED, Arrays, draws_seed, named, refuse_copy, returned
 from ssu_bridge.frontends.torch import custom_op, transforms
 from ssu_bridge.frontends.torch.host import from_host, to_host
 from ssu_bridge.frontends.torch.metadata import Key, key_of, problem_of
-from ssu_bridge.frontends.torch.seeds import seeded
+from ssu_bridge.frontends.torch.seeds import draw, placed
 from ssu_bridge.frontends.torch.signature_cache import SignatureCache, tell_autograd
 
 
@@ -35,17 +35,21 @@ class Launcher:
 
     def __call__(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
         """Run one call and return what ``update`` does."""
+        draws = False
         if self._seeds or len(arrays) > SEED:
-            transforms.require_supported(named(arrays, out))  # they fail in drawing a seed
-            arrays = seeded(arrays, self._options)
+            transforms.require_supported(named(arrays, out))  # they fail in making a seed
+            if transforms.recording():
+                return custom_op.trace(self._options, arrays, out)
+            draws = draws_seed(arrays, self._options)
+            arrays = placed(arrays, self._options)
         try:
-            results = self.repeated.run(arrays, out)
+            results = self.repeated.run(arrays, out, draws)
         except Exception:
             self._kernel(arrays, out)  # to say what is wrong with a tensor, if that is why
             raise
-        return _untraced(self._check_and_launch)(arrays, out) if results is None else results
+        return _untraced(self._check_and_launch)(arrays, out, draws) if results is None else results
 
-    def _check_and_launch(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...]:
+    def _check_and_launch(self, arrays: Arrays, out: torch.Tensor | None, draws: bool) -> tuple[Any, ...]:
         transforms.require_supported(named(arrays, out))
         if transforms.recording():
             return custom_op.trace(self._options, arrays, out)
@@ -54,10 +58,16 @@ class Launcher:
         fresh_output = needs_fresh_output(problem, {name: _memory(t) for name, t in named(arrays, out).items()})
         given["out"] = torch.empty_like(given["x"], memory_format=torch.contiguous_format) if out is None else out
         written = [given[name] for name in results]
+        output = given["out"]
+        if fresh_output:
+            output = torch.empty_like(output, memory_format=torch.contiguous_format)
+        if isinstance(kernel, DeviceKernel):
+            kernel.check(*{**given, "out": output}.values(), *written[1:])
+        if draws:
+            draw(arrays[SEED])
         if isinstance(kernel, HostKernel):
             _run_on_host(kernel, results, given)
         elif fresh_output:
-            output = torch.empty_like(given["out"], memory_format=torch.contiguous_format)
             kernel.function(*{**given, "out": output}.values(), *written[1:])
             with torch.inference_mode():  # an inference tensor may be out, outside of it too, as it may of a kernel
                 given["out"].copy_(output)
@@ -96,8 +106,7 @@ def _memory(tensor: torch.Tensor) -> np.ndarray:
 
 def consider(arrays: Arrays, out: torch.Tensor | None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the device that the tensors are on."""
-    with_any_seed = with_seed(arrays, options, lambda _: torch.zeros((), dtype=torch.int64, device=arrays[0].device))
-    return (consider_problem(problem_of(key_of(with_any_seed, out), options)),)
+    return (consider_problem(problem_of(key_of(placed(arrays, options), out), options)),)
 
 
 @functools.lru_cache(maxsize=4096)

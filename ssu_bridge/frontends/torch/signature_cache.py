@@ -10,9 +10,10 @@ from torch._C import _increment_version
 
 from ssu_bridge.core.arguments import ARGUMENTS, STATE, WRITTEN
 from ssu_bridge.core.problem import Options
-from ssu_bridge.frontends.base import Arrays, named, returned
+from ssu_bridge.frontends.base import SEED, Arrays, named, returned
 from ssu_bridge.frontends.torch import transforms
 from ssu_bridge.frontends.torch.metadata import PLAIN_TYPES
+from ssu_bridge.frontends.torch.seeds import draw
 from ssu_bridge.native import library
 
 _NAMES = [name for name in ARGUMENTS if name != "out"]
@@ -40,11 +41,14 @@ class SignatureCache:
         kept = STATE if options.disable_state_update else ()
         self._written = [place for place, name in enumerate(_NAMES) if name in WRITTEN and name not in kept]
         self._writes_state = 0 in self._written
-        self._run = _never_found
+        self._run = self._knows = _never_found
         self._add: Any = None
 
-    def run(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[Any, ...] | None:
-        """Run a call whose signature is known and return its results; else return None and do nothing."""
+    def run(self, arrays: Arrays, out: torch.Tensor | None, draws: bool = False) -> tuple[Any, ...] | None:
+        """Run a call whose signature is known and return its results; else return None and do nothing.
+
+        With ``draws`` its seed is drawn first.
+        """
         given = [*filterfalse(_is_none, (out, *arrays))]
         if not PLAIN_TYPES.issuperset(map(type, given)) or any(map(_is_neg, given)) or transforms.in_force():
             return None
@@ -55,6 +59,10 @@ class SignatureCache:
         if x is None:
             return None
         result = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        if draws:
+            if not self._knows(result, *arrays):
+                return None
+            draw(arrays[SEED])
         if not self._run(result, *arrays):
             return None
         if len(arrays) <= _WRITTEN_NEXT and self._writes_state:
@@ -67,7 +75,9 @@ class SignatureCache:
     def add(self, kernel: Any, arrays: Arrays, out: torch.Tensor) -> None:
         """Keep a kernel function for calls that look like this one, which was checked."""
         if self._add is None:
-            self._run, self._add = library().signature_cache([place + 1 for place in self._written], _LIMIT)
+            self._run, self._add, self._knows = library().signature_cache(
+                [place + 1 for place in self._written], _LIMIT
+            )
         self._add(kernel, out, *arrays)
 
 

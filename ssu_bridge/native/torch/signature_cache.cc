@@ -92,6 +92,11 @@ class SignatureCache {
     return kernel.has_value();
   }
 
+  bool knows(ffi::PackedArgs arguments) {
+    check_count(arguments);
+    return find(arguments).has_value();
+  }
+
   void add(ffi::Function kernel, ffi::PackedArgs arguments) {
     check_count(arguments);
     std::vector<int64_t> signature;
@@ -174,7 +179,9 @@ ffi::Array<ffi::Function> make_signature_cache(ffi::Array<int64_t> written, int6
     if (arguments.size() < 1) TVM_FFI_THROW(TypeError) << "expected a kernel and its arguments";
     cache->add(arguments[0].cast<ffi::Function>(), arguments.Slice(1));
   });
-  return {run, add};
+  auto knows = ffi::Function::FromPacked(
+      [cache](ffi::PackedArgs arguments, ffi::Any* result) { *result = cache->knows(arguments); });
+  return {run, add, knows};
 }
 
 }  // namespace ssu_bridge

@@ -7,9 +7,10 @@
 
 namespace ssu_bridge {
 
-// Returns two functions over one cache:
+// Returns three functions over one cache:
 //   run(*arguments) -> bool   launches the kernel that was added with arguments of the same signature; false if none
 //   was. add(kernel, *arguments)   keeps a kernel for calls with the signature of these arguments.
+//   knows(*arguments) -> bool   whether run would launch one.
 // Arguments are DLTensors or None, the output first. Their signature: which are None, shapes, strides, dtypes, devices,
 // of those on a GPU the low bits of the address, and which elements what is written shares with others. A kernel gets
 // the arguments that are not None from the second on, then the output, then those at the places in `written` that are
