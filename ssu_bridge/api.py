@@ -123,8 +123,11 @@ def update(
             optional arguments or flags.
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
 
-    When one of the others is raised, nothing has been written or donated. Where a JAX kernel fails while it runs, for
-    want of memory or of a launch, an eager call has lost the state that it donated, and the error says so.
+        MemoryError: the cpu backend found no memory for its scratch. Nothing was written; an eager JAX call has lost
+            the state that it donated, and a note of the error says so.
+
+    When one of the others is raised, nothing has been written or donated, and no seed was drawn. Where a JAX kernel
+    fails for another reason while it runs, as for want of a launch, JAX's error has that note too.
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
     pairs: tuple[Any, ...] = ()

@@ -14,9 +14,11 @@ class DeviceKernel(NamedTuple):
 
     ``function(*inputs, *results)`` takes the arrays that ``problem.names`` lists, then those of ``problem.results``; a
     result other than out has the very memory of the input of that name. It launches on the stream that TVM-FFI's
-    environment names. ``check``, of the same tensors, raises what ``function`` raises for their shapes, dtypes and
-    strides, and reads no memory: what is donated is lost when a kernel raises. ``target`` spells out all that was
-    compiled into it, the same in every process, and is its name as an XLA FFI target.
+    environment names. ``check``, of the same tensors, raises ValueError unless the kernel is one for their shapes,
+    dtypes, strides and devices; it reads no memory. A frontend calls it before it runs the kernel on tensors of a new
+    signature: what is donated is lost when a kernel raises. ``function`` of a GPU kernel checks again only what can
+    differ within a signature, which is where tensors lie. ``target`` spells out all that was compiled into it, the same
+    in every process, and is its name as an XLA FFI target.
     """
 
     target: str

@@ -3,7 +3,8 @@
 import functools
 
 from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi, no_settings
-from ssu_bridge.core.arguments import ARGUMENTS, REQUIRED, TIED_AXES
+from ssu_bridge.backends.rows import row
+from ssu_bridge.core.arguments import REQUIRED
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -40,9 +41,3 @@ def _kernel(
     function = library().cpu_kernel(rows, updates_state, dt_softplus, pad_slot_id, rounds, stride, "auto")
     check = library().cpu_check(rows, updates_state, stride)
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function, check)
-
-
-def row(name: str) -> tuple[str, tuple[str, ...], str, int, bool]:
-    """Return what the table says of an argument, as the native library takes it."""
-    argument = ARGUMENTS[name]
-    return name, argument.shapes, argument.free, TIED_AXES.get(name, 0), argument.written

@@ -37,6 +37,7 @@ ffi::Function same_memory() {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_kernel, ssu_bridge::make_cpu_kernel)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_check, ssu_bridge::make_cpu_check)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(compiled_check, ssu_bridge::make_compiled_check)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_num_threads, ssu_bridge::thread_count)

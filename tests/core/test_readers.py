@@ -1,15 +1,20 @@
-"""What ``describe`` accepts the native readers accept, and the cpu kernel's reader refuses what it refuses.
+"""What ``describe`` accepts the native readers accept, and they refuse what it refuses.
 
-Calls are drawn from numbered seeds, as shapes, dtypes and strides alone: no reader looks at memory. The launcher of
-cubins and FlashInfer's adapter are held to one direction. A cubin is compiled for a Problem, and its launcher relies on
-``describe`` for all that is compiled in: sizes, dtypes, which strides are dense, how many columns a table needs. It
-checks what a call can still differ in without another Problem: the device, addresses and strides that have to be
-multiples of what is loaded at once, and how many blocks there are. The adapter relies on it in the same way.
+Calls are drawn from numbered seeds, as shapes, dtypes, strides and devices alone: no reader looks at memory. The cpu
+kernel's reader runs in each call. What a kernel of a GPU was compiled for, ``check`` of the kernel looks at, before the
+first call of a signature; so a change of a call is accepted if ``describe`` accepts it as a call of the same kernel.
+
+What no reader looks at, and the frontends promise: that an array can be written to, which tensors do not say; and for
+FlashInfer what ``refusal`` says of a Problem that ``describe`` accepts: addresses and gaps, which entries of tables there
+may be, how many heads a group has and how long a packed sequence is (PROMISED).
 """
 
+import ctypes
+import dataclasses
 import itertools
 import math
 import random
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
@@ -18,10 +23,21 @@ import tvm_ffi
 
 from ssu_bridge.backends import cpu, flashinfer, triton
 from ssu_bridge.backends.flashinfer import backend as flashinfer_backend
+from ssu_bridge.backends.triton import backend as triton_backend
 from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import launch_of, runtime_arguments, specialise
 from ssu_bridge.config import SSUConfig
-from ssu_bridge.core.arguments import ARGUMENTS, QUANTIZED, REQUIRED, ROUNDABLE, TIED_AXES, patterns
+from ssu_bridge.core.arguments import (
+    ARGUMENTS,
+    QUANTIZED,
+    REQUIRED,
+    ROUNDABLE,
+    TABLES,
+    TIED_AXES,
+    TOKEN_AXES,
+    VECTOR_BYTES,
+    patterns,
+)
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import options_of
 from ssu_bridge.core.quantized import SCALES
@@ -31,7 +47,8 @@ from ssu_bridge.native import library
 OPTIONAL = [name for name in ARGUMENTS if name not in (*REQUIRED, "out", "cu_seqlens", *SCALES.values())]
 DTYPES = sorted({dtype for argument in ARGUMENTS.values() for dtype in argument.dtypes} | {"float64", "uint16"})
 SEED_DTYPES = {"": "int64", "1": "int64", "2": "uint32"}
-LAYOUTS = ["dense", "gaps", "repeated", "transposed", "reversed", "shifted"]
+LAYOUTS = ["dense", "gaps", "repeated", "transposed", "reversed", "shifted", "any of one entry"]
+HERE, ELSEWHERE = "cpu:0", "cuda:1"
 # Where no array lies.
 ADDRESS = 1 << 12
 
@@ -51,11 +68,31 @@ def laid_out(shape, dtype, layout="dense"):
         strides = dense_strides(shape[::-1])[::-1]
     if layout == "reversed":
         strides = tuple(-stride for stride in strides[:1]) + strides[1:]
-    return ArrayInfo(tuple(shape), dtype, strides, aligned=layout != "shifted")
+    if layout == "any of one entry":  # the stride of an axis of one entry means nothing
+        strides = tuple(7 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    return ArrayInfo(tuple(shape), dtype, strides, HERE, aligned=layout != "shifted")
+
+
+class Drawn(NamedTuple):
+    """A call: the sizes that symbols stand for, (axes, dtype, layout) of the arrays by name, and flags."""
+
+    sizes: dict
+    kinds: dict
+    flags: dict
+
+    def arrays(self, sizes=None):
+        sizes = self.sizes | (sizes or {})
+        sizes["Q"] = sizes["b"] + 1
+        return {name: laid_out([sizes[s] for s in axes], *rest) for name, (axes, *rest) in self.kinds.items()}
+
+    def resized(self, draw):
+        """Return the arrays with one size another in all of them."""
+        symbol = draw.choice([s for s in "HPNGbSTLWVEK" if any(s in axes for axes, *_ in self.kinds.values())])
+        return self.arrays({symbol: max(0, self.sizes[symbol] + draw.choice([-1, 1, 2, self.sizes[symbol]]))})
 
 
 def drawn(draw, alike):
-    """Return arrays by name and flags that go together but for some options.
+    """Return a call whose arguments go together but for some options.
 
     With ``alike`` sizes, dtypes and options are among the few that FlashInfer supports.
     """
@@ -66,7 +103,7 @@ def drawn(draw, alike):
     more = {symbol: draw.randint(0, 2) for symbol in "LSWEK"}
     sizes = {"H": H, "P": P, "N": N, "G": G, "b": b, "T": T, "L": more["L"] + 1, "Q": b + 1, "S": b + more["S"]}
     least = T if form == "multi" else 1
-    sizes |= {"W": least + more["W"], "V": max(least, 1), "E": more["E"], "K": least + more["K"], "1": 1, "2": 2}
+    sizes |= {"W": least + more["W"], "V": max(least, 1), "E": more["E"], "1": 1, "2": 2}
     rare = {name for name in ("parent_tokens", "has_initial_state") if alike or draw.random() < 0.5}
     optional = [name for name in OPTIONAL if name not in rare]
     names = {*REQUIRED, *draw.sample(optional, draw.randint(0, 5)), "out"}
@@ -81,7 +118,9 @@ def drawn(draw, alike):
     if alike:
         dtypes |= dict.fromkeys(("x", "B", "C", "z", "out", "dt", "D", "dt_bias"), "bfloat16")
         dtypes["A"] = "float32"
-    arrays = {}
+    stride = draw.randint(1, 3) if {"intermediate_states"} & names and "parent_tokens" not in names and not alike else 1
+    sizes["K"] = least // stride + more["K"]
+    kinds = {}
     for name in ARGUMENTS:
         if name not in names:
             continue
@@ -94,18 +133,18 @@ def drawn(draw, alike):
         if name == "rand_seed":
             dtypes[name] = SEED_DTYPES[pattern]
         layout = "dense" if draw.random() < 0.9 else draw.choice(LAYOUTS)
-        arrays[name] = laid_out([sizes[symbol] for symbol in pattern], dtypes[name], layout)
-    stride = draw.randint(1, 3) if "intermediate_states" in names and "parent_tokens" not in names else 1
-    flags = {"intermediate_stride": 1 if alike else stride}
-    flags |= {"disable_state_update": "dst_state_batch_indices" not in names and draw.random() < 0.3}
-    return arrays, flags
+        kinds[name] = (pattern, dtypes[name], layout)
+    no_update = "dst_state_batch_indices" not in names and draw.random() < 0.3
+    return Drawn(sizes, kinds, {"intermediate_stride": stride, "disable_state_update": no_update})
 
 
 def changed(draw, arrays):
     """Return the arrays with one of another shape, dtype or layout."""
     name = draw.choice(sorted(arrays))
     shape, dtype, strides = arrays[name].shape, arrays[name].dtype, arrays[name].strides
-    what = draw.choice(["size", "axis", "dtype", "layout", "stride"])
+    what = draw.choice(["size", "axis", "dtype", "layout", "stride", "device"])
+    if what == "device":
+        return {**arrays, name: arrays[name]._replace(device=ELSEWHERE)}
     if what == "dtype":
         dtype = draw.choice(DTYPES)
     if what == "layout":
@@ -123,7 +162,7 @@ def changed(draw, arrays):
         else:
             stride = draw.choice([-1, 0, 1, 2, 3, 6, strides[axis] - 1, strides[axis] + 1, 2 * strides[axis]])
             strides = (*strides[:axis], stride, *strides[axis + 1 :])
-    return {**arrays, name: ArrayInfo(shape, dtype, strides)}
+    return {**arrays, name: ArrayInfo(shape, dtype, strides, HERE)}
 
 
 def described(arrays, flags):
@@ -138,33 +177,89 @@ def described(arrays, flags):
         return None
 
 
+class Elsewhere:
+    """A tensor as if it lay on a GPU."""
+
+    def __init__(self, tensor):
+        self.capsule = tensor.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        device = pointer(self.capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)  # after the address
+        (ctypes.c_int32 * 2).from_address(device)[:] = self.__dlpack_device__()
+
+    def __dlpack_device__(self):
+        return 2, 1
+
+    def __dlpack__(self, **_):
+        return self.capsule
+
+
 def views(problem, arrays):
     for name in (*problem.names, *problem.results):
         info = arrays[name]
         # A seed of two words is JAX's, and XLA aligns all that it allocates.
         shift = 0 if info.aligned or info.dtype == "uint32" else np.dtype(info.dtype).itemsize
-        yield library().view(ADDRESS + shift, info.shape, info.strides, info.dtype)
+        tensor = library().view(ADDRESS + shift, info.shape, info.strides, info.dtype)
+        yield tensor if info.device == HERE else tvm_ffi.from_dlpack(Elsewhere(tensor))
 
 
-def read_on_cpu(problem, tensors):
-    cpu.load(problem).check(*tensors)
+# What of a Problem a compiled kernel depends on, and whether it takes an accepted call as one of its own.
 
 
-def read_for_cubin(problem, tensors):
-    specialisation = specialise(problem, forms.tile(problem))
-    rows = tuple(runtime_arguments(specialisation).values())
-    library().cubin_arguments(launch_of(specialisation).grid, rows, [*tensors])
+def check_of_triton(problem):
+    """Return the check of a kernel that is not compiled."""
+    s = specialise(problem, forms.tile(problem))
+    passed = tuple(runtime_arguments(s).values())
+    reader, grid = triton_backend._reader(s), launch_of(s).grid
+    return lambda *tensors: triton_backend._check(reader, grid, passed, *tensors)
 
 
-def read_for_flashinfer(problem, tensors):
-    flashinfer.load(problem).function(*tensors)
+def triton_serves(problem, other, arrays):
+    """Whether the kernel of a Problem is right for another: in another form or tile it computes the same."""
+    s, o = (specialise(p, forms.tile(p)) for p in (problem, other))
+    as_one_chunk = not s.tile.one_chunk or max(other.tokens, 1) <= s.tile.chunk
+    vectors = {*other.names, "out"} - {*s.tied, *s.unaligned, *TABLES, "rand_seed"}
+    lies_well = all(is_aligned(name, arrays[name], other.form) for name in vectors)
+    return (
+        dataclasses.replace(o, kernel=s.kernel, tile=s.tile, unaligned=s.unaligned) == s and as_one_chunk and lies_well
+    )
+
+
+def is_aligned(name, info, form):
+    free = len(ARGUMENTS[name].free.replace("*", TOKEN_AXES[form]))
+    size = np.dtype(info.dtype).itemsize
+    strides = [stride * size for n, stride in list(zip(info.shape, info.strides, strict=True))[:free] if n > 1]
+    return info.aligned and (0 in info.shape or not any(stride % VECTOR_BYTES for stride in strides))
+
+
+PROMISED = ("at addresses that are multiples of 16", "and got gaps between entries", "heads in a group",
+            "at least as many slots as sequences", "an entry of intermediate states per slot", "padding index in",
+            "no sequence has more than")  # fmt: skip
+
+
+def flashinfer_serves(problem, other, arrays):
+    """Whether the module and the adapter of a Problem are those of another."""
+    kept = [
+        (p.names, p.results, dict(p.dtypes) | {"out": None}, p.form, p.headdim, p.dstate,
+         max(p.tokens, 1) if p.form == "multi" else None, {*TIED_AXES} & {*p.names} == {*p.tied})
+        for p in (problem, other)
+    ]  # fmt: skip
+    serves = kept[0] == kept[1]
+    refused = flashinfer.refusal(other) if serves else None
+    assert refused is None or any(promise in refused for promise in PROMISED), refused
+    return serves
 
 
 H200 = (9, 0)
 READERS = {
-    "cpu": (cpu, read_on_cpu, lambda problem: problem),
-    "triton": (triton, read_for_cubin, lambda problem: problem.on("cuda", H200)),
-    "flashinfer": (flashinfer, read_for_flashinfer, lambda problem: problem.on("cuda", H200)),
+    "cpu": (cpu, lambda problem: cpu.load(problem).check, lambda *_: True, lambda problem: problem),
+    "triton": (triton, check_of_triton, triton_serves, lambda problem: problem.on("cuda", H200)),
+    "flashinfer": (
+        flashinfer,
+        lambda problem: flashinfer.load(problem).check,
+        flashinfer_serves,
+        lambda problem: problem.on("cuda", H200),
+    ),
 }
 
 
@@ -172,46 +267,58 @@ READERS = {
 def flashinfer_that_runs_nothing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer_backend.module, "load", lambda module: tvm_ffi.convert(lambda *_: None))
+        flashinfer_backend._kernel.cache_clear()
         yield
+        flashinfer_backend._kernel.cache_clear()
 
 
 def accepted_calls(examples, name, alike=False):
-    """Yield drawn calls that the check and a backend accept: a number to repeat it, Problem, arrays and flags."""
-    backend, _, placed = READERS[name]
+    """Yield drawn calls that the check and a backend accept: a number to repeat it, Problem, arrays and the call."""
+    backend, _, _, placed = READERS[name]
     for number in range(examples):
         draw = random.Random(number)
-        arrays, flags = drawn(draw, alike)
+        call = drawn(draw, alike)
+        arrays = call.arrays()
         if draw.random() < 0.2:
             arrays = changed(draw, arrays)
-        problem = described(arrays, flags)
+        problem = described(arrays, call.flags)
         if problem is not None and backend.refusal(placed(problem)) is None:
-            yield number, placed(problem), arrays, flags
+            yield number, placed(problem), arrays, call
 
 
-@pytest.mark.parametrize(("name", "examples", "least"), [("triton", 8_000, 2_000), ("flashinfer", 2_000, 100)])
-def test_what_describe_accepts_the_readers_accept(name, examples, least):
-    count = 0
-    for number, problem, arrays, _ in accepted_calls(examples, name, alike=name == "flashinfer"):
-        try:
-            READERS[name][1](problem, views(problem, arrays))
-        except ValueError as error:
-            raise AssertionError(f"call {number}, {arrays}: {error}") from error
-        count += 1
-    assert count >= least
-
-
-def test_the_cpu_reader_accepts_what_describe_accepts_and_nothing_else():
-    verdicts = dict.fromkeys(itertools.product(["as drawn", "changed"], [True, False]), 0)
-    for number, problem, arrays, flags in accepted_calls(8_000, "cpu"):
-        kernel, draw = cpu.load(problem), random.Random(number)
-        for what, given in {"as drawn": arrays, "changed": changed(draw, arrays)}.items():
-            expected = described(given, flags) is not None
+@pytest.mark.parametrize(
+    ("name", "examples", "least"), [("cpu", 3_500, 500), ("triton", 3_500, 500), ("flashinfer", 3_000, 100)]
+)
+def test_the_readers_accept_what_describe_accepts_and_nothing_else(name, examples, least):
+    _, check_of, serves, placed = READERS[name]
+    verdicts = dict.fromkeys(itertools.product(["as drawn", "changed", "resized"], [True, False]), 0)
+    for number, problem, arrays, call in accepted_calls(examples, name, alike=name == "flashinfer"):
+        check, draw = check_of(problem), random.Random(number)
+        calls = {"as drawn": arrays, "changed": changed(draw, arrays), "resized": call.resized(draw)}
+        for what, given in calls.items():
+            other = described(given, call.flags)
+            expected = other is not None and serves(problem, placed(other), given)
             try:
-                kernel.check(*views(problem, given))
+                check(*views(problem, given))
                 error = None
             except ValueError as refused:
                 error = refused
             assert (error is None) == expected, f"call {number} {what}, {given}: {error or 'the reader accepts it'}"
             verdicts[what, expected] += 1
     assert verdicts.pop(("as drawn", False)) == 0
-    assert min(verdicts.values()) >= 1_000, verdicts
+    assert min(verdicts.values()) >= least, verdicts
+
+
+def test_a_kernel_of_one_chunk_takes_no_more_tokens():
+    shapes = {"state": "SHPN", "x": "bTHP", "dt": "bTH", "A": "H", "B": "bTN", "C": "bTN", "out": "bTHP"}
+    call = Drawn(
+        {"S": 2, "b": 2, "T": 16, "H": 2, "P": 16, "N": 16},
+        {name: (axes, "bfloat16", "dense") for name, axes in shapes.items()},
+        {"intermediate_stride": 1, "disable_state_update": False},
+    )
+    problem, more = (described(call.arrays({"T": count}), call.flags).on("cuda", H200) for count in (16, 17))
+    assert forms.tile(problem).one_chunk
+    check = check_of_triton(problem)
+    check(*views(problem, call.arrays({"T": 9})))
+    with pytest.raises(ValueError, match="compiled for 0 to 16 tokens, got 17"):
+        check(*views(more, call.arrays({"T": 17})))

@@ -7,7 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from ssu_bridge.backends import cpu
+from ssu_bridge.backends.rows import row as table_row
 from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE, WRITTEN
 from ssu_bridge.core.rounding import LARGEST, key_of, rounded, scale_rows, slot_words
 from ssu_bridge.native import library
@@ -60,7 +60,9 @@ def results_of(names, update=True):
 
 
 def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1):
-    rows = [cpu.row(name) if name in ARGUMENTS else (name, ["H"], "", 0, False) for name in (*names, "out")]
+    rows = [
+        table_row(name) if name in ARGUMENTS else (name, ["H"], "", 0, False, False, "") for name in (*names, "out")
+    ]
     return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, isa)
 
 

@@ -6,13 +6,15 @@ What they reject or compute wrong is refused here; docs/flashinfer.md records wh
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.backends.flashinfer.module import Module
+from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.config import FLASHINFER_ALGORITHMS
-from ssu_bridge.core.arguments import SLOT_TABLES
+from ssu_bridge.core.arguments import SLOT_TABLES, TIED_AXES
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -87,7 +89,7 @@ def settings(problem: Problem) -> str:
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel, which FlashInfer may have to compile."""
     options = problem.options
-    return _kernel(
+    kernel = _kernel(
         _Specialisation(
             module=_module(problem),
             names=(*problem.names, *problem.results),
@@ -99,6 +101,34 @@ def load(problem: Problem) -> DeviceKernel:
             longest=_longest(problem) if problem.form == "packed" else 0,
         )
     )
+    dtypes = tuple((name, dtype) for name, dtype in problem.dtypes if name != "out")
+    tokens = max(problem.tokens, 1)
+    reader = _reader(
+        dtypes,
+        problem.results,
+        problem.form,
+        (problem.headdim, problem.dstate),
+        (tokens, tokens) if problem.form == "multi" else ANY_TOKENS,
+    )
+    return kernel._replace(check=functools.partial(_check, reader, kernel.check))
+
+
+@functools.lru_cache(maxsize=256)
+def _reader(
+    dtypes: tuple[tuple[str, str], ...],
+    results: tuple[str, ...],
+    form: str,
+    sizes: tuple[int, int],
+    tokens: tuple[int, int],
+) -> Callable[..., object]:
+    """Return the check that tensors are what a module was compiled for, tied as the adapter takes them."""
+    by_symbol = dict(zip("PN", sizes, strict=True))
+    return compiled_check(dtypes, results, tied=TIED_AXES, tables=None, form=form, sizes=by_symbol, tokens=tokens)
+
+
+def _check(reader: Callable[..., object], adapter: Callable[..., object], *tensors: Any) -> None:
+    reader(*tensors)
+    adapter(*tensors)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,10 +5,21 @@ Triton compiles it once for each specialisation; the native library launches it,
 
 import functools
 import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import Specialisation, compile_step, launch_of, runtime_arguments, specialise
+from ssu_bridge.backends.triton.compile import (
+    Argument,
+    Grid,
+    Specialisation,
+    compile_step,
+    launch_of,
+    runtime_arguments,
+    specialise,
+)
 from ssu_bridge.backends.triton.disk_cache import cached
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
@@ -66,5 +77,25 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         compiled.scratch_pointers,
         launch.overlaps,
     )
-    check = library().cubin_arguments
-    return DeviceKernel(specialisation.target, function, lambda *tensors: check(launch.grid, passed, tensors))
+    return DeviceKernel(
+        specialisation.target, function, functools.partial(_check, _reader(specialisation), launch.grid, passed)
+    )
+
+
+def _reader(s: Specialisation) -> Callable[..., object]:
+    """Return the check that tensors are what a kernel was compiled for, but for addresses and strides in bytes."""
+    return compiled_check(
+        s.dtypes,
+        s.results,
+        tied=s.tied,
+        tables=s.tables,
+        form=s.form,
+        sizes={"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups},
+        intermediate_stride=s.intermediate_stride,
+        tokens=(0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS,
+    )
+
+
+def _check(reader: Callable[..., object], grid: Grid, passed: Sequence[Argument], *tensors: Any) -> None:
+    reader(*tensors)
+    library().cubin_arguments(grid, passed, tensors)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -159,7 +160,8 @@ Argument parse_name(const std::string& name) {
 class CallReader {
  public:
   // The rows are those of the inputs, then that of out.
-  CallReader(const ffi::Array<ArgumentRow>& rows, bool updates_state) {
+  CallReader(const ffi::Array<ArgumentRow>& rows, bool updates_state, CompiledFor compiled_for = {}) {
+    rules_.compiled_for = std::move(compiled_for);
     for (const ArgumentRow& row : rows) {
       Argument argument = parse_name(row.get<0>());
       if (holds(given_, argument))
@@ -231,6 +233,13 @@ StepArguments options_with(int64_t intermediate_stride) {
   return options;
 }
 
+ffi::Function make_check(CallReader reader, const StepArguments& options) {
+  return ffi::Function::FromPacked([reader = std::move(reader), options](ffi::PackedArgs arguments, ffi::Any*) {
+    StepArguments step_arguments = options;
+    reader.read(arguments, step_arguments);
+  });
+}
+
 }  // namespace
 
 ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, bool dt_softplus, int64_t pad_slot_id,
@@ -247,12 +256,25 @@ ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, 
 }
 
 ffi::Function make_cpu_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride) {
-  CallReader reader(rows, updates_state);
-  return ffi::Function::FromPacked(
-      [reader, options = options_with(intermediate_stride)](ffi::PackedArgs arguments, ffi::Any*) {
-        StepArguments step_arguments = options;
-        reader.read(arguments, step_arguments);
-      });
+  return make_check(CallReader(rows, updates_state), options_with(intermediate_stride));
+}
+
+ffi::Function make_compiled_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride,
+                                  int64_t form, ffi::Array<SizeRow> sizes, ffi::Array<int64_t> tokens) {
+  if (form < 0 || form >= kForms || tokens.size() != 2)
+    TVM_FFI_THROW(ValueError) << "expected a form from 0 to 2, got " << form << ", and two numbers of tokens";
+  CompiledFor compiled_for;
+  compiled_for.is_on_host = false;
+  compiled_for.form = static_cast<int>(form);
+  for (const SizeRow& row : sizes) {
+    std::string symbol = row.get<0>();
+    if (symbol.size() != 1 || !std::strchr("HPNG", symbol[0]))
+      TVM_FFI_THROW(ValueError) << "sizes: expected those of H, P, N or G, got '" << symbol << "'";
+    compiled_for.sizes.emplace_back(symbol[0], row.get<1>());
+  }
+  compiled_for.least_tokens = tokens[0];
+  compiled_for.most_tokens = tokens[1];
+  return make_check(CallReader(rows, updates_state, std::move(compiled_for)), options_with(intermediate_stride));
 }
 
 }  // namespace ssu_bridge

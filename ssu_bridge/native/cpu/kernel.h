@@ -22,6 +22,15 @@ tvm::ffi::Function make_cpu_kernel(tvm::ffi::Array<ArgumentRow> rows, bool updat
 // tensors need no memory of their own.
 tvm::ffi::Function make_cpu_check(tvm::ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride);
 
+// A letter of the patterns, one of H, P, N and G, and the size that it stands for.
+using SizeRow = tvm::ffi::Tuple<tvm::ffi::String, int64_t>;
+
+// The same for a kernel that was compiled elsewhere, for any device: for tensors of the form with this number (of
+// Form), with these sizes, and of so many tokens a sequence, at least and at most.
+tvm::ffi::Function make_compiled_check(tvm::ffi::Array<ArgumentRow> rows, bool updates_state,
+                                       int64_t intermediate_stride, int64_t form, tvm::ffi::Array<SizeRow> sizes,
+                                       tvm::ffi::Array<int64_t> tokens);
+
 }  // namespace ssu_bridge
 
 #endif  // SSU_BRIDGE_CPU_KERNEL_H_

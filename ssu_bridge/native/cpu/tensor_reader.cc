@@ -1,5 +1,6 @@
 #include "cpu/tensor_reader.h"
 
+#include <tvm/ffi/dtype.h>
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
@@ -45,8 +46,14 @@ struct Call {
 
 void* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 
-void check_device(const DLTensor& tensor, const char* name) {
+void check_device(const DLTensor& tensor, const char* name, const Call& call) {
   DLDeviceType type = tensor.device.device_type;
+  if (!call.rules.compiled_for.is_on_host) {
+    DLDevice expected = call.tensors[Argument::kState]->device;
+    if (type == expected.device_type && tensor.device.device_id == expected.device_id) return;
+    TVM_FFI_THROW(ValueError) << name << " must be on the device of state, got DLPack device type "
+                              << static_cast<int>(type) << ", number " << tensor.device.device_id;
+  }
   if (type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost) return;
   TVM_FFI_THROW(ValueError) << name << " must be in host memory, got DLPack device type " << static_cast<int>(type);
 }
@@ -111,11 +118,13 @@ const Pattern& match(const DLTensor& tensor, const char* name, const Rule& rule,
   std::abort();  // unreachable, as above
 }
 
-// How many of the last axes repeat one element: those of a tied view.
+// How many of the last axes repeat one element: those of a tied view. The strides of an empty tensor say nothing.
 int repeated_axes(const DLTensor& tensor, const Rule& rule, const Pattern& pattern, bool has_heads) {
   if (!has_heads || !pattern.is_full) return 0;
-  for (int i = 1; i <= rule.tied_axes; ++i)
-    if (tensor.strides[tensor.ndim - i] != 0) return 0;
+  for (int i = 1; i <= rule.tied_axes; ++i) {
+    int axis = tensor.ndim - i;
+    if (tensor.shape[axis] != 1 && (!tensor.strides || is_empty(tensor) || tensor.strides[axis] != 0)) return 0;
+  }
   return rule.tied_axes;
 }
 
@@ -143,16 +152,24 @@ void check_strides(const DLTensor& tensor, const char* name, const Rule& rule, c
   if (rule.is_written) check_distinct(tensor, name, pattern.free_axes, step);
 }
 
-// Checks all but the type.
+void check_dtype(const DLTensor& tensor, const char* name, const Rule& rule) {
+  if (rule.has_dtype && !is_type(tensor.dtype, rule.dtype.code, rule.dtype.bits))
+    refuse_type(tensor, name, tvm::ffi::DLDataTypeToString(rule.dtype).c_str());
+}
+
+// Checks all but the types that the step knows.
 const Pattern& check(Argument argument, Call& call) {
   const DLTensor& tensor = *call.tensors[argument];
   const char* name = name_of(argument);
   const Rule& rule = call.rules[argument];
-  check_device(tensor, name);
+  check_device(tensor, name, call);
+  check_dtype(tensor, name, rule);
   // A Torch tensor may have lost its storage, or never had one.
   if (tensor.data == nullptr && !is_empty(tensor)) TVM_FFI_THROW(ValueError) << name << " has no memory";
   const Pattern& pattern = match(tensor, name, rule, call);
   check_strides(tensor, name, rule, pattern, call.has_heads);
+  if (rule.must_repeat && pattern.is_full && repeated_axes(tensor, rule, pattern, call.has_heads) == 0)
+    TVM_FFI_THROW(ValueError) << name << " must be tied to the head: one number, or strides of 0, along its last axes";
   return pattern;
 }
 
@@ -303,15 +320,22 @@ void read_form(Call& call) {
   if (state.ndim != 3 && state.ndim != 4)
     TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
   call.has_heads = state.ndim == 4;
+  for (auto [symbol, size] : call.rules.compiled_for.sizes) call.sizes.set(symbol, size);
   if (!call.has_heads) {
-    call.sizes.set('H', 1);
-    call.sizes.set('G', 1);
+    for (char symbol : {'H', 'G'}) {
+      if (call.sizes.contradict(symbol, 1))
+        TVM_FFI_THROW(ValueError) << "state must have an axis of heads, got " << state.ndim << " axes";
+      call.sizes.set(symbol, 1);
+    }
   }
   int more = x.ndim - (state.ndim - 1);
   if (more < 0 || more > (starts ? 0 : 1))
     TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which does not go with a state of " << state.ndim
                               << (starts ? " and cu_seqlens" : "");
   call.form = starts ? Form::kPacked : more ? Form::kMulti : Form::kSingle;
+  int form = call.rules.compiled_for.form;
+  if (form >= 0 && form != static_cast<int>(call.form))
+    TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which the kernel was not compiled for";
   if (!starts) return;
   if (starts->ndim != 1 || starts->shape[0] < 1)
     TVM_FFI_THROW(ValueError) << "cu_seqlens must have shape (sequences + 1,)";
@@ -324,6 +348,15 @@ void read_groups(Call& call, StepArguments& a) {
   if (groups < 1 || a.heads % groups != 0)
     TVM_FFI_THROW(ValueError) << "B has " << groups << " groups, which does not divide " << a.heads << " heads";
   a.heads_per_group = a.heads / groups;
+}
+
+void check_tokens(const Call& call) {
+  const CompiledFor& expected = call.rules.compiled_for;
+  // No tokens take the kernel of one.
+  int64_t tokens = std::max<int64_t>(call.sequence_tokens(), 1);
+  if (tokens < expected.least_tokens || tokens > expected.most_tokens)
+    TVM_FFI_THROW(ValueError) << "the kernel was compiled for " << expected.least_tokens << " to "
+                              << expected.most_tokens << " tokens, got " << tokens;
 }
 
 bool is_pair(const DLTensor& seed) { return is_type(seed.dtype, kDLUInt, 32); }
@@ -359,6 +392,10 @@ Rule parse_rule(const ArgumentRow& row) {
   tvm::ffi::Array<tvm::ffi::String> shapes = row.get<1>();
   rule.tied_axes = static_cast<int>(row.get<3>());
   rule.is_written = row.get<4>();
+  rule.must_repeat = row.get<5>();
+  tvm::ffi::String dtype = row.get<6>();
+  rule.has_dtype = !dtype.empty();
+  if (rule.has_dtype) rule.dtype = tvm::ffi::StringToDLDataType(dtype);
   for (int form = 0; form < kForms; ++form) {
     std::string free = with_tokens(row.get<2>(), token_axes[form]);
     for (bool has_heads : {false, true}) {
@@ -395,6 +432,7 @@ void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArgume
   a.D = read_operand(Argument::kD, call);
   a.z = read_operand(Argument::kZ, call);
   a.dt_bias = read_operand(Argument::kDtBias, call);
+  check_tokens(call);
   a.sequences = call.sizes.of('b');
   a.tokens = call.form == Form::kPacked ? call.sizes.of('L') : call.sequence_tokens();
   call.sizes.set('Q', a.sequences + 1);

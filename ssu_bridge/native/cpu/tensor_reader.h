@@ -7,7 +7,9 @@
 #include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/string.h>
 
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/step_arguments.h"
@@ -73,16 +75,29 @@ struct Rule {
   std::vector<Pattern> patterns[kForms][2];  // by form, and by whether the state has an axis of heads
   int tied_axes = 0;                         // so many of the last may repeat one element, all together
   bool is_written = false;
+  bool must_repeat = false;  // what has all axes is a tied view
+  bool has_dtype = false;    // no other dtype than this one
+  DLDataType dtype = {};
 };
 
 // A row of the table in core/arguments.py: name, shapes, free axes, how many axes a tied view repeats, whether the
-// argument is written.
-using ArgumentRow =
-    tvm::ffi::Tuple<tvm::ffi::String, tvm::ffi::Array<tvm::ffi::String>, tvm::ffi::String, int64_t, bool>;
+// argument is written; then what a kernel was compiled for: whether it must be tied, and the dtype, "" for each that
+// the step knows.
+using ArgumentRow = tvm::ffi::Tuple<tvm::ffi::String, tvm::ffi::Array<tvm::ffi::String>, tvm::ffi::String, int64_t,
+                                    bool, bool, tvm::ffi::String>;
 Rule parse_rule(const ArgumentRow& row);
+
+// What else a kernel was compiled for.
+struct CompiledFor {
+  bool is_on_host = true;                             // else on the device of the state, whatever that is
+  int form = -1;                                      // one of Form, or -1 for each
+  std::vector<std::pair<char, int64_t>> sizes;        // what letters of the patterns stand for
+  int64_t least_tokens = 0, most_tokens = INT64_MAX;  // of a sequence, if they are not packed
+};
 
 struct CallRules {
   Rule rules[kArguments];
+  CompiledFor compiled_for;
 
   Rule& operator[](Argument argument) { return rules[static_cast<int>(argument)]; }
   const Rule& operator[](Argument argument) const { return rules[static_cast<int>(argument)]; }
