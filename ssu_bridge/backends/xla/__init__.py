@@ -2,20 +2,21 @@
 
 import functools
 
-from ssu_bridge.backends.base import Feature, TracedKernel, cannot, lacks_form, no_settings, nothing_missing
+from ssu_bridge.backends.base import Feature, TracedKernel, cannot, nothing_missing
+from ssu_bridge.backends.xla import forms
 from ssu_bridge.core.problem import Problem
 
 PLATFORM = None
 CONFIG_FIELDS = ()
 missing = nothing_missing  # the caller has JAX already
-settings = no_settings
+settings = forms.settings
 
 
 def refusal(problem: Problem) -> str | None:
     """Refuse arrays of other frameworks, quantised states and stochastic rounding, among others."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC) or lacks_form(problem, "loop")
+    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC) or forms.refusal(problem)
 
 
 def load(problem: Problem) -> TracedKernel:

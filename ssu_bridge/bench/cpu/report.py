@@ -68,6 +68,12 @@ def _tiny_arrays() -> dict[str, Any]:
 # Each imports the framework that it needs.
 
 
+def _prompts() -> Rows:
+    from ssu_bridge.bench.cpu import prompts
+
+    return prompts.times()
+
+
 def _jax_host() -> Rows:
     from ssu_bridge.bench.cpu import calls
 
@@ -117,6 +123,7 @@ def _preparations() -> Rows:
 
 
 SECTIONS = (
+    Section("a prompt of one sequence under jit, H 24, P 64, N 128, G 1, float32", "jax", _prompts),
     Section("host time of an eager JAX call, ten arrays, a tiny problem, state donated", "jax", _jax_host),
     Section("host time of an eager Torch call, eleven tensors, a tiny problem", "torch", _torch_host),
     Section("host time of 16 eager Torch calls, and the ratio to one problem's", "torch", _torch_turns),

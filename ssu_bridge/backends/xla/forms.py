@@ -1,0 +1,100 @@
+"""In which form several tokens are computed: one after the other (loop), or in chunks by matrix products (matrix)."""
+
+import math
+from typing import NamedTuple
+
+from ssu_bridge.core.problem import Problem
+
+# The most tokens of a chunk. Longer ones compare more pairs of tokens; shorter ones read and write the state more,
+# which costs a GPU more. Decays are exact for up to 128.
+_MOST = {"cpu": 32}
+_MOST_ELSEWHERE = 128
+# A state is read and written in the time that so many tokens of a chunk take.
+_STATE_IN_TOKENS = 16
+# A chunk of fewer tokens is no faster than the loop.
+_LEAST = 8
+# From so many tokens on, auto takes chunks.
+_LEAST_TOKENS = 8
+
+
+class Chunking(NamedTuple):
+    """How a sequence is cut: in segments of so many tokens, and each of them in ``count`` chunks of ``size`` or fewer.
+
+    Where states are stored on the way, they are those at the ends of segments.
+    """
+
+    segment: int
+    count: int
+    size: int
+
+
+def refusal(problem: Problem) -> str | None:
+    """Say why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
+    if problem.options.config.algorithm == "matrix" and not _is_one_token(problem):
+        return _matrix_refusal(problem)
+    return None
+
+
+def settings(problem: Problem) -> str:
+    """Return which form is taken and why, in words; "" for one token, which is none."""
+    if _is_one_token(problem):
+        return ""
+    taken = chunking(problem)
+    if taken is not None:
+        return f"matrix form, {taken.size} tokens at a time"
+    if problem.options.config.algorithm == "loop":
+        return "loop over the tokens, as requested"
+    return f"loop over the tokens: {_matrix_refusal(problem) or 'they are few'}"
+
+
+def chunking(problem: Problem) -> Chunking | None:
+    """Return how the tokens are cut into chunks; None for the loop.
+
+    It depends on sizes, dtypes and options alone, and for packed sequences not on their lengths.
+    """
+    selected = problem.options.config.algorithm
+    if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
+        return None
+    is_known = problem.form == "multi" and _is_known(problem.tokens)
+    if selected != "matrix" and is_known and problem.tokens < _LEAST_TOKENS:
+        return None
+    most = _most(problem)
+    if "intermediate_states" in problem.names:
+        segment = problem.options.intermediate_stride
+    else:
+        segment = problem.tokens if is_known else most
+    count = -(-segment // most)
+    return Chunking(segment, count, -(-segment // count))
+
+
+def _matrix_refusal(problem: Problem) -> str | None:
+    """Say what the matrix form lacks, or None."""
+    if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
+        return f"the matrix form takes parameters that are tied to the head, and {' and '.join(untied)} is not"
+    if "parent_tokens" in problem.names:
+        return "the matrix form computes no trees (parent_tokens)"
+    stores_some = "intermediate_states" in problem.names and problem.options.intermediate_stride < _LEAST
+    if "dst_state_batch_indices" in problem.tables or stores_some:
+        return (
+            "the matrix form has no state after every token, but only after every k-th, with an intermediate_stride "
+            f"k >= {_LEAST}"
+        )
+    return None
+
+
+def _most(problem: Problem) -> int:
+    """Return the most tokens of a chunk; of short packed sequences fewer, because each has a chunk of its own."""
+    most = _MOST.get(problem.platform or "", _MOST_ELSEWHERE)
+    if problem.form == "packed" and _is_known(problem.tokens) and _is_known(problem.sequences):
+        mean = problem.tokens / max(problem.sequences, 1)
+        most = min(most, 2 ** max(round(math.log2(_STATE_IN_TOKENS * mean) / 2), 0))
+    return most
+
+
+def _is_one_token(problem: Problem) -> bool:
+    return problem.form == "single" or (_is_known(problem.tokens) and problem.tokens <= 1)
+
+
+def _is_known(size: object) -> bool:
+    """Say whether a size is a number, and not a symbol of an exported program."""
+    return isinstance(size, int)
