@@ -106,7 +106,9 @@ def _chunk(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[Any,
 
     What lies between them is computed anew for a gradient, because it is larger than they are.
     """
-    return jax.checkpoint(functools.partial(_advanced, problem), prevent_cse=False)(A, states, tokens)
+    advanced = jax.checkpoint(functools.partial(_advanced, problem), prevent_cse=False)
+    after: tuple[Any, Any] = advanced(A, states, tokens)
+    return after
 
 
 def _advanced(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[Any, Any]:
@@ -141,7 +143,8 @@ def _decays(exponents: Any) -> tuple[Any, Any, Any]:
     sums = jnp.cumsum(coarse, axis=1), jnp.cumsum(exponents - coarse, axis=1)
     to_end = sum(part[:, -1:] - part for part in sums)
     by_head = [jnp.moveaxis(part, 1, 2) for part in sums]
-    between = sum(part[..., :, None] - part[..., None, :] for part in by_head)
+    coarse, fine = (part[..., :, None] - part[..., None, :] for part in by_head)
+    between = coarse + fine
     # Before the exponential, which could overflow in what is not used, and is then no number times 0 in a gradient.
     is_later = jnp.tril(jnp.ones(between.shape[-2:], bool))
     between = jnp.where(is_later, jnp.exp(jnp.where(is_later, between, 0)), 0)

@@ -18,13 +18,13 @@ _LEAST_TOKENS = 8
 
 
 class Chunking(NamedTuple):
-    """How a sequence is cut: in segments of so many tokens, and each of them in ``count`` chunks of ``size`` or fewer.
+    """How a sequence is cut: in segments of so many tokens, and each of them in ``chunks`` chunks of ``size`` or fewer.
 
     Where states are stored on the way, they are those at the ends of segments.
     """
 
     segment: int
-    count: int
+    chunks: int
     size: int
 
 

@@ -19,7 +19,7 @@ _TOKENWISE = ("x", "dt", "B", "C")
 
 def times() -> dict[str, Timing]:
     """Time prompts of several lengths; the ratios are to the matrix form."""
-    rows = {}
+    rows: dict[str, Timing] = {}
     for tokens in TOKENS:
         found = timings(tokens)
         matrix = found["xla, matrix form"].median
@@ -32,7 +32,7 @@ def timings(tokens: int) -> dict[str, Timing]:
     sizes = {"sequences": 1, "slots": 1, "nheads": 24, "headdim": 64, "dstate": 128, "ngroups": 1}
     case = Case("prompt", **sizes, tokens=tokens, indices=None, absent=("z",))  # type: ignore[arg-type]
     arrays = {name: jnp.array(array) for name, array in case.arrays(seed=0).items()}
-    calls = {
+    calls: dict[str, Callable[..., Any]] = {
         "cpu": functools.partial(update, dt_softplus=True, backend="cpu"),
         "xla, matrix form": functools.partial(update, dt_softplus=True, backend="xla", algorithm="matrix"),
     }
@@ -54,4 +54,4 @@ def _scan(state: Any, A: Any, D: Any, dt_bias: Any, **tokenwise: Any) -> tuple[A
 def _waiting(call: Callable[..., Any], arrays: dict[str, Any]) -> Callable[[], object]:
     """Return a jitted call that keeps the state as it was, and waits."""
     jitted = jax.jit(call)
-    return lambda: jax.block_until_ready(jitted(**arrays))
+    return lambda: [result.block_until_ready() for result in jitted(**arrays)]
