@@ -41,7 +41,10 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def framework_of(array: object) -> str | None:
-    """Return "jax" (tracers and references too), "torch" or "numpy" for an array of one, None for anything else."""
+    """Return "jax", "torch" or "numpy" for an array of one, None for anything else.
+
+    JAX's are tracers, references and what has ``__jax_array__`` too, as the variables of flax have.
+    """
     if isinstance(array, np.ndarray):
         # Neither is what kernels and JAX take it for: a mask would be ignored, a matrix has axes of its own mind.
         return None if isinstance(array, np.ma.MaskedArray | np.matrix) else "numpy"
@@ -49,6 +52,6 @@ def framework_of(array: object) -> str | None:
     if torch is not None and isinstance(array, torch.Tensor):
         return "torch"
     jax = sys.modules.get("jax")
-    if jax is not None and isinstance(array, jax.Array | jax.Ref):
+    if jax is not None and (isinstance(array, jax.Array | jax.Ref) or hasattr(type(array), "__jax_array__")):
         return "jax"
     return None

@@ -88,3 +88,10 @@ def test_the_configurations_of_known_models():
     assert SIZES["mamba2-130m"] == Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128)
     for config in SIZES.values():
         assert config.inner_size == 2 * config.hidden_size
+
+
+def test_the_package_mamba2_jax_with_its_step_replaced():
+    small = ["--hidden-size", "64", "--layers", "1", "--batch", "2", "--tokens", "6"]
+    shown = run("other_libraries/mamba2_jax_package.py", *small)
+    assert re.search(r"largest difference of the logits: \d\.\de-0[6-9] of the largest", shown)
+    assert re.search(r"a token: [\d.]+ ms as the package has it, [\d.]+ ms with update", shown)

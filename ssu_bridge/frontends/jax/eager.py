@@ -20,6 +20,7 @@ from ssu_bridge.frontends.jax.metadata import (
     explain_failure,
     platforms,
     refuse_out,
+    unwrapped,
 )
 from ssu_bridge.frontends.jax.tracing import trace, trace_call, with_given
 from ssu_bridge.frontends.jax.xla_errors import is_viewed, lost_its_state, memory_error_in, own_errors, refusal_in
@@ -49,7 +50,7 @@ def launcher(state_type: type, options: Options) -> Launch:
             refuse_out(out)
         for array in arrays:  # a set of their types would say so, too, but takes 0.2 us longer
             if type(array) is not state_type and array is not None:
-                if _traced(arrays):
+                if _traced(arrays := unwrapped(arrays)):
                     return trace_call(options, arrays, out)
                 arrays = copied_from_host(arrays, options.pad_slot_id)
                 if jax.Ref in map(type, arrays):
@@ -124,7 +125,7 @@ def launcher_on_references(options: Options) -> Launch:
     def launch(arrays: Arrays, out: Any) -> tuple[Any, ...]:
         require_one_framework(arrays)
         refuse_out(out)
-        if _traced(arrays):
+        if _traced(arrays := unwrapped(arrays)):
             return trace_call(options, arrays, out)
         return _launch_on_references(options, donated, copied_from_host(arrays, options.pad_slot_id))
 

@@ -6,6 +6,7 @@ function around the same, with the state donated (``eager``).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,16 @@ from ssu_bridge.core.problem import Options
 from ssu_bridge.dispatch import Choice, consider_problem, load
 from ssu_bridge.frontends.base import Arrays, Launch, named, returned
 from ssu_bridge.frontends.jax import eager, vmap
-from ssu_bridge.frontends.jax.metadata import described, explain_failure, platform_of, platforms, refuse_out, words
+from ssu_bridge.frontends.jax.metadata import (
+    described,
+    explain_failure,
+    platform_of,
+    platforms,
+    refuse_out,
+    unwrapped,
+    words,
+    wraps_array,
+)
 from ssu_bridge.frontends.jax.tracing import trace_call
 
 vmap.register()
@@ -26,6 +36,8 @@ vmap.register()
 
 def launcher(state_type: type, options: Options) -> Launch:
     """Return the function that traces calls with these options, launches them, or runs them on the host."""
+    if wraps_array(state_type):
+        return functools.partial(_launch_unwrapped, options)
     if issubclass(state_type, jax.core.Tracer):
         return functools.partial(trace_call, options)
     if options.config.backend is Backend.REFERENCE:
@@ -35,8 +47,17 @@ def launcher(state_type: type, options: Options) -> Launch:
     return eager.launcher(state_type, options)
 
 
+_launcher: Callable[[Any, Options], Launch] = functools.lru_cache(maxsize=64)(launcher)
+
+
+def _launch_unwrapped(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
+    arrays = unwrapped(arrays)
+    return _launcher(type(arrays[0]), options)(arrays, out)
+
+
 def consider(arrays: Arrays, out: None, options: Options) -> tuple[Choice, ...]:
     """Return the choice for the arrays' platform; while tracing, for each platform of the process."""
+    arrays = unwrapped(arrays)
     explain_failure(arrays)
     state = arrays[0]
     traced = isinstance(state, jax.core.Tracer)
@@ -51,8 +72,8 @@ def _platform_of_array(array: Any) -> tuple[str, tuple[int, int] | None]:
 
 
 def seeded(arrays: Arrays, options: Options) -> Arrays:
-    """Return the arrays as they are: a program that drew its own seed would round the same way in every run."""
-    return arrays
+    """Return the arrays without a seed of their own: a program that drew it would round the same way in every run."""
+    return unwrapped(arrays)
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -70,6 +91,7 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
 
 
 def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
+    arrays = unwrapped(arrays)
     explain_failure(arrays)
     refuse_out(out)
     given = named(arrays)

@@ -82,6 +82,16 @@ def _is_key(array: Any) -> bool:
     return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))  # type: ignore[attr-defined]
 
 
+def wraps_array(kind: type) -> bool:
+    """Return whether objects of a type stand for a JAX array, as the variables of flax do."""
+    return hasattr(kind, "__jax_array__") and not issubclass(kind, jax.Array | jax.core.Tracer)
+
+
+def unwrapped(arrays: Arrays) -> Arrays:
+    """Return the arrays with the JAX array of each object that stands for one."""
+    return tuple(array.__jax_array__() if wraps_array(type(array)) else array for array in arrays)
+
+
 def copied_from_host(arrays: Arrays, pad_slot_id: int) -> Arrays:
     """Return the arrays with a copy of each NumPy array, as JAX may take it.
 

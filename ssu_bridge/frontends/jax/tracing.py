@@ -14,7 +14,15 @@ from ssu_bridge.core.quantized import QuantizedState
 from ssu_bridge.dispatch import choose, load
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework, returned
-from ssu_bridge.frontends.jax.metadata import copied_from_host, described, platforms, refuse_out, require_live, words
+from ssu_bridge.frontends.jax.metadata import (
+    copied_from_host,
+    described,
+    platforms,
+    refuse_out,
+    require_live,
+    unwrapped,
+    words,
+)
 from ssu_bridge.frontends.jax.sharding.explicit import explicit_mesh, on_explicit_shards
 from ssu_bridge.frontends.jax.sharding.shards import shard_seed
 from ssu_bridge.frontends.jax.step_primitive import bind, vary_alike, varying
@@ -23,6 +31,7 @@ from ssu_bridge.frontends.jax.step_primitive import bind, vary_alike, varying
 def trace_call(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:
     """Return what ``update`` does, for arrays of which some are traced."""
     require_one_framework(arrays)
+    arrays = unwrapped(arrays)
     require_live(arrays)
     refuse_out(out)
     # As JAX arrays, because NumPy's cannot be indexed by what is traced.
