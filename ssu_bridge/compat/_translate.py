@@ -97,9 +97,16 @@ def _launcher(key: tuple[Any, ...], flags: dict[str, Any]) -> Launcher:
     return launcher
 
 
+def sequences_of(x: Any, cu_seqlens: Any) -> int:
+    """Return the number of sequences; 0 where the array that tells it has no axes, which ``update`` refuses."""
+    if cu_seqlens is None:
+        return x.shape[0] if x.ndim else 0
+    return cu_seqlens.shape[0] - 1 if cu_seqlens.ndim else 0
+
+
 def rows(table: Any, sequences: int) -> Any:
     """Return the rows of a table that belong to sequences, without those to spare."""
-    return table if table is None or table.shape[0] <= sequences else table[:sequences]
+    return table if table is None or table.ndim == 0 or table.shape[0] <= sequences else table[:sequences]
 
 
 def _acceptable(name: str, tensor: Any, is_written: bool) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ssu_bridge.backends.flashinfer.backend import ALIKE
-from ssu_bridge.compat._translate import repeated, rows, step, with_heads
+from ssu_bridge.compat._translate import repeated, rows, sequences_of, step, with_heads
 from ssu_bridge.config import using
 from ssu_bridge.core.arguments import TOKENWISE
 from ssu_bridge.core.quantized import QuantizedState
@@ -98,7 +98,7 @@ def selective_state_update(
     arrays = with_heads(arrays)
     if several:
         arrays |= {n: t.unsqueeze(1) for n in TOKENWISE if (t := arrays.get(n)) is not None and t.ndim == 3}
-    sequences = cu_seqlens.shape[0] - 1 if packed else x.shape[0]
+    sequences = sequences_of(x, cu_seqlens if packed else None)
     slots = {name: rows(table, sequences) for name, table in tables.items()}
     if packed or several:
         entries = {

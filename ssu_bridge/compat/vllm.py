@@ -3,7 +3,7 @@
 import contextlib
 from typing import Any
 
-from ssu_bridge.compat._translate import repeated, rows, step, with_heads
+from ssu_bridge.compat._translate import repeated, rows, sequences_of, step, with_heads
 from ssu_bridge.config import using
 from ssu_bridge.core.arguments import ROUNDABLE
 
@@ -70,7 +70,7 @@ def selective_state_update(
     if not enable_stochastic_rounding and repeated(key, raw, out) is not None:
         return
     arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "out": out}
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequences_of(x, cu_seqlens)
     read, write = rows(state_batch_indices, sequences), rows(dst_state_batch_indices, sequences)
     if num_accepted_tokens is None:
         read, write = _first_column(read), _first_column(write)

@@ -40,16 +40,16 @@ def tangent(tensor):
 
 INPUTS = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state_batch_indices", "out")
 FLOATS = tuple(name for name in INPUTS if name != "state_batch_indices")
-# What is wrong, with which arguments, how, and the errors that it may raise.
+# What is wrong, with which arguments, how, and the error that it raises.
 WRONG = {
     "another dtype": (INPUTS, lambda t: t.to(torch.int16), ValueError),
     "another size": (FLOATS, lambda t: torch.cat([t, t], -1), ValueError),
-    "no axes": (INPUTS, lambda t: t.flatten()[0], (ValueError, IndexError)),
+    "no axes": (INPUTS, lambda t: t.flatten()[0], ValueError),
     "an array of NumPy": (("A", "B", "C", "D", "z", "state_batch_indices"), lambda t: t.numpy(), TypeError),
-    "a fake tensor": (FLOATS, fake, (TypeError, AssertionError)),
+    "a fake tensor": (FLOATS, fake, TypeError),
     "no memory": (INPUTS, lost, ValueError),
     "on the meta device": (INPUTS, lambda t: t.to("meta"), ValueError),
-    "functional": (INPUTS, torch._to_functional_tensor, (ValueError, RuntimeError)),
+    "functional": (INPUTS, torch._to_functional_tensor, ValueError),
     "sparse": (FLOATS, lambda t: t.contiguous().to_sparse(), ValueError),
     "quantised": (FLOATS, lambda t: torch.quantize_per_tensor(t.contiguous(), 0.1, 0, torch.qint8), ValueError),
     "requires grad": (("state", "x", "dt", "B", "C", "z", "out"), lambda t: t.clone().requires_grad_(), ssu_bridge.UnsupportedError),
@@ -86,7 +86,7 @@ def test_what_raises_has_written_nothing(peer, wrong, repeated):
         for name in [name for name in names if name in right(peer)]:
             arguments = right(peer)
             arguments[name] = spoil(arguments[name])
-            assert_nothing_written(peer, arguments, errors, None)
+            assert_nothing_written(peer, arguments, errors, rf"^({'|'.join(INPUTS)})\b")
 
 
 @pytest.mark.parametrize("b", [1, 2, 3])
