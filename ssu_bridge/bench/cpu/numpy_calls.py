@@ -1,4 +1,4 @@
-"""What calls with NumPy arrays cost on the host: alone, and among JAX arrays where JAX is installed."""
+"""What calls with NumPy arrays cost on the host: alone, over a Torch call, and among JAX arrays."""
 
 import functools
 import importlib.util
@@ -8,18 +8,32 @@ from typing import Any
 from ssu_bridge import update
 from ssu_bridge.bench.timing import Timing, interleaved
 
+_TORCH = "Torch tensors"
+
 
 def times(arrays: dict[str, Any]) -> dict[str, Timing]:
-    """Time a call of NumPy arrays, and with JAX one of JAX arrays and one with NumPy arrays that are copied for it."""
+    """Time a call of NumPy arrays, with the ratio to one of Torch tensors, and calls of JAX arrays, mixed too.
+
+    Frameworks that are not installed are left out.
+    """
     host = {name: array.copy() for name, array in arrays.items()}
     calls: dict[str, Callable[[], object]] = {"NumPy arrays": functools.partial(update, **host, dt_softplus=True)}
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        calls[_TORCH] = functools.partial(update, **tensors, dt_softplus=True)
     if importlib.util.find_spec("jax"):
         import jax.numpy as jnp
 
         device = {name: jnp.array(array) for name, array in arrays.items()}
         mixed = {**device, **{name: arrays[name] for name in ("x", "B", "C", "state_batch_indices")}}
         calls |= {"JAX arrays": _jax_call(device), "JAX arrays, four operands of NumPy": _jax_call(mixed)}
-    return interleaved(calls, rounds=100, seconds=0.004)
+    found = interleaved(calls, rounds=100, seconds=0.004)
+    if _TORCH in found:
+        ratio = found["NumPy arrays"].median / found[_TORCH].median
+        found[f"NumPy arrays ({ratio:.2f} times Torch)"] = found.pop("NumPy arrays")
+    return found
 
 
 def _jax_call(arrays: dict[str, Any]) -> Callable[[], object]:
