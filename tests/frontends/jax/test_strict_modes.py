@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tvm_ffi
 from modes import to_mode
 
 import share_state
@@ -19,6 +21,9 @@ from mamba2_jax.generate import decode, prefill
 from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler, Sequence
+from ssu_bridge import dispatch
+from ssu_bridge.backends.flashinfer import backend as flashinfer
+from ssu_bridge.frontends.jax import metadata, step_primitive
 from ssu_bridge.testing.cases import Case
 
 MODES = {
@@ -65,12 +70,12 @@ def transformed(case, backend):
     return functions
 
 
-def trace(functions, mode):
-    """Lower functions to programs; what JAX compiles of them no mode changes. Those of the mode for NaNs run, too."""
+def trace(functions, runs):
+    """Lower functions to programs, and run them, too, if ``runs``."""
     for function, given in functions:
         jitted = jax.jit(function)
         jitted.lower(*given)
-        if mode == "NaN":
+        if runs:
             jax.block_until_ready(jitted(*given))
 
 
@@ -84,7 +89,8 @@ def test_each_call_and_transform(mode, case, backend):
     with MODES[mode]():
         got = run(CASES[case], backend)
         functions = [] if backend == "reference" else transformed(CASES[case], backend)
-        trace(functions, mode)
+        # What JAX compiles of a program no mode changes, but one looks at what the program computes.
+        trace(functions, runs=mode == "NaN" or case == "mixed")
     assert len(functions) == {"reference": 0, "xla": 5}.get(backend, 3)
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         assert one.dtype == other.dtype
@@ -118,7 +124,36 @@ def test_references(mode, backend):
             (lambda ref: jax.lax.scan(lambda _, __: (None, step(ref)[0]), None, length=2)[1], (ref,)),
             (jax.vmap(lambda ref: step(ref)[0]), (both,)),
         ]
-        trace(functions, mode)
+        trace(functions, runs=True)
+
+
+LARGE = Case(
+    "large", **{**SMALL, "headdim": 64, "dstate": 64}, dtypes={"*": "bfloat16", "state": "bfloat16", "A": "float32"}
+)
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch):
+    """The process seems to have a GPU and FlashInfer, whose function runs nothing."""
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(metadata, "_devices", lambda: [gpu])
+    monkeypatch.setattr(step_primitive, "several_devices", lambda: False)
+    monkeypatch.setattr(flashinfer.module, "missing", lambda: None)
+    monkeypatch.setattr(flashinfer.module, "load", lambda module: tvm_ffi.convert(lambda *_: None))
+    flashinfer._kernel.cache_clear()
+    dispatch._chosen.cache_clear()
+    yield
+    flashinfer._kernel.cache_clear()
+    dispatch._chosen.cache_clear()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_of_flashinfer_are_lowered(mode, with_a_gpu):
+    """All of it that needs no GPU: tracing, the choice, the kernel's check, the call in the program."""
+    with MODES[mode]():
+        for function, given in transformed(LARGE, "flashinfer"):
+            text = jax.jit(function).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+            assert "ssu_bridge.flashinfer(" in text
 
 
 # Looking for NaNs, JAX donates nothing.
@@ -149,7 +184,7 @@ def test_the_optimiser_takes_a_step(mode):
         streams = jax.random.randint(jax.random.key(1), (3, 12), 0, 256).astype("uint8")
         progress = jnp.array([0, 0.5, 2], jnp.float32)
         step = functools.partial(train.update.__wrapped__, config, length=6, peak=1e-3)
-        trace([(step, (training, streams, progress, jax.random.key(2)))], mode)
+        trace([(step, (training, streams, progress, jax.random.key(2)))], runs=mode == "NaN")
 
 
 @pytest.mark.parametrize("mode", MODES)
