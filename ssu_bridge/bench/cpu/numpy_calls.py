@@ -21,7 +21,7 @@ def times(arrays: dict[str, Any]) -> dict[str, Timing]:
     if importlib.util.find_spec("torch"):
         import torch
 
-        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.tensor(array) for name, array in arrays.items()}
         calls[_TORCH] = functools.partial(update, **tensors, dt_softplus=True)
     if importlib.util.find_spec("jax"):
         import jax.numpy as jnp
