@@ -46,6 +46,7 @@ def update(
     check_indices: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
+    round_each_token: bool | None = None,
 ) -> tuple[Any, ...]:
     """Advance the states of a batch of Mamba sequences in place, by one token or several (``selective_state_update``).
 
@@ -102,7 +103,9 @@ def update(
             computed in memory of its own and copied. The states that are updated share memory with no other array.
         donate: JAX, eager: give the memory of what is written to the results; False copies it first.
         check_indices: for debugging: check the tables on the host before anything is launched.
-        backend, algorithm: for this call, instead of those of the configuration in force.
+        backend, algorithm, round_each_token: for this call, instead of those of the configuration in force. With
+            ``round_each_token`` the state is rounded to what it is stored in after each of several tokens, as in calls
+            of one token, whose bits the loop then gives.
 
     A Torch or NumPy array with stride 0 along the axes that a tied parameter lacks is tied. Torch and NumPy arrays may
     be strided along the axes of sequences, tokens, slots and entries; their trailing axes are dense.
@@ -145,11 +148,11 @@ def update(
         from ssu_bridge.frontends.torch.custom_op import trace
 
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
-        results = trace(dynamo.options_in_graph(*flags, backend, algorithm), arrays, out)
+        results = trace(dynamo.options_in_graph(*flags, backend, algorithm, round_each_token), arrays, out)
         return _same_pairs(results, pairs) if pairs else results
     launch = _launcher(
         arrays, out, dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride,
-        backend, algorithm,
+        backend, algorithm, round_each_token,
     )  # fmt: skip
     return _same_pairs(launch(arrays, out), pairs) if pairs else launch(arrays, out)
 
@@ -179,20 +182,28 @@ def _launcher(
     intermediate_stride: Any,
     backend: Any,
     algorithm: Any,
+    round_each_token: Any,
 ) -> Launch:
     """Return what launches a call, whose flags come in the order of ``options_of``; a repeated call looks it up."""
     # Flags count with their types, because 1 equals True but is no bool.
     kind: tuple[Any, ...]
     softplus_type, pad_type, config = type(dt_softplus), type(pad_slot_id), get_config()
     kind = (type(arrays[0]), dt_softplus, softplus_type, pad_slot_id, pad_type, backend, algorithm, config)
-    if not (donate is True and disable_state_update is check_indices is False and intermediate_stride is _EVERY_TOKEN):
-        rare = (disable_state_update, donate, check_indices, intermediate_stride)
+    if not (
+        donate is True
+        and disable_state_update is check_indices is False
+        and intermediate_stride is _EVERY_TOKEN
+        and round_each_token is None
+    ):
+        rare = (disable_state_update, donate, check_indices, intermediate_stride, round_each_token)
         kind += (*rare, *map(type, rare))
     try:
         return _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
-        launch = _launchers[kind] = launcher_of(arrays, out, options_of(*flags, backend, algorithm, config))
+        launch = _launchers[kind] = launcher_of(
+            arrays, out, options_of(*flags, backend, algorithm, round_each_token, config)
+        )
         return launch
 
 

@@ -63,6 +63,9 @@ class SSUConfig:
             instead of warning once. Under ``jax.jit`` the outer donation decides, without a warning.
         triton_tile: (rows of headdim, warps) of a program of the Triton kernel, powers of two; None: as measured for
             the GPU. It does not change the results.
+        round_each_token: in a call of several tokens, round the state after each of them to what it is stored in, as
+            calls of one token do: with ``algorithm`` "loop" or "auto" the results are then those of such calls, to the
+            bit. Serving engines call this exact speculative decoding.
 
     Raises:
         ValueError, TypeError: a field has an unknown or impossible value.
@@ -74,13 +77,14 @@ class SSUConfig:
     philox_rounds: int = 10
     strict_in_place: bool = False
     triton_tile: tuple[int, int] | None = None
+    round_each_token: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", Backend.parse(self.backend))
         if not isinstance(self.algorithm, str) or self.algorithm.lower() not in ALGORITHMS:
             raise ValueError(f"algorithm: expected one of {', '.join(ALGORITHMS)}; got {self.algorithm!r}")
         object.__setattr__(self, "algorithm", self.algorithm.lower())
-        for name in ("stochastic_rounding", "strict_in_place"):
+        for name in ("round_each_token", "stochastic_rounding", "strict_in_place"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         if type(self.philox_rounds) is not int or self.philox_rounds < 0:
@@ -109,6 +113,7 @@ class SSUConfig:
             get_config(),
             backend=namespace.mamba_backend,
             algorithm=namespace.mamba_ssu_algorithm,
+            round_each_token=namespace.mamba_round_each_token,
             stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,
             philox_rounds=namespace.mamba_cache_philox_rounds,
         )
@@ -148,6 +153,12 @@ def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default:
         choices=ALGORITHMS,
         default=default.algorithm,
         help="how several tokens are computed (loop, matrix), or FlashInfer's kernel (simple, vertical, horizontal)",
+    )
+    group.add_argument(
+        "--mamba-round-each-token",
+        action=argparse.BooleanOptionalAction,
+        default=default.round_each_token,
+        help="round the state after each of several tokens, so that they give the bits of calls of one token",
     )
     group.add_argument(
         "--enable-mamba-cache-stochastic-rounding",
@@ -224,7 +235,7 @@ def using(config: SSUConfig | None = None, /, **fields: Any) -> Iterator[SSUConf
         _local_config.reset(token)
 
 
-def replaced(config: SSUConfig, backend: str | None, algorithm: str | None) -> SSUConfig:
+def replaced(config: SSUConfig, backend: str | None, algorithm: str | None, round_each_token: bool | None) -> SSUConfig:
     """Return a configuration with the fields replaced that a call was given arguments for (None: not given)."""
-    fields: dict[str, Any] = {"backend": backend, "algorithm": algorithm}
+    fields: dict[str, Any] = {"backend": backend, "algorithm": algorithm, "round_each_token": round_each_token}
     return dataclasses.replace(config, **{k: v for k, v in fields.items() if v is not None})

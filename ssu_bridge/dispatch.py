@@ -170,6 +170,8 @@ def program_options(options: Options, platforms: Iterable[str], *, seeded: bool)
         fields = fields - {"philox_rounds"} | {"stochastic_rounding"}
     if options.config.algorithm in FORMS:  # for which a backend with one form may refuse the call
         fields = fields | {"algorithm"}
+    if options.config.round_each_token:  # which a backend may lack
+        fields = fields | {"round_each_token"}
     config = SSUConfig(requested, **{field: getattr(options.config, field) for field in fields})
     return dataclasses.replace(options, donate=True, check_indices=False, config=config)
 

@@ -130,8 +130,9 @@ def test_command_line_arguments():
     ssu_bridge.add_cli_args(parser)
     assert SSUConfig.from_args(parser.parse_args([])) == get_config()
     words = "--mamba-backend XLA --mamba-ssu-algorithm vertical --mamba-cache-philox-rounds 7"
-    given = parser.parse_args([*words.split(), "--enable-mamba-cache-stochastic-rounding"])
-    assert SSUConfig.from_args(given) == SSUConfig("xla", "vertical", stochastic_rounding=True, philox_rounds=7)
+    given = parser.parse_args([*words.split(), "--enable-mamba-cache-stochastic-rounding", "--mamba-round-each-token"])
+    expected = SSUConfig("xla", "vertical", round_each_token=True, stochastic_rounding=True, philox_rounds=7)
+    assert SSUConfig.from_args(given) == expected
 
 
 def test_command_line_defaults_are_those_in_force():
@@ -180,6 +181,7 @@ def test_the_hash_is_no_field():
     expected = {
         "backend": Backend.CPU,
         "algorithm": "auto",
+        "round_each_token": False,
         "stochastic_rounding": False,
         "philox_rounds": 7,
         "strict_in_place": False,

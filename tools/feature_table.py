@@ -19,7 +19,7 @@ _PLATFORMS = {Backend.TRITON: ("cuda", (9, 0))}
 
 def problem_of(case: Case, backend: Backend, framework: str = "jax") -> Problem:
     """Return the description of a case's call in a framework, on the device that a backend is for."""
-    flags = {"disable_state_update": False, "intermediate_stride": 1, **case.flags}
+    flags = {"disable_state_update": False, "intermediate_stride": 1, "round_each_token": None, **case.flags}
     flags |= {"donate": True, "check_indices": False}
     options = options_of(**flags, backend=None, algorithm=None, config=SSUConfig())
     infos = {name: ArrayInfo(array.shape, array.dtype.name) for name, array in case.arrays(seed=0).items()}

@@ -114,6 +114,7 @@ class Feature(enum.StrEnum):
     TREES = "trees of draft tokens (parent_tokens)"
     FRESH = "sequences that start from zeros (has_initial_state)"
     STRIDE = "the states after every k-th token (intermediate_stride)"
+    ROUND_EACH = "a state that is rounded after each of several tokens (round_each_token)"
 
 
 def features(problem: Problem) -> tuple[Feature, ...]:
@@ -130,6 +131,7 @@ def features(problem: Problem) -> tuple[Feature, ...]:
         Feature.TREES: "parent_tokens" in problem.names,
         Feature.FRESH: "has_initial_state" in problem.names,
         Feature.STRIDE: problem.options.intermediate_stride > 1,
+        Feature.ROUND_EACH: problem.rounds_each_token,
     }
     return tuple(feature for feature, is_needed in needed.items() if is_needed)
 

@@ -9,7 +9,7 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
 PLATFORM = "cpu"
-CONFIG_FIELDS = ("philox_rounds",)
+CONFIG_FIELDS = ("philox_rounds", "round_each_token")
 missing = missing_jax_ffi
 settings = no_settings
 
@@ -26,18 +26,27 @@ def load(problem: Problem) -> DeviceKernel:
     options = problem.options
     rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
     flags = (options.dt_softplus, options.pad_slot_id, rounds, options.intermediate_stride)
-    return _kernel(problem.names, "state" in problem.results, *flags)
+    return _kernel(problem.names, "state" in problem.results, *flags, problem.rounds_each_token)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    names: tuple[str, ...], updates_state: bool, dt_softplus: bool, pad_slot_id: int, rounds: int, stride: int
+    names: tuple[str, ...],
+    updates_state: bool,
+    dt_softplus: bool,
+    pad_slot_id: int,
+    rounds: int,
+    stride: int,
+    round_each: bool,
 ) -> DeviceKernel:
     optional = ",".join(names[len(REQUIRED) :])
     flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={updates_state:d};philox={rounds}"
     if stride > 1:
         flags += f";stride={stride}"
+    if round_each:
+        flags += ";each=1"
     rows = [row(name) for name in (*names, "out")]
-    function = library().cpu_kernel(rows, updates_state, dt_softplus, pad_slot_id, rounds, stride, "auto")
+    flags_of_kernel = (dt_softplus, pad_slot_id, rounds, stride, round_each)
+    function = library().cpu_kernel(rows, updates_state, *flags_of_kernel, "auto")
     check = library().cpu_check(rows, updates_state, stride)
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function, check)

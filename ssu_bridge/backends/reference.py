@@ -13,9 +13,12 @@ from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.slots import routes
 
 PLATFORM = None
-CONFIG_FIELDS = ("philox_rounds",)
+CONFIG_FIELDS = ("philox_rounds", "round_each_token")
 missing = nothing_missing
 settings = no_settings
+
+# Bounds are in units of 2**-24, of which a comparison allows several: this many of them are a step of a grid.
+_STEP_BOUNDS = 2.0**20
 
 
 class Store(NamedTuple):
@@ -70,13 +73,11 @@ def _run(problem: Problem, arrays: dict[str, np.ndarray], out: np.ndarray) -> No
     for name, store in exact.stores.items():
         for number in range(len(store.states)):  # one after another, so that the last one counts
             place = tuple(index[number] for index in store.places)
-            values = single(store.states[number])
-            if SCALES[name] in arrays:
-                values, scales = rounding.scale_rows(np, values, arrays[name].dtype.name)
-                arrays[SCALES[name]][place] = scales.reshape(arrays[SCALES[name]][place].shape)
             words = None if store.words is None else store.words[number]
-            stored = rounding.rounded(values, arrays[name].dtype.name, words)
-            arrays[name][place] = stored.reshape(arrays[name][place].shape)
+            numbers, scales = rounding.stored(single(store.states[number]), arrays[name].dtype.name, words)
+            arrays[name][place] = numbers.reshape(arrays[name][place].shape)
+            if scales is not None:
+                arrays[SCALES[name]][place] = scales.reshape(arrays[SCALES[name]][place].shape)
 
 
 def single(values: np.ndarray) -> np.ndarray:
@@ -86,7 +87,9 @@ def single(values: np.ndarray) -> np.ndarray:
 
 
 def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: bool = False) -> Exact:
-    """Compute a call in float64, with the state rounded to float32 between the tokens of a sequence.
+    """Compute a call in float64, with the state rounded between the tokens of a sequence.
+
+    It is rounded to float32, or with ``round_each_token`` to what it is stored in.
 
     Args:
         problem: the description of the call.
@@ -110,12 +113,14 @@ def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: boo
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, as everywhere
                 out[row], out_bounds[row], state, bounds = step.token(row, state, bounds)
             slot, entry = plan.slots[sequence, token], plan.entries[sequence, token]
+            # Rounded after each token, a state is so once, by the random words of one slot, wherever it goes.
+            words = step.words(slot if slot >= 0 else max(plan.reads[sequence], 0), token, 0)
             if slot >= 0:
-                kept["state"].append(((slot,), state, bounds, step.words(slot, token, 0)))
+                kept["state"].append(((slot,), state, bounds, words))
             if entry >= 0:
-                place = (entry, plan.steps[token])
-                kept["intermediate_states"].append((place, state, bounds, step.words(entry, token, 1)))
-            after[token] = single(state).astype(np.float64), bounds
+                entry_words = words if problem.rounds_each_token else step.words(entry, token, 1)
+                kept["intermediate_states"].append(((entry, plan.steps[token]), state, bounds, entry_words))
+            after[token] = step.rounded(state, bounds, words)
     stores = {name: _stacked(kept[name], name, shape) for name in kept if name in problem.results}
     return Exact(out, out_bounds, rows, stores)
 
@@ -165,10 +170,8 @@ class _Step:
         shape = (self.problem.nheads, self.problem.headdim, self.problem.dstate)
         if slot < 0:
             return np.zeros(shape)
-        state = self.arrays["state"][slot].astype(np.float32).reshape(shape)
-        if "state_scale" in self.arrays:
-            state = state * self.arrays["state_scale"][slot].reshape(*shape[:2], 1)
-        return np.asarray(state, np.float64)
+        scales = self.arrays["state_scale"][slot].reshape(shape[:2]) if "state_scale" in self.arrays else None
+        return rounding.widened(self.arrays["state"][slot].reshape(shape), scales).astype(np.float64)
 
     def token(self, row: int, old: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the output for a row, its bounds, the new state and its bounds."""
@@ -194,6 +197,16 @@ class _Step:
             gate = z * np.exp(-np.logaddexp(0, -z))
             out, out_bounds = out * gate, out_bounds * np.abs(gate) * (1 + np.abs(z))
         return out, out_bounds, state, bounds
+
+    def rounded(self, state: np.ndarray, bounds: np.ndarray, words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the state that the next token continues, and its bounds."""
+        if not self.problem.rounds_each_token:
+            return single(state).astype(np.float64), bounds
+        dtype = self.arrays["state"].dtype.name
+        numbers, scales = rounding.stored(single(state), dtype, words)
+        kept = rounding.widened(numbers, scales).astype(np.float64)
+        # A computation that differs in the least may round to a neighbour.
+        return kept, bounds + _STEP_BOUNDS * rounding.grid_step(kept, scales, dtype)
 
     def words(self, slot: int, token: int, kind: int) -> np.ndarray | None:
         """Return the random words for a store."""

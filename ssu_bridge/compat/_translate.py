@@ -92,7 +92,7 @@ def _launcher(key: tuple[Any, ...], flags: dict[str, Any]) -> Launcher:
     if launcher is None:
         given = {"pad_slot_id": -1, "disable_state_update": False, "algorithm": None, **flags}
         update_flags = (given["dt_softplus"], given["pad_slot_id"], given["disable_state_update"])
-        launcher = Launcher(options_of(*update_flags, True, False, 1, None, given["algorithm"], config))
+        launcher = Launcher(options_of(*update_flags, True, False, 1, None, given["algorithm"], None, config))
         _launchers[(*key, config)] = launcher
     return launcher
 

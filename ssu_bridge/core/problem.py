@@ -31,6 +31,7 @@ def options_of(
     intermediate_stride: Any,
     backend: Any,
     algorithm: Any,
+    round_each_token: Any,
     config: SSUConfig,
 ) -> Options:
     """Check the arguments of a call that are not arrays, and put the configuration in force with them.
@@ -49,7 +50,7 @@ def options_of(
         raise ValueError(f"intermediate_stride: expected an int from 1 to 2**31 - 1, got {intermediate_stride}")
     if not -(2**63) <= pad_slot_id < 2**63:
         raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad_slot_id}")
-    in_force = replaced(config, backend, algorithm)
+    in_force = replaced(config, backend, algorithm, round_each_token)
     pad, stride = int(pad_slot_id), int(intermediate_stride)
     return Options(dt_softplus, pad, disable_state_update, donate, check_indices, stride, in_force)
 
@@ -108,6 +109,12 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """The arrays that were given, in the order in which kernels take them, without ``out``."""
         return tuple(name for name, _ in self.dtypes if name != "out")
+
+    @property
+    def rounds_each_token(self) -> bool:
+        """Whether rounding the state after each token makes a difference: not to one token, nor in float32."""
+        is_exact = dict(self.dtypes)["state"] == "float32"
+        return self.options.config.round_each_token and not is_exact and self.form != "single"
 
     @property
     def results(self) -> tuple[str, ...]:

@@ -35,6 +35,31 @@ def nearest(xp: Any, values: Any, dtype: str) -> Any:
     return xp.clip(values, -LARGEST[dtype], LARGEST[dtype])
 
 
+def stored(values: np.ndarray, dtype: str, words: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what is stored of float32 states (..., N): numbers of the dtype and, of a quantised one, their scales."""
+    scales = None
+    if dtype in LARGEST:
+        values, scales = scale_rows(np, values, dtype)
+    return rounded(values, dtype, words), scales
+
+
+def widened(numbers: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """Return the float32 states (..., N) that stored ones stand for."""
+    values = numbers.astype(np.float32)
+    return values if scales is None else values * scales[..., None]
+
+
+def grid_step(values: np.ndarray, scales: np.ndarray | None, dtype: str) -> np.ndarray:
+    """Return how far the neighbours of states (..., N) that can be stored are from them at most."""
+    relative, absolute = (0.0, 1.0) if np.dtype(dtype).kind == "i" else _spacing(dtype)
+    return np.abs(values) * relative + absolute * (1.0 if scales is None else scales[..., None])
+
+
+def _spacing(dtype: str) -> tuple[float, float]:
+    info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(info.eps), float(info.smallest_subnormal)
+
+
 def rounded(values: np.ndarray, dtype: str, words: np.ndarray | None = None) -> np.ndarray:
     """Round float32 values to a dtype: to nearest even, or stochastically with a random word (uint32) for each.
 

@@ -66,13 +66,13 @@ def _config(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any,
     return dataclasses.replace(base, **dict(zip(names, values, strict=True)))
 
 
-def _replaced_in_graph(config: SSUConfig, backend: Any, algorithm: Any) -> SSUConfig:
+def _replaced_in_graph(config: SSUConfig, *fields: Any) -> SSUConfig:
     """Stand for ``replaced`` in frames that Dynamo traces by themselves: ``config`` is the one in force there."""
-    return _replaced(backend, algorithm, *_innermost())
+    return _replaced(fields, *_innermost())
 
 
-def _replaced(backend: Any, algorithm: Any, *configured: Any) -> SSUConfig:
-    return replaced(_config(*configured), backend, algorithm)
+def _replaced(fields: tuple[Any, ...], *configured: Any) -> SSUConfig:
+    return replaced(_config(*configured), *fields)
 
 
 def _options(flags: tuple[Any, ...], *configured: Any) -> Options:

@@ -33,7 +33,7 @@ class Case:
         accepted: the accepted token counts; None for absent.
         steps: of the intermediate states, 0 for none; they have an entry for each slot, and ``spare_entries`` more.
         entries: the entries of the sequences; None for absent.
-        intermediate_stride: as in ``update``.
+        intermediate_stride, round_each_token: as in ``update``.
         parents: the parent tokens, as the leading axes of x; None for absent.
         has_initial_state: for each sequence; None for absent. Slots that only those name that have none hold NaN.
         seed: of stochastic rounding; None for absent.
@@ -62,6 +62,7 @@ class Case:
     spare_entries: int = 0
     entries: tuple[int, ...] | None = None
     intermediate_stride: int = 1
+    round_each_token: bool = False
     parents: tuple[Any, ...] | None = None
     has_initial_state: tuple[bool, ...] | None = None
     seed: int | None = None
@@ -112,6 +113,7 @@ class Case:
         """The arguments of ``update`` that are not arrays."""
         flags = {"dt_softplus": self.dt_softplus, "pad_slot_id": self.pad_slot_id}
         flags |= {"disable_state_update": True} if self.disable_state_update else {}
+        flags |= {"round_each_token": True} if self.round_each_token else {}
         return flags | ({"intermediate_stride": self.intermediate_stride} if self.intermediate_stride > 1 else {})
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -345,6 +347,40 @@ CASES: tuple[Case, ...] = (
         parents=_TREES,
         dtypes={"state": "float16"},
         seed=11,
+    ),
+    # --- The state rounded after each token ---
+    Case("rounded each", tokens=4, round_each_token=True, dtypes={"state": "bfloat16"}),
+    Case("rounded each, float32", tokens=3, round_each_token=True),
+    Case("rounded each, one token", round_each_token=True, dtypes={"state": "bfloat16"}),
+    Case("rounded each, mamba1", tokens=3, round_each_token=True, nheads=0, ngroups=1, dtypes={"state": "float16"}),
+    Case(
+        "rounded each, packed, pad",
+        tokens=7,
+        cu_seqlens=(0, 3, 4, 7),
+        indices=(4, _PAD, 2),
+        destinations=((5, 1, 4), (0, 0, 0), (3, _PAD, 2)),
+        round_each_token=True,
+        dtypes={"state": "float16", "*": "bfloat16"},
+    ),
+    Case(
+        "rounded each, tree",
+        tokens=5,
+        slots=16,
+        destinations=_NODES,
+        parents=_TREES,
+        round_each_token=True,
+        dtypes={"state": "bfloat16"},
+    ),
+    *(
+        Case(
+            f"rounded each, {dtype} state{', stochastic' * (seed is not None)}",
+            tokens=3,
+            steps=3,
+            round_each_token=True,
+            dtypes={"state": dtype},
+            seed=seed,
+        )
+        for dtype, seed in (("int16", None), ("int8", None), ("float8_e4m3fn", None), ("int8", 5), ("bfloat16", 6))
     ),
     # --- Quantised ---
     *(

@@ -168,7 +168,7 @@ def changed(draw, arrays):
 def described(arrays, flags):
     """Return the Problem, or None where the check rejects the call."""
     no_update, stride = flags["disable_state_update"], flags["intermediate_stride"]
-    options = options_of(True, -1, no_update, True, False, stride, None, None, SSUConfig())
+    options = options_of(True, -1, no_update, True, False, stride, None, None, None, SSUConfig())
     # JAX has a seed of two words, the others one of a single number.
     framework = "jax" if "rand_seed" in arrays and arrays["rand_seed"].dtype == "uint32" else "numpy"
     try:

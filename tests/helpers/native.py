@@ -59,11 +59,11 @@ def results_of(names, update=True):
     return ["out", *(name for name in names if name in WRITTEN and name not in kept)]
 
 
-def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1):
+def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1, round_each=False):
     rows = [
         table_row(name) if name in ARGUMENTS else (name, ["H"], "", 0, False, False, "") for name in (*names, "out")
     ]
-    return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, isa)
+    return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, round_each, isa)
 
 
 def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):

@@ -222,7 +222,7 @@ def _algorithm(problem: Problem) -> str:
 
 
 def _lacks(problem: Problem) -> str | None:
-    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE) or lacks_form(problem)
+    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE, Feature.ROUND_EACH) or lacks_form(problem)
 
 
 def _wrong_sizes(problem: Problem) -> str | None:

@@ -26,7 +26,7 @@ from ssu_bridge.native import library
 from ssu_bridge.progress import compiling
 
 PLATFORM = "cuda"
-CONFIG_FIELDS = ("philox_rounds", "triton_tile", "algorithm")
+CONFIG_FIELDS = ("philox_rounds", "round_each_token", "triton_tile", "algorithm")
 
 # A tile is addressed in 32 bits inside a head.
 _MOST_ELEMENTS_OF_A_HEAD = 2**31

@@ -44,6 +44,7 @@ class Specialisation:
     pad_slot_id: int
     intermediate_stride: int
     philox_rounds: int
+    rounds_each_token: bool
     unaligned: tuple[str, ...]
     tile: Tile
 
@@ -60,6 +61,8 @@ class Specialisation:
             flags += f";rounds={self.philox_rounds}"
         if self.intermediate_stride > 1:
             flags += f";stride={self.intermediate_stride}"
+        if self.rounds_each_token:
+            flags += ";each=1"
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
@@ -86,6 +89,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         pad_slot_id=problem.options.pad_slot_id,
         intermediate_stride=problem.options.intermediate_stride,
         philox_rounds=problem.options.config.philox_rounds if "rand_seed" in problem.names else 0,
+        rounds_each_token=problem.rounds_each_token,
         unaligned=tuple(sorted(problem.unaligned)),
         tile=tile,
     )
@@ -272,6 +276,7 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
     state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
+    state |= {"ROUND_EACH": s.rounds_each_token}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.

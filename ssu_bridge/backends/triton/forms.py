@@ -40,6 +40,8 @@ def _matrix_refusal(problem: Problem) -> str | None:
     """Return what the matrix form lacks for a problem, or None."""
     if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
         return f"it requires parameters that are tied to the head, and {' and '.join(untied)} is not"
+    if problem.rounds_each_token:
+        return "it does not round the state after each token (round_each_token)"
     stores_each = "dst_state_batch_indices" in problem.tables
     stores_some = "intermediate_states" in problem.names
     if stores_each or (stores_some and problem.options.intermediate_stride < _LEAST):

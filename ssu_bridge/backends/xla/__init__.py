@@ -7,7 +7,7 @@ from ssu_bridge.backends.xla import forms
 from ssu_bridge.core.problem import Problem
 
 PLATFORM = None
-CONFIG_FIELDS = ()
+CONFIG_FIELDS = ("round_each_token",)
 missing = nothing_missing  # the caller has JAX already
 settings = forms.settings
 

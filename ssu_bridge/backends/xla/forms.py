@@ -43,8 +43,13 @@ def settings(problem: Problem) -> str:
     if taken is not None:
         return f"matrix form, {taken.size} tokens at a time"
     if problem.options.config.algorithm == "loop":
-        return "loop over the tokens, as requested"
-    return f"loop over the tokens: {_matrix_refusal(problem) or 'they are few'}"
+        return "loop over the tokens, as requested" + _exception(problem)
+    return f"loop over the tokens: {_matrix_refusal(problem) or 'they are few'}{_exception(problem)}"
+
+
+def _exception(problem: Problem) -> str:
+    """Return what rounding after each token guarantees less than on other backends."""
+    return "; its bits depend on how XLA fuses a program" if problem.rounds_each_token else ""
 
 
 def chunking(problem: Problem) -> Chunking | None:
@@ -71,6 +76,8 @@ def _matrix_refusal(problem: Problem) -> str | None:
     """Say what the matrix form lacks, or None."""
     if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
         return f"the matrix form takes parameters that are tied to the head, and {' and '.join(untied)} is not"
+    if problem.rounds_each_token:
+        return "the matrix form does not round the state after each token (round_each_token)"
     if "parent_tokens" in problem.names:
         return "the matrix form computes no trees (parent_tokens)"
     stores_some = "intermediate_states" in problem.names and problem.options.intermediate_stride < _LEAST

@@ -108,7 +108,7 @@ def _continued(kept: Any, start: Any, parents: Any, token: Any) -> Any:
 
 
 def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any]:
-    """Return the new states of some sequences and their outputs, from their old states in float32."""
+    """Return the states of some sequences after a token, as the next one finds them, and their outputs."""
 
     def by_head(name: str) -> Any:
         """Give B or C an axis of heads: (b, H, 1, N)."""
@@ -119,6 +119,6 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
     x, A = (arrays[name].astype(jnp.float32) for name in ("x", "A"))
     dt = arithmetic.step_sizes(problem, arrays)
     A = A[:, None, None] if "A" in problem.tied else A
-    new = old * jnp.exp(A * dt[..., None]) + (dt * x)[..., None] * by_head("B")
+    new = old.astype(jnp.float32) * jnp.exp(A * dt[..., None]) + (dt * x)[..., None] * by_head("B")
     out = jnp.sum(new * by_head("C"), axis=-1)
-    return new, arithmetic.finished(problem, arrays, out)
+    return new.astype(storage.carried(problem, arrays)), arithmetic.finished(problem, arrays, out)

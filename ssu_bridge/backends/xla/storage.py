@@ -97,16 +97,21 @@ def results(
     return arrays | results | {"out": out}
 
 
+def carried(problem: Problem, arrays: dict[str, Any]) -> Any:
+    """Return the dtype that states have from one token to the next."""
+    return arrays["state"].dtype if problem.rounds_each_token else jnp.float32
+
+
 def load(problem: Problem, arrays: dict[str, Any], places: Any) -> Any:
-    """Return states in float32; zeros for a padding index and for a sequence without an initial state."""
-    state, has_state = arrays["state"], arrays.get("has_initial_state")
+    """Return states as they are carried; zeros for a padding index and for a sequence without an initial state."""
+    state, has_state, dtype = arrays["state"], arrays.get("has_initial_state"), carried(problem, arrays)
     if places is not None:
         has_state = places >= 0 if has_state is None else has_state & (places >= 0)
         if problem.slots == 0:
-            return jnp.zeros((problem.sequences, *state.shape[1:]), jnp.float32)
-        rows = state[jnp.where(places >= 0, places, 0)].astype(jnp.float32)
+            return jnp.zeros((problem.sequences, *state.shape[1:]), dtype)
+        rows = state[jnp.where(places >= 0, places, 0)].astype(dtype)
     else:
-        rows = state[: problem.sequences].astype(jnp.float32)
+        rows = state[: problem.sequences].astype(dtype)
     return rows if has_state is None else jnp.where(has_state.reshape(-1, *[1] * (state.ndim - 1)), rows, 0)
 
 

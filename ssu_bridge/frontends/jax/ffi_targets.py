@@ -66,7 +66,9 @@ def registered() -> list[str]:
 
 def spell(kernel: DeviceKernel, problem: Problem) -> str:
     """Return the name of a target."""
-    used = module(_backend(kernel.target)).CONFIG_FIELDS
+    used = {*module(_backend(kernel.target)).CONFIG_FIELDS}
+    if not problem.rounds_each_token:
+        used -= {"round_each_token"}
     return f"{kernel.target}[{_spell(problem.names, problem.options, used)}]"
 
 
@@ -82,6 +84,7 @@ def _spell(names: tuple[str, ...], options: Options, used: Collection[str]) -> s
         # Said only where they are selected, so that programs of versions without them are still known.
         "stride": "" if options.intermediate_stride == 1 else options.intermediate_stride,
         # These only where the backend uses them, too.
+        "each": int(config.round_each_token) or "" if "round_each_token" in used else "",
         "algorithm": config.algorithm if "algorithm" in used and config.algorithm != "auto" else "",
         "tile": ",".join(map(str, config.triton_tile or ())) if "triton_tile" in used else "",
     }
@@ -94,7 +97,7 @@ def _backend(target: str) -> Backend:
 
 
 # The fields of the configuration that a name can spell; older versions spelt those that a backend does not use, too.
-_CONFIGURED = ("algorithm", "triton_tile")
+_CONFIGURED = ("algorithm", "round_each_token", "triton_tile")
 
 
 class Call(NamedTuple):
@@ -116,11 +119,12 @@ def parse(target: str) -> Call | None:
         config = SSUConfig(
             backend=_backend(kernel),
             algorithm=fields.get("algorithm", "auto"),
+            round_each_token=fields.get("each") == "1",
             philox_rounds=int(fields["rounds"]),
             triton_tile=tuple(map(int, fields["tile"].split(","))) if "tile" in fields else None,  # type: ignore[arg-type]
         )
         flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
-        options = options_of(*flags, int(fields.get("stride", 1)), None, None, config)
+        options = options_of(*flags, int(fields.get("stride", 1)), None, None, None, config)
         call = Call(kernel, tuple(fields["arrays"].split(",")), options)
     except (KeyError, TypeError, ValueError):
         return None

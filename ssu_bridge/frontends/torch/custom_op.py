@@ -46,6 +46,7 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         config.philox_rounds,
         config.triton_tile or (),
         config.stochastic_rounding,
+        config.round_each_token,
     )
     return returned(named(arrays, result))
 
@@ -57,15 +58,19 @@ def _spell(place: int, name: str) -> str:
 
 
 _FLAGS = "bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, SymInt intermediate_stride"
-_CONFIG = "str backend, str algorithm, SymInt philox_rounds, SymInt[] triton_tile, bool stochastic_rounding=False"
-_SCHEMA = f"({', '.join(_spell(*argument) for argument in enumerate(ARGUMENTS))}, {_FLAGS}, {_CONFIG}) -> ()"
+_CONFIG = "str backend, str algorithm, SymInt philox_rounds, SymInt[] triton_tile"
+_LATER = "bool stochastic_rounding=False, bool round_each_token=False"
+_SCHEMA = f"({', '.join(_spell(*argument) for argument in enumerate(ARGUMENTS))}, {_FLAGS}, {_CONFIG}, {_LATER}) -> ()"
 
 
 @torch.library.custom_op("ssu_bridge::update", mutates_args=_WRITTEN, schema=_SCHEMA)
 def _step(*arguments: Any) -> None:
     *arrays, out = arguments[: len(ARGUMENTS)]
     # Torch leaves out what is as it is by default.
-    dt_softplus, pad, keeps_state, stride, backend, algorithm, rounds, tile, *stochastic = arguments[len(ARGUMENTS) :]
-    config = SSUConfig(backend, algorithm, any(stochastic), rounds, triton_tile=tuple(tile) or None)
+    dt_softplus, pad, keeps_state, stride, backend, algorithm, rounds, tile, *later = arguments[len(ARGUMENTS) :]
+    stochastic, round_each = (*later, False, False)[:2]
+    config = SSUConfig(
+        backend, algorithm, stochastic, rounds, triton_tile=tuple(tile) or None, round_each_token=round_each
+    )
     options = Options(dt_softplus, pad, keeps_state, True, False, stride, config)
     launcher_of(tuple(arrays), out, options)(tuple(arrays), out)

@@ -243,7 +243,8 @@ ffi::Function make_check(CallReader reader, const StepArguments& options) {
 }  // namespace
 
 ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, bool dt_softplus, int64_t pad_slot_id,
-                              int64_t philox_rounds, int64_t intermediate_stride, ffi::String isa) {
+                              int64_t philox_rounds, int64_t intermediate_stride, bool rounds_each_token,
+                              ffi::String isa) {
   thread_count();  // so that a wrong setting is reported here
   if (philox_rounds < 0 || philox_rounds > INT32_MAX)
     TVM_FFI_THROW(ValueError) << "philox_rounds: expected a number from 0 to 2**31 - 1, got " << philox_rounds;
@@ -251,6 +252,7 @@ ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, 
   options.updates_state = updates_state;
   options.softplus = dt_softplus;
   options.pad_slot = pad_slot_id;
+  options.rounds_each_token = rounds_each_token;
   options.random.rounds = philox_rounds == 0 ? kUsualRounds : static_cast<int>(philox_rounds);
   return ffi::Function::FromPacked(CpuKernel(CallReader(rows, updates_state), options, find_variants(isa)));
 }

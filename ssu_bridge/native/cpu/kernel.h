@@ -16,7 +16,7 @@ namespace ssu_bridge {
 // 10. `isa` is "auto" or a name from runnable_variants().
 tvm::ffi::Function make_cpu_kernel(tvm::ffi::Array<ArgumentRow> rows, bool updates_state, bool dt_softplus,
                                    int64_t pad_slot_id, int64_t philox_rounds, int64_t intermediate_stride,
-                                   tvm::ffi::String isa);
+                                   bool rounds_each_token, tvm::ffi::String isa);
 
 // Returns a function of the same arguments that raises what the kernel raises for their metadata, and runs nothing: the
 // tensors need no memory of their own.

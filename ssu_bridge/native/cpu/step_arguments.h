@@ -108,6 +108,7 @@ struct StepArguments {
   IndexTable parents;
   FlagTable has_initial_state;
   int64_t intermediate_stride = 1;
+  bool rounds_each_token = false;  // of several: the state is rounded to what it is stored in after each of them
   int64_t pad_slot = -1;
   bool softplus = false;
 
@@ -143,9 +144,10 @@ static inline int64_t random_scratch_words(int64_t columns) { return padded(colu
 
 static inline size_t scratch_bytes(const StepArguments& a) {
   int64_t floats = direct_scratch_floats(a.columns);
-  // The rows of the state, of a tree after each token too, and random words for one row.
+  // The rows of the state, of a tree after each token too, once more as they are stored, and random words for one row.
   int64_t tiles = 1;
   if (a.parents.data) tiles += a.tokens < kMaxTreeTokens ? a.tokens : kMaxTreeTokens;
+  if (a.rounds_each_token) floats += padded(a.columns) * a.rows_per_item + padded(a.rows_per_item);
   if (!a.is_direct) floats += tiles * padded(a.columns) * a.rows_per_item + random_scratch_words(a.columns);
   return static_cast<size_t>(floats) * sizeof(float);
 }

@@ -20,18 +20,29 @@ struct Tile {
   float* row(int64_t r) const { return rows + r * stride; }
 };
 
+// The rows of an item where they are stored.
+struct StoredRows {
+  void* values;
+  float* scales;
+};
+
 // The tiles of an item: that of the state that a sequence starts from and, of a tree, one more for each token, after it
 // in memory.
 struct Tiles {
   uint32_t* words;
   float* rows;
   int64_t stride, size;
+  StoredRows rounded;  // the rows of an item as they are stored, where they are rounded after each token
 
   Tiles(float* memory, const StepArguments& a)
-      : words(reinterpret_cast<uint32_t*>(memory)),
-        rows(memory + random_scratch_words(a.columns)),
-        stride(padded(a.columns)),
-        size(padded(a.columns) * a.rows_per_item) {}
+      : words(reinterpret_cast<uint32_t*>(memory)), stride(padded(a.columns)), size(stride * a.rows_per_item) {
+    float* next = memory + random_scratch_words(a.columns);
+    if (a.rounds_each_token) {
+      rounded = {next, next + size};
+      next += size + padded(a.rows_per_item);
+    }
+    rows = next;
+  }
 
   Tile first() const { return {rows, stride, words}; }
   // Of the state after a token of a tree; for kNone the first.
@@ -45,23 +56,19 @@ inline void end_rows(const StepArguments& a, const Item& item, const Tile& tile)
   for (int64_t r = 0; r < item.rows; ++r) memset(tile.row(r) + a.columns, 0, bytes);
 }
 
-// The rows of an item where they are stored.
-struct StoredRows {
-  void* values;
-  float* scales;
-  uint64_t number;  // of their first element, which random words go by
-};
-
 inline StoredRows stored_rows(const StepArguments& a, const Item& item, const StateStorage& storage, int64_t entry,
                               int64_t step) {
-  int64_t rows_in_all = a.heads * a.rows;
-  int64_t row = item.head * a.rows + item.row;
-  int64_t row_of_entry = step * rows_in_all + row;
+  int64_t row_of_entry = (step * a.heads + item.head) * a.rows + item.row;
   int64_t bytes = (entry * storage.stride + row_of_entry * a.columns) * size_of(storage.type);
-  uint64_t row_number = static_cast<uint64_t>(entry) * static_cast<uint64_t>(rows_in_all) + static_cast<uint64_t>(row);
   return {static_cast<char*>(storage.data) + bytes,
-          storage.scales ? storage.scales + entry * storage.scale_stride + row_of_entry : nullptr,
-          row_number * static_cast<uint64_t>(a.columns)};
+          storage.scales ? storage.scales + entry * storage.scale_stride + row_of_entry : nullptr};
+}
+
+// The first of the elements of an item's rows, of all that a storage has.
+inline uint64_t first_element(const StepArguments& a, const Item& item, int64_t entry) {
+  int64_t row = item.head * a.rows + item.row;
+  uint64_t rows_before = static_cast<uint64_t>(entry) * static_cast<uint64_t>(a.heads * a.rows);
+  return (rows_before + static_cast<uint64_t>(row)) * static_cast<uint64_t>(a.columns);
 }
 
 // Calls `function` with an element of the type.
@@ -89,10 +96,9 @@ inline void prefetch(const Element* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
 }
 
-inline void load_tile(const StepArguments& a, const Item& item, const Tile& tile, const StateStorage& storage,
-                      int64_t entry) {
-  StoredRows from = stored_rows(a, item, storage, entry, 0);
-  with_element(storage.type, [&](auto element) {
+inline void load_tile(const StepArguments& a, const Item& item, const Tile& tile, ElementType type,
+                      const StoredRows& from) {
+  with_element(type, [&](auto element) {
     using Element = decltype(element);
     const Element* values = static_cast<const Element*>(from.values);
     for (int64_t r = 0; r < item.rows; ++r, values += a.columns) {
@@ -105,15 +111,13 @@ inline void load_tile(const StepArguments& a, const Item& item, const Tile& tile
   });
 }
 
-// Stores the state after a token, whose number in the sequence random words go by as well.
-inline void store_tile(const StepArguments& a, const Item& item, const Tile& tile, const StateStorage& storage,
-                       int64_t entry, int64_t step, int64_t token, StorageKind kind) {
-  StoredRows to = stored_rows(a, item, storage, entry, step);
-  RandomWords random(tile.words, a.random, {static_cast<uint32_t>(token), kind});
-  with_element(storage.type, [&](auto element) {
+// Stores a tile. `number` is that of its first element, which random words go by.
+inline void store_tile(const StepArguments& a, const Item& item, const Tile& tile, ElementType type,
+                       const StoredRows& to, uint64_t number, RandomPlace place) {
+  RandomWords random(tile.words, a.random, place);
+  with_element(type, [&](auto element) {
     using Element = decltype(element);
     Element* values = static_cast<Element*>(to.values);
-    uint64_t number = to.number;
     for (int64_t r = 0; r < item.rows; ++r, values += a.columns, number += static_cast<uint64_t>(a.columns)) {
       const uint32_t* words = a.random.is_used ? random.of(number, a.columns) : nullptr;
       if constexpr (kIsQuantised<Element>)
@@ -122,6 +126,28 @@ inline void store_tile(const StepArguments& a, const Item& item, const Tile& til
         write_float(values, tile.row(r), a.columns, words);
     }
   });
+}
+
+// Copies between a tile whose rows are held as they are stored, and where they are stored.
+template <class State>
+inline void copy_to_tile(const StepArguments& a, const Item& item, const StoredRows& from, const Tile& tile) {
+  State* to = reinterpret_cast<State*>(tile.rows);
+  const State* values = static_cast<const State*>(from.values);
+  for (int64_t r = 0; r < item.rows; ++r)
+    memcpy(to + r * tile.stride, values + r * a.columns, static_cast<size_t>(a.columns) * sizeof(State));
+}
+template <class State>
+inline void copy_from_tile(const StepArguments& a, const Item& item, const Tile& tile, const StoredRows& to) {
+  const State* from = reinterpret_cast<const State*>(tile.rows);
+  State* values = static_cast<State*>(to.values);
+  for (int64_t r = 0; r < item.rows; ++r)
+    memcpy(values + r * a.columns, from + r * tile.stride, static_cast<size_t>(a.columns) * sizeof(State));
+}
+
+inline void copy_rows(const StepArguments& a, const Item& item, ElementType type, const StoredRows& from,
+                      const StoredRows& to) {
+  memcpy(to.values, from.values, static_cast<size_t>(item.rows * a.columns * size_of(type)));
+  if (is_quantised(type)) memcpy(to.scales, from.scales, static_cast<size_t>(item.rows) * sizeof(float));
 }
 
 }  // namespace

@@ -104,6 +104,18 @@ def test_the_stride_is_spelt_only_where_there_is_one():
 
 
 @pytest.mark.parametrize(
+    ("tokens", "state", "differs"), [(2, "bfloat16", True), (None, "bfloat16", False), (2, "float32", False)]
+)
+def test_rounding_each_token_is_spelt_only_where_it_makes_a_difference(tokens, state, differs):
+    case = Case("export, each", headdim=8, dstate=16, tokens=tokens, dtypes={"state": state})
+    (plain,) = ssu_bridge.prepare(exported_step(case, backend="cpu"))
+    (each,) = ssu_bridge.prepare(exported_step(dataclasses.replace(case, round_each_token=True), backend="cpu"))
+    assert (plain != each) is differs
+    assert not parse(plain).options.config.round_each_token
+    assert parse(each).options.config.round_each_token is differs
+
+
+@pytest.mark.parametrize(
     ("platform", "backend"), [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
 )
 def test_a_fresh_process_runs_an_exported_vmap(tmp_path, platform, backend):

@@ -248,6 +248,7 @@ def test_mapped_with_all_that_a_call_can_have():
         case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
         case("trees", tokens=4, steps=4, parents=(TREE,) * 3),
         case("fresh", tokens=4, steps=2, intermediate_stride=2, has_initial_state=(False, True, False)),
+        case("rounded each", **drafts, **quantised, round_each_token=True),
         case("a state that is only read", **drafts, disable_state_update=True),
         own("own slots", **drafts),
     ]

@@ -190,6 +190,7 @@ OF_SEVERAL_TOKENS = {
     ),
     "fresh": Case("fresh", tokens=2, headdim=8, dstate=16, has_initial_state=(True, False, False)),
     "strides": Case("strides", tokens=4, steps=2, headdim=8, dstate=16, intermediate_stride=2),
+    "rounded each": Case("each", tokens=4, headdim=8, dstate=16, round_each_token=True, dtypes={"state": "bfloat16"}),
     "quantised": Case(
         "quantised", tokens=2, steps=2, headdim=8, dstate=16, parents=((-1, 0),) * 3, dtypes={"state": "int8"}
     ),

@@ -99,6 +99,7 @@ def many_tokens(
     STORE_STATE: tl.constexpr,
     INTERMEDIATE_STRIDE: tl.constexpr,
     ROUNDS: tl.constexpr,
+    ROUND_EACH: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -108,8 +109,8 @@ def many_tokens(
     A ``stride`` leads from one sequence, slot or entry to the next, a ``token_stride`` from one token to the next;
     packed arrays have only this one, and arrays of single tokens only that one. ``tokens`` is the number of tokens of a
     sequence, or of all packed ones together; None for single ones. STORED is the dtype of the state, STORE_STATE
-    whether any state is stored in it, ROUNDS those of the random generator. The grid and OVERLAP are those of the
-    single-token kernel.
+    whether any state is stored in it, ROUNDS those of the random generator, ROUND_EACH whether the state is
+    rounded to what it is stored in after each token. The grid and OVERLAP are those of the single-token kernel.
     """
     if OVERLAP:
         gdc_wait()
@@ -167,6 +168,11 @@ def many_tokens(
     x, B, C = x + channels, B + group, C + group
     dt = dt + (head if TIED_DT else channels)
     dt_mask = None if TIED_DT else row_mask
+    # Of ROUND_EACH: where a token's state goes decides by which random words it is rounded.
+    route = (
+        dst_state_batch_indices, dst_state_batch_indices_stride, dst_state_batch_indices_token_stride, target_columns,
+        sequence, source, length, slots,
+    )  # fmt: skip
     if parent_tokens is not None:
         start = current
         parents = at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
@@ -196,6 +202,14 @@ def many_tokens(
                         old_B = tl.load(B + earlier * B_token_stride, mask=column_mask, other=0).to(tl.float32)
                         old_A = As if TIED_A else load(A + tile, tile_mask)
                         current = _advanced(current, old_A, time_step(old_d, bias, SOFTPLUS), old_x, old_B)
+                        if ROUND_EACH:
+                            goes_to = _slot_after(earlier, route, PAD, STORE_STATE)
+                            scales = state_scale if state_scale is None else row_scale(current, STORED)
+                            numbers = as_stored(
+                                current, scales, channels, rand_seed if rand_seed is None else tl.load(rand_seed),
+                                _named(goes_to, source) * (H * P * N), earlier, 0, N, BLOCK_N, STORED, ROUNDS,
+                            )  # fmt: skip
+                            current = _worth(numbers, scales, STORED)
         d = time_step(d, bias, SOFTPLUS)
         if not TIED_A:
             As = load(A + tile, tile_mask)
@@ -203,7 +217,18 @@ def many_tokens(
 
         # The seed is loaded anew for each token. If it were not, what every token's random numbers begin with would be
         # computed once, before the loop, and take more registers than there are.
-        if dst_state_batch_indices_token_stride is not None:
+        if ROUND_EACH:
+            # Once, and what it is rounded to goes wherever it is stored.
+            goes_to = _slot_after(token, route, PAD, STORE_STATE)
+            scales = state_scale if state_scale is None else row_scale(current, STORED)
+            numbers = as_stored(
+                current, scales, channels, rand_seed if rand_seed is None else tl.load(rand_seed),
+                _named(goes_to, source) * (H * P * N), token, 0, N, BLOCK_N, STORED, ROUNDS,
+            )  # fmt: skip
+            if STORE_STATE:
+                scale = state_scale if state_scale is None else state_scale + goes_to * state_scale_stride
+                _put(numbers, scales, state + goes_to * state_stride, scale, goes_to >= 0, place)
+        elif dst_state_batch_indices_token_stride is not None:
             targets = dst_state_batch_indices + token * dst_state_batch_indices_token_stride
             target = slot_of(targets, dst_state_batch_indices_stride, sequence, slots, PAD, token < target_columns)
             scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
@@ -219,18 +244,24 @@ def many_tokens(
             scale = intermediate_state_scales
             if scale is not None:
                 scale = scale + entry * intermediate_state_scales_stride + step * (H * P)
-            _store(
-                current, target_states, scale, live & (entry >= 0) & stored & (step < steps), place,
-                rand_seed if rand_seed is None else tl.load(rand_seed),
-                entry * (H * P * N), token, 1, N, STORED, ROUNDS,
-            )  # fmt: skip
+            wanted = live & (entry >= 0) & stored & (step < steps)
+            if ROUND_EACH:
+                _put(numbers, scales, target_states, scale, wanted, place)
+            else:
+                _store(
+                    current, target_states, scale, wanted, place,
+                    rand_seed if rand_seed is None else tl.load(rand_seed),
+                    entry * (H * P * N), token, 1, N, STORED, ROUNDS,
+                )  # fmt: skip
 
         y = tl.sum(current * Cs[None, :], axis=1)
         gate = z if z is None else load(z + token * z_token_stride + channels, row_mask)
         y = gated_output(y, xs, skip, gate)
         tl.store(out + token * out_token_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
+        if ROUND_EACH:
+            current = _worth(numbers, scales, STORED)
 
-    if STORE_STATE and dst_state_batch_indices_token_stride is None:
+    if STORE_STATE and not ROUND_EACH and dst_state_batch_indices_token_stride is None:
         target = source
         if dst_state_batch_indices is not None:
             target = slot_of(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
@@ -289,6 +320,45 @@ def at_first(pointer, stride, token_stride, sequence, first):
 
 
 @triton.jit
+def _slot_after(token, route, PAD: tl.constexpr, STORE_STATE: tl.constexpr):
+    """Return the slot that the state after a token goes to, -1 for none."""
+    table, stride, token_stride, columns, sequence, source, length, slots = route
+    if not STORE_STATE:
+        return tl.full((), -1, tl.int64)
+    if token_stride is not None:
+        slot = slot_of(table + token * token_stride, stride, sequence, slots, PAD, token < columns)
+    elif table is not None:
+        slot = tl.where(token == length - 1, slot_of(table, stride, sequence, slots, PAD), -1)
+    else:
+        slot = tl.where(token == length - 1, source, -1)
+    return tl.where(source >= 0, slot, -1)
+
+
+@triton.jit
+def _named(slot, source):
+    """Return the slot whose random words a state is rounded by: where it goes to, else what was read, 0 for a pad."""
+    return tl.where(slot >= 0, slot, tl.maximum(source, 0))
+
+
+@triton.jit
+def _worth(numbers, scales, STORED: tl.constexpr):
+    """Return the state that stored numbers stand for."""
+    state = widen(numbers, STORED)
+    if scales is not None:
+        state *= scales[:, None]
+    return state
+
+
+@triton.jit
+def _put(numbers, scales, values, scale, wanted, place):
+    """Store what a tile of a state was rounded to, if that is ``wanted``, where ``_store`` does."""
+    channels, row_mask, tile, tile_mask = place
+    tl.store(values + tile, numbers, mask=tile_mask & wanted)
+    if scale is not None:
+        tl.store(scale + channels, scales, mask=row_mask & wanted)
+
+
+@triton.jit
 def _store(
     current,
     values,
@@ -332,9 +402,28 @@ def rounded(
     ROUNDS: tl.constexpr,
 ):
     """Return a tile of a state as it is stored, and store its scales if there are any and that is ``wanted``."""
+    scales = scale if scale is None else row_scale(current, STORED)
     if scale is not None:
-        scales = row_scale(current, STORED)
         tl.store(scale + channels, scales, mask=row_mask & wanted)
+    return as_stored(current, scales, channels, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS)
+
+
+@triton.jit
+def as_stored(
+    current,
+    scales,
+    channels,
+    seed,
+    first,
+    token,
+    last,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STORED: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Return a tile of a state as it is stored, with these scales if it has any."""
+    if scales is not None:
         current = current * tl.div_rn(1.0, scales)[:, None]
     if seed is None:
         return round_to_nearest(current, STORED)
