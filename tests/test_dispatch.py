@@ -123,7 +123,7 @@ def test_jax_arrays_without_jax_tvm_ffi(monkeypatch):
     arrays = to_mode(Case("no ffi", headdim=4).arrays(seed=2), "jax")
     find_spec = dispatch.module("cpu").missing_jax_ffi.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "jax_tvm_ffi" else find_spec(n))
-    with pytest.raises(ssu_bridge.BackendNotAvailableError, match=r'pip install "ssu-bridge\[jax\]"'):
+    with pytest.raises(ssu_bridge.BackendNotAvailableError, match="pip install jax-tvm-ffi"):
         ssu_bridge.update(**arrays, backend="cpu")
     explanation = ssu_bridge.explain(**arrays)
     assert explanation.backend == "xla"

@@ -52,7 +52,8 @@ def widened(numbers: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 def grid_step(values: np.ndarray, scales: np.ndarray | None, dtype: str) -> np.ndarray:
     """Return how far the neighbours of states (..., N) that can be stored are from them at most."""
     relative, absolute = (0.0, 1.0) if np.dtype(dtype).kind == "i" else _spacing(dtype)
-    return np.abs(values) * relative + absolute * (1.0 if scales is None else scales[..., None])
+    step: np.ndarray = np.abs(values) * relative + absolute * (1.0 if scales is None else scales[..., None])
+    return step
 
 
 def _spacing(dtype: str) -> tuple[float, float]:

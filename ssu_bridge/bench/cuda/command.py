@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+from pathlib import Path
 
 from ssu_bridge.bench.figures import Figures
 
@@ -13,15 +14,25 @@ def main(argv: list[str] | None = None) -> Figures | None:
     """Run the benchmark, or a part of it; with ``--tune`` measure the tiles and write their table.
 
     Returns:
-        The times of a step over the batch, if these were measured.
+        The times of a step over the batch or of a call over its tokens, if these were measured.
     """
     parser = argparse.ArgumentParser(prog="python -m ssu_bridge bench --device cuda")
     parser.add_argument("--tune", action="store_true", help="measure the tiles, print and write their table")
-    parser.add_argument("--tokens", action="store_true", help="measure calls of several tokens, and quantised states")
+    parser.add_argument(
+        "--tokens", action="store_true", help="measure calls of several tokens, quantised states, and prompts"
+    )
+    parser.add_argument(
+        "--ssd",
+        type=Path,
+        metavar="FOLDER",
+        help="with --tokens: measure mamba_ssm's SSD on the prompts, too, from a folder with its ssd_combined.py",
+    )
     parser.add_argument("--devices", type=_positive, help="measure steps that are sharded over so many GPUs, bfloat16")
     parser.add_argument("--batches", type=_positive, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
+    if arguments.ssd and not arguments.tokens:
+        parser.error("--ssd: expected with --tokens")
     for package in ("torch", "jax", "triton"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the GPU benchmark needs {package}, which is not installed: pip install {package}")

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 
 from ssu_bridge import update
-from ssu_bridge.bench.cuda import devices, flashinfer_calls, jax_loops, tokens, tune
+from ssu_bridge.bench.cuda import devices, flashinfer_calls, jax_loops, prompts, tokens, tune
 from ssu_bridge.bench.cuda.steps import COPIES, Steps
 from ssu_bridge.bench.cuda.timing import graph_times, host_times
 from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.timing import Timing, microseconds
-from ssu_bridge.config import ALGORITHMS
+from ssu_bridge.config import FLASHINFER_ALGORITHMS
 from ssu_bridge.progress import progress, say
 
 
@@ -25,7 +25,7 @@ def main(arguments: argparse.Namespace) -> Figures | None:
     """Run the benchmark, or a part of it, by the arguments that ``command`` has parsed.
 
     Returns:
-        The times of a step over the batch, if these were measured.
+        The times of a step over the batch or of a call over its tokens, if these were measured.
     """
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}; {_versions('triton', 'jax', 'flashinfer-python')}"
@@ -34,8 +34,10 @@ def main(arguments: argparse.Namespace) -> Figures | None:
         tune.main(arguments.batches, arguments.dtypes)
         return None
     if arguments.tokens:
-        tokens.main()
-        return None
+        over_tokens = tokens.main()
+        print()
+        prompts.main(arguments.ssd)
+        return over_tokens
     if arguments.devices is not None:
         devices.main(arguments.devices, arguments.batches)
         return None
@@ -67,7 +69,7 @@ class _Row(NamedTuple):
 
 def _print_steps(batches: list[int], dtypes: list[str]) -> Figures:
     """Print GPU times of one step, and of the copies that bound it."""
-    algorithms = ALGORITHMS[1:] if importlib.util.find_spec("flashinfer") else ()
+    algorithms = FLASHINFER_ALGORITHMS if importlib.util.find_spec("flashinfer") else ()
     _compile_flashinfer(dtypes, algorithms)
     print("one step, us, H 64, P 64, N 128, G 8, CUDA graph, states cold in cache: median (quartiles)")
     print(f"{'':<18}{'triton':<26}{'FlashInfer, its best':<38}{'ratio':>6}  a copy of as many bytes")

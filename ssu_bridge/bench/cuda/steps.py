@@ -30,30 +30,42 @@ LAYER = Sizes(64, 64, 128, 8)
 class Steps:
     """The arguments of several calls on one cache. Together their states are many times what the GPU's cache holds.
 
-    A call is of one token for each sequence, or of several ``tokens``; a state of integers is a quantised one.
+    A call is of one token for each sequence, or of several ``tokens``; a state of integers is a quantised one. With
+    ``slots_each`` it is packed, and each token of a sequence has a slot of its own to go to.
     """
 
-    def __init__(self, sequences: int, dtype: torch.dtype, cold: int = 10, tokens: int | None = None):
-        H, P, N, G = LAYER
+    def __init__(
+        self,
+        sequences: int,
+        dtype: torch.dtype,
+        cold: int = 10,
+        tokens: int | None = None,
+        slots_each: int = 1,
+        sizes: Sizes = LAYER,
+    ):
+        H, P, N, G = sizes
         device = torch.cuda.get_device_properties()
         state_bytes = sequences * H * P * N * dtype.itemsize
         self.count = max(2, -(-cold * device.L2_cache_size // state_bytes))
         self.state_bytes = state_bytes
         generator = torch.Generator("cuda").manual_seed(0)
         other = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        rows = (sequences,) if tokens is None else (sequences, tokens)
+        rows: tuple[int, ...] = (sequences,) if tokens is None else (sequences, tokens)
+        if slots_each > 1:
+            rows = (sequences * slots_each,)
 
         def normal(*shape: int, dtype: torch.dtype = other) -> torch.Tensor:
             return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
-        slots = self.count * sequences
+        slots = self.count * sequences * slots_each
         self.state: Any
         if dtype.is_floating_point:
             self.state = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").normal_(generator=generator)
         else:
             values = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").random_(-127, 128, generator=generator)
             self.state = QuantizedState(values, torch.rand(slots, H, P, device="cuda", generator=generator))
-        order = torch.randperm(slots, device="cuda", generator=generator).int().view(self.count, sequences)
+        order = torch.randperm(slots, device="cuda", generator=generator).int().view(self.count, sequences, slots_each)
+        starts = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * slots_each
         model = {"A": -torch.exp(normal(H, dtype=torch.float32)), "D": normal(H), "dt_bias": normal(H)}
         self.calls: list[dict[str, Any]] = [
             {
@@ -62,7 +74,8 @@ class Steps:
                 "B": normal(*rows, G, N),
                 "C": normal(*rows, G, N),
                 **model,
-                "state_batch_indices": order[i].clone(),
+                "state_batch_indices": order[i, :, 0].clone(),
+                **({"dst_state_batch_indices": order[i].clone(), "cu_seqlens": starts} if slots_each > 1 else {}),
                 "out": torch.empty(*rows, H, P, dtype=other, device="cuda"),
             }
             for i in range(self.count)
@@ -73,12 +86,14 @@ class Steps:
         read: int = sum(array.nbytes for array in self.calls[0].values())
         return 2 * self.state_bytes + read
 
-    def updates(self, tile: tuple[int, int] | None = None, backend: str = "triton") -> Sequence[Call]:
+    def updates(
+        self, tile: tuple[int, int] | None = None, backend: str = "triton", algorithm: str = "auto"
+    ) -> Sequence[Call]:
         """Return the calls of a backend."""
 
         def call(arguments: dict[str, Any]) -> None:
             with using(triton_tile=tile):
-                update(self.state, **arguments, dt_softplus=True, backend=backend)
+                update(self.state, **arguments, dt_softplus=True, backend=backend, algorithm=algorithm)
 
         return [functools.partial(call, arguments) for arguments in self.calls]
 

@@ -1,49 +1,95 @@
-"""GPU times of calls of several tokens and of states in fewer bits, on both backends for GPUs in turn."""
+"""GPU times of calls of several tokens, of states in fewer bits, and of verification with a slot for each token."""
 
 import importlib.util
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
-from ssu_bridge.bench.cuda.steps import Steps
+from ssu_bridge.bench.cuda.steps import Call, Steps
 from ssu_bridge.bench.cuda.timing import graph_times
+from ssu_bridge.bench.figures import Figures, Point
 from ssu_bridge.bench.timing import Timing, microseconds
 from ssu_bridge.progress import progress, say
 
 _BATCHES = (16, 64, 256)
-_TOKENS = (1, 4, 8)
-_DTYPES = (torch.bfloat16, torch.float32, torch.int8, torch.int16)
-# Measured on FlashInfer as well; it compiles a module with nvcc for each.
-_FLASHINFER = tuple(itertools.product((torch.bfloat16, torch.float32), (4, 8)))
+_TOKENS = (1, 2, 4, 8, 16)
+_FLOATS = (torch.bfloat16, torch.float32)
+_QUANTISED = (torch.int8, torch.int16)
+# Of which the forms differ, and which FlashInfer runs too.
+_CURVES = ("triton", "triton, loop", "flashinfer")
 
 
-def main() -> None:
-    """Print a row for each dtype of the state, number of tokens and batch."""
-    both = importlib.util.find_spec("flashinfer") is not None
-    if both:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(_compile, _FLASHINFER))
+class _Row(NamedTuple):
+    """One line of the table."""
+
+    dtype: torch.dtype
+    batch: int
+    tokens: int
+    slots_each: int
+
+    def __str__(self) -> str:
+        kind = "packed, a slot each" if self.slots_each > 1 else "tokens"
+        return f"{self.batch}, {self.tokens} {kind}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def main() -> Figures:
+    """Print a row for each dtype of the state, batch and number of tokens.
+
+    Returns:
+        The times of the largest batch over the number of tokens.
+    """
+    rows = list(_rows())
+    with_flashinfer = importlib.util.find_spec("flashinfer") is not None
+    if with_flashinfer:
+        with ThreadPoolExecutor() as pool:  # it compiles a module with nvcc for each
+            list(pool.map(_compile, [row for row in rows if row.batch == _BATCHES[0] and row.dtype in _FLOATS]))
         torch.cuda.synchronize()
     print("one call, us, H 64, P 64, N 128, G 8, x bfloat16, CUDA graph, states cold in cache: median (quartiles)")
-    print(f"{'':<28}{'triton':<28}{'flashinfer':<28}flashinfer / triton")
-    for dtype, tokens, batch in progress(list(itertools.product(_DTYPES, _TOKENS, _BATCHES))):
-        backends = ["triton", "flashinfer"] if both and (dtype, tokens) in _FLASHINFER else ["triton"]
-        times = _times(batch, dtype, tokens, backends)
-        name = f"{batch}, {tokens} token{'s' * (tokens > 1)}, {str(dtype).removeprefix('torch.')}"
-        line = f"{name:<28}" + "".join(f"{microseconds(times[backend]):<28}" for backend in backends)
-        ratio = f"{times['flashinfer'].median / times['triton'].median:.3f}" if len(backends) > 1 else ""
-        say(line + ratio)
+    columns = "".join(f"{curve:<26}" for curve in _CURVES)
+    print(f"{'':<36}{columns}{'of one token':>13}{'flashinfer / triton':>21}")
+    points: list[Point] = []
+    one: dict[tuple[torch.dtype, int], float] = {}
+    for row in progress(rows, label=str):
+        times = _times(row, with_flashinfer)
+        ours = times["triton"].median
+        if row.tokens == 1:
+            one[row.dtype, row.batch] = ours
+        cells = "".join(f"{microseconds(times[curve]) if curve in times else '':<26}" for curve in _CURVES)
+        ratio = f"{times['flashinfer'].median / ours:.3f}" if "flashinfer" in times else ""
+        say(f"{row!s:<36}{cells}{ours / one[row.dtype, row.batch]:>13.3f}{ratio:>21}")
+        if row.batch == _BATCHES[-1] and row.slots_each == 1 and row.dtype in _FLOATS:
+            panel = f"{str(row.dtype).removeprefix('torch.')} state"
+            points += [Point.of(panel, curve, row.tokens, time) for curve, time in times.items()]
+    title = f"One call of several tokens on {torch.cuda.get_device_name()}, batch {_BATCHES[-1]}"
+    return Figures(title, "tokens", tuple(points))
 
 
-def _compile(point: tuple[torch.dtype, int]) -> None:
-    dtype, tokens = point
-    Steps(1, dtype, cold=0, tokens=tokens).updates(backend="flashinfer")[0]()
+def _rows() -> Iterator[_Row]:
+    for dtype, batch, tokens in itertools.product((*_FLOATS, *_QUANTISED), _BATCHES, _TOKENS):
+        yield _Row(dtype, batch, tokens, 1)
+    for dtype, batch, tokens in itertools.product(_FLOATS, _BATCHES, (4, 8)):
+        yield _Row(dtype, batch, tokens, tokens)
 
 
-def _times(batch: int, dtype: torch.dtype, tokens: int, backends: list[str]) -> dict[str, Timing]:
-    steps = Steps(batch, dtype, tokens=tokens)
-    times = graph_times({backend: steps.updates(backend=backend) for backend in backends})
-    del steps
+def _compile(row: _Row) -> None:
+    _steps(row, cold=0).updates(backend="flashinfer")[0]()
+
+
+def _times(row: _Row, with_flashinfer: bool) -> dict[str, Timing]:
+    steps = _steps(row)
+    calls: dict[str, list[Call]] = {"triton": [*steps.updates()]}
+    if row.tokens > 1:
+        calls["triton, loop"] = [*steps.updates(algorithm="loop")]
+    if with_flashinfer and row.dtype in _FLOATS:
+        calls["flashinfer"] = [*steps.updates(backend="flashinfer")]
+    times = graph_times(calls)
+    del steps, calls
     torch.cuda.empty_cache()
     return times
+
+
+def _steps(row: _Row, cold: int = 10) -> Steps:
+    return Steps(row.batch, row.dtype, cold, None if row.tokens == 1 else row.tokens, slots_each=row.slots_each)
