@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from mamba2_jax import checkpoint
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generate import KJV, stream
+from mamba2_jax.sampling import Sampling
+from mamba2_jax.text import tokenizer_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def run(*arguments, device="cpu", fails=False):
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+def run(*arguments, device="cpu", fails=False, **variables):
+    environment = {**os.environ, **variables, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if device == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, arguments)]
@@ -95,3 +99,16 @@ def test_the_package_mamba2_jax_with_its_step_replaced():
     shown = run("other_libraries/mamba2_jax_package.py", *small)
     assert re.search(r"largest difference of the logits: \d\.\de-0[6-9] of the largest", shown)
     assert re.search(r"a token: [\d.]+ ms as the package has it, [\d.]+ ms with update", shown)
+
+
+@pytest.mark.nightly  # each process compiles the whole model
+def test_a_model_over_two_processes():
+    prompt, count = "In the beginning", 24
+    config, weights = checkpoint.load(KJV)
+    tokenizer = tokenizer_of(KJV, config)
+    tokens = stream(config, weights, tokenizer.encode(prompt), count, sampling=Sampling(temperature=0))
+    read = tokenizer.reader()
+    expected = prompt + "".join(map(read, tokens))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "SSU_BRIDGE_NUM_THREADS": "1"}
+    shown = run("-m", "mamba2_jax.distributed", "--hosts", "2", "--tokens", str(count), **flags)
+    assert shown.endswith(f"4 devices of 2 hosts\n{expected}\n")  # after what gloo says

@@ -1,0 +1,94 @@
+"""Decode on several hosts, their devices in one mesh: each has its part of the heads and of the weights.
+
+python -m mamba2_jax.distributed --hosts 2                                   # two processes on this machine
+python -m mamba2_jax.distributed --hosts 2 --host 0 --coordinator HOST:PORT  # on the first of two hosts
+
+Every host runs this program and gets the whole text.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mamba2_jax import checkpoint, model
+from mamba2_jax.generate import KJV, decode, prefill
+from mamba2_jax.sampling import Sampling
+from mamba2_jax.text import tokenizer_of
+
+# The axis of each array that goes with the heads. XLA moves what a layer computes from one to the next.
+_BY_HEADS = {"in_proj": 0, "in_proj_bias": 0, "A_log": 0, "D": 0, "dt_bias": 0, "out_proj": 1, "ssm": 1}
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Return weights or states with their heads spread over the mesh; every host passes the same arrays."""
+
+    def put(path: Any, array: Any) -> jax.Array:
+        axis = _BY_HEADS.get(getattr(path[-1], "name", ""))
+        if axis is None or array.shape[axis] % mesh.size:  # what does not divide is on every device
+            spec = PartitionSpec()
+        else:
+            spec = PartitionSpec(*[None] * axis, "heads")
+        placed: jax.Array = jax.device_put(np.asarray(array), NamedSharding(mesh, spec))
+        return placed
+
+    return jax.tree.map_with_path(put, tree)
+
+
+def decoded(folder: Path, prompt: str, count: int) -> str:
+    """Decode so many greedy tokens; each host gets all."""
+    config, weights = checkpoint.load(folder)
+    tokenizer = tokenizer_of(folder, config)
+    mesh = jax.make_mesh((len(jax.devices()),), ("heads",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    states = place(model.zero_states(config, 1, weights.embedding.dtype.name, "float32"), mesh)
+    weights = place(weights, mesh)
+    keys = jax.jit(lambda: jax.random.key(0)[None], out_shardings=everywhere)()
+    slots = np.zeros(1, np.int32)
+    progress = prefill(config, weights, states, np.array([tokenizer.encode(prompt)], np.int32), slots)
+    greedy = Sampling(temperature=0)
+    tokens, _ = decode(config, weights, progress, slots, keys, count=count, sampling=greedy)
+    read = tokenizer.reader()
+    tokens = jax.jit(jnp.copy, out_shardings=everywhere)(tokens)
+    return "".join(map(read, np.asarray(tokens.addressable_data(0))[0].tolist()))
+
+
+def on_this_machine(arguments: list[str], hosts: int) -> int:
+    """Run the program once for each host, on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "mamba2_jax.distributed", *arguments, "--coordinator", coordinator, "--host"]
+    processes = [subprocess.Popen([*command, str(host)]) for host in range(hosts)]
+    return max([process.wait() for process in processes])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start a process for each host, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=2, help="how many there are")
+    parser.add_argument("--host", type=int, help="which one this is, from 0")
+    parser.add_argument("--coordinator", help="HOST:PORT of the first one")
+    parser.add_argument("--checkpoint", type=Path, default=KJV, help="a folder in the Hugging Face layout")
+    parser.add_argument("--prompt", default="In the beginning")
+    parser.add_argument("--tokens", type=int, default=64, help="how many to generate")
+    arguments = parser.parse_args(argv)
+    if arguments.host is None:
+        return on_this_machine(sys.argv[1:] if argv is None else argv, arguments.hosts)
+    jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
+    text = decoded(arguments.checkpoint, arguments.prompt, arguments.tokens)
+    if arguments.host == 0:
+        print(f"{len(jax.devices())} devices of {arguments.hosts} hosts")
+        print(arguments.prompt + text, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
