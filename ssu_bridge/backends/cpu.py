@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi, no_settings
+from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.rows import row
 from ssu_bridge.core.arguments import REQUIRED
 from ssu_bridge.core.problem import Problem
@@ -11,7 +11,6 @@ from ssu_bridge.native import library
 PLATFORM = "cpu"
 CONFIG_FIELDS = ("philox_rounds", "round_each_token")
 missing = missing_jax_ffi
-settings = no_settings
 
 
 def refusal(problem: Problem) -> str | None:
@@ -19,6 +18,12 @@ def refusal(problem: Problem) -> str | None:
     if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
     return lacks_form(problem, "loop")
+
+
+def settings(problem: Problem) -> str:
+    """Return in which form several tokens are computed."""
+    is_one = problem.form == "single" or problem.tokens in (0, 1)
+    return "" if is_one else "loop over the tokens, the only form that it has"
 
 
 def load(problem: Problem) -> DeviceKernel:

@@ -27,6 +27,7 @@ from ssu_bridge.progress import compiling
 
 PLATFORM = "cuda"
 CONFIG_FIELDS = ("philox_rounds", "round_each_token", "triton_tile", "algorithm")
+settings = forms.settings
 
 # A tile is addressed in 32 bits inside a head.
 _MOST_ELEMENTS_OF_A_HEAD = 2**31
@@ -46,11 +47,6 @@ def refusal(problem: Problem) -> str | None:
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
     return forms.refusal(problem)
-
-
-def settings(problem: Problem) -> str:
-    """Return the form that is selected and the tile of a program, in words."""
-    return str(forms.tile(problem))
 
 
 def load(problem: Problem) -> DeviceKernel:

@@ -26,14 +26,24 @@ def refusal(problem: Problem) -> str | None:
 
 def tile(problem: Problem) -> Tile:
     """Return the tile of a program, in the form that is selected or was measured to be faster."""
-    return _matrix_tile(problem) if _uses_matrix(problem) else tiles.tile(problem)
+    is_loop = _is_one_token(problem) or _loop_reason(problem)
+    return tiles.tile(problem) if is_loop else _matrix_tile(problem)
 
 
-def _uses_matrix(problem: Problem) -> bool:
+def settings(problem: Problem) -> str:
+    """Return the form of several tokens, with the reason for a loop, and the tile of a program, in words."""
+    reason = None if _is_one_token(problem) else _loop_reason(problem)
+    return f"loop over the tokens, {reason}; {tile(problem)}" if reason else str(tile(problem))
+
+
+def _loop_reason(problem: Problem) -> str | None:
+    """Return why several tokens are computed one after the other; None where they are not."""
     selected = problem.options.config.algorithm
-    if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
-        return False
-    return selected == "matrix" or _is_faster_as_matrix(problem)
+    if selected == "loop":
+        return "as requested"
+    if lacking := _matrix_refusal(problem):
+        return f"not in the matrix form: {lacking}"
+    return None if selected == "matrix" else _slower_as_matrix(problem)
 
 
 def _matrix_refusal(problem: Problem) -> str | None:
@@ -58,15 +68,17 @@ def _is_one_token(problem: Problem) -> bool:
     return problem.form == "single" or (problem.form == "multi" and problem.tokens in (0, 1))
 
 
-def _is_faster_as_matrix(problem: Problem) -> bool:
-    """Whether it was measured to be; it was with inputs of 16 bits. The same for packed sequences of every length."""
+def _slower_as_matrix(problem: Problem) -> str | None:
+    """Return for what the loop is faster; None where it was measured not to be. Packed sequences have one form."""
     dtypes = dict(problem.dtypes)
-    sizes = {np.dtype(dtypes[name]).itemsize for name in ("x", "B", "C")}
-    if sizes != {2} or problem.dstate > _MOST_COLUMNS:
-        return False
-    least = measured("triton/forms", problem.capability)["least_tokens"]
-    few = isinstance(problem.tokens, int) and problem.tokens < least[f"bytes{np.dtype(dtypes['state']).itemsize}"]
-    return problem.form == "packed" or not few
+    if {np.dtype(dtypes[name]).itemsize for name in ("x", "B", "C")} != {2}:
+        return "which is faster unless x, B and C have 16 bits"
+    if problem.dstate > _MOST_COLUMNS:
+        return f"which is faster for a dstate above {_MOST_COLUMNS}"
+    least = measured("triton/forms", problem.capability)["least_tokens"][f"bytes{np.dtype(dtypes['state']).itemsize}"]
+    if problem.form == "multi" and isinstance(problem.tokens, int) and problem.tokens < least:
+        return f"which is faster for fewer than {least} tokens"
+    return None
 
 
 def _matrix_tile(problem: Problem) -> Tile:
