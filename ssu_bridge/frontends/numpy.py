@@ -54,12 +54,14 @@ class _Step(NamedTuple):
     Attributes:
         run: the kernel, from whether to look for arrays that share memory, and the addresses of the arrays in their
             order and of out; it returns False and does nothing where it finds some.
+        apart: the same, but it runs nothing.
         host: what runs it on the arrays instead, by name.
         state_alone: it returns out and the state as it was passed, and nothing else.
         problem: the description of the call.
     """
 
     run: Callable[..., bool]
+    apart: Callable[..., bool]
     host: Callable[[dict[str, Any], Any], None] | None
     state_alone: bool
     problem: Problem
@@ -87,11 +89,12 @@ def launcher(state_type: type, options: Options) -> Launch:
         if step is None:
             step = steps[signature] = _step(arrays, out, options)
         result = np.empty(arrays[1].shape, arrays[1].dtype) if out is None else out
-        if draws:  # when nothing can refuse the call any more
-            needs_fresh_output(step.problem, named(arrays, out))
-            _draw(arrays[SEED])
         holders = [a.__array_struct__ for a in (*arrays, result) if a is not None]
         addresses = [_ArrayStruct.from_address(_pointer(holder, None)).data for holder in holders]
+        if draws:  # when nothing can refuse the call any more
+            if not step.apart(True, *addresses):
+                needs_fresh_output(step.problem, named(arrays, out))
+            _draw(arrays[SEED])
         if not step.run(True, *addresses):
             if needs_fresh_output(step.problem, named(arrays, out)):
                 result[...] = launch(arrays, None)[0]
@@ -111,14 +114,18 @@ def _step(arrays: Arrays, out: np.ndarray | None, options: Options) -> _Step:
     given = named(arrays)
     state_alone = not ({"state_scale", "intermediate_states"} & given.keys())
     if isinstance(kernel, HostKernel):
-        return _Step(lambda *_: False, kernel.function, state_alone, problem)
+        return _Step(_unknown, _unknown, kernel.function, state_alone, problem)
     assert isinstance(kernel, DeviceKernel)
     given["out"] = np.empty(given["x"].shape, given["x"].dtype) if out is None else out
     in_place = [list(given).index(name) for name in problem.results[1:]]
     tensors = [*map(_view, given.values())]
     kernel.check(*tensors, *(tensors[place] for place in in_place))
-    run = library().at_addresses(kernel.function, tensors, in_place)
-    return _Step(run, None, state_alone, problem)
+    run, apart = (library().at_addresses(function, tensors, in_place) for function in (kernel.function, kernel.check))
+    return _Step(run, apart, None, state_alone, problem)
+
+
+def _unknown(*addresses: Any) -> bool:
+    return False
 
 
 def consider(arrays: Arrays, out: np.ndarray | None, options: Options) -> tuple[Choice, ...]:
