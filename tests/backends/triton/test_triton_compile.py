@@ -125,12 +125,12 @@ def test_it_compiles_for_every_gpu(name, capability):
     assert kernel.cubin.startswith(b"\x7fELF")
 
 
-def resources(cubin):
-    """Bytes of stack and of local memory: what does not fit the registers goes there."""
+def resources(cubin, names=("STACK", "LOCAL")):
+    """Bytes of stack and of local memory, where what does not fit the registers goes; or other resources."""
     path = Path(os.environ["TRITON_CACHE_DIR"]) / "resources.cubin"
     path.write_bytes(cubin)
     text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("STACK", "LOCAL")}
+    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in names}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -231,6 +231,30 @@ def test_tiles_of_the_table_are_allowed():
         tile = tiles.tile(problem)
         assert 1 <= tiles.least_rows(problem, tile.warps) <= tile.rows
         assert tile.columns >= problem.dstate
+
+
+# Bytes of shared memory that a program can have without asking for more, on each GPU that nothing was measured on.
+UNMEASURED = {(8, 0): 48, (8, 6): 48, (8, 9): 48, (10, 0): 48, (12, 0): 48}
+# What the table can be asked for: every row of it, by the number of sequences.
+KINDS = {
+    **{f"one token, {dtype}": layer(dtype) for dtype in ("bfloat16", "float32")},
+    **{f"tokens, {dtype}": layer(dtype, tokens=4) for dtype in ("int8", "bfloat16", "float32")},
+    **{f"tokens, stochastic {dtype}": layer(dtype, tokens=4, seed=1) for dtype in ("int8", "bfloat16")},
+    **{f"steps, stochastic {dtype}": layer(dtype, tokens=4, steps=4, seed=1) for dtype in ("int8", "bfloat16")},
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capability", UNMEASURED)
+def test_every_tile_of_the_table_fits_gpus_that_it_was_not_measured_on(kind, capability):
+    problem = problem_of(KINDS[kind], capability)
+    problems = (dataclasses.replace(problem, sequences=n) for n in (1, 8, 100, 10_000))
+    for one in {specialise(p, tiles.tile(p)) for p in problems}:
+        used = resources(compile_step(one).cubin, ("REG", "STACK", "LOCAL", "SHARED"))
+        assert used["STACK"] == used["LOCAL"] == 0
+        assert used["SHARED"] <= UNMEASURED[capability] << 10
+        assert used["REG"] * 32 * one.tile.warps <= 1 << 16
 
 
 def test_a_tile_can_be_asked_for_and_is_shown():
