@@ -82,7 +82,8 @@ def settings(problem: Problem) -> str:
     if problem.form == "packed":
         said.append(f"sequences of at most {_longest(problem)} tokens")
     if problem.stochastic_rounding:
-        said.append("rounds with its own random numbers, and to zero below 2**-14")
+        limit = "" if module.rounds_subnormals() else ", and to zero below 2**-14"
+        said.append(f"rounds with its own random numbers{limit}")
     return "; ".join(said)
 
 

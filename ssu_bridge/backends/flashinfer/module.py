@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from ssu_bridge.errors import BackendNotAvailableError
 from ssu_bridge.progress import compiling
 
-_OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.6.18"
+_OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.7.4"
+# The first version whose stochastic rounding in software is right for subnormal numbers, infinities and NaN.
+_ROUNDS_SUBNORMALS = (0, 7, 4)
 _INSTALL = "pip install 'flashinfer-python>=0.6.11'"
 _SOURCE = "mamba/selective_state_update.py"
 
@@ -61,7 +63,7 @@ def missing() -> str | None:
     if spec is None or not spec.submodule_search_locations:
         return f"FlashInfer is not installed: {_INSTALL}"
     version = _version()
-    if version and tuple(map(int, re.findall(r"\d+", version)[:3])) < _OLDEST:
+    if version and _numbers(version) < _OLDEST:
         return f"FlashInfer {version} is too old, known are {_KNOWN}: {_INSTALL}"
     if _signature(Path(spec.submodule_search_locations[0]) / _SOURCE) != (Module._fields, ARGUMENTS):
         return f"FlashInfer {version} calls its kernels in another way than those known, {_KNOWN}: {_INSTALL}"
@@ -71,6 +73,15 @@ def missing() -> str | None:
             'CUDA_HOME to where it is; backend="triton" needs none'
         )
     return None
+
+
+def rounds_subnormals() -> bool:
+    """Return whether the installed version rounds stochastically to subnormal numbers too."""
+    return _numbers(_version()) >= _ROUNDS_SUBNORMALS
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def _version() -> str:

@@ -175,3 +175,19 @@ def test_without_logging_it_is_said_on_stderr():
     configured = f"import logging; logging.basicConfig(level='WARNING'); {code}"
     done = subprocess.run([sys.executable, "-c", configured], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.6.18.post1", "rounds with its own random numbers, and to zero below 2**-14"),
+        ("0.7.2.post1", "rounds with its own random numbers, and to zero below 2**-14"),
+        ("0.7.4", "rounds with its own random numbers"),
+        ("0.10.0", "rounds with its own random numbers"),
+    ],
+)
+def test_explain_knows_how_a_version_rounds(installed, version, expected):
+    installed(version)
+    assert flashinfer.missing("torch") is None
+    described = problem_of(sized(headdim=64, dstate=128, dtypes={"state": "float16"}, seed=5))
+    assert flashinfer.settings(described).split("; ")[-1] == expected
