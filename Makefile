@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all check bench lint docs plots memcheck clean
+.PHONY: demo test test-all check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -54,6 +54,35 @@ lint: .venv/installed
 
 .venv/docs-installed: .venv/installed requirements-docs.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	touch $@
+
+# A wheel for other machines, into build/wheels; WHEEL_FLAGS=--system-compiler makes it for this machine's glibc.
+wheel: .venv/wheel-installed
+	rm -rf build/wheels
+	$(BIN)/python tools/build_wheel.py build/wheels $(WHEEL_FLAGS)
+
+# Installs it in fresh environments. Where pip's torch is a build with CUDA, FRAMEWORKS="numpy jax torch" installs gigabytes.
+PYTHONS ?= python3.11 python3.12 python3.13
+FRAMEWORKS ?= numpy jax
+test-wheel: wheel
+	$(BIN)/python tools/test_wheel.py build/wheels $(PYTHONS:%=--python %) $(FRAMEWORKS:%=--framework %)
+
+.venv/wheel-installed: .venv/installed requirements-wheel.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-wheel.txt
+	touch $@
+
+# The tests with the oldest versions that pyproject.toml allows, and with the newest; each in an environment of its own.
+test-oldest: build/oldest/installed
+	build/oldest/bin/python -m pytest -n $(JOBS) -m "not nightly" $(TESTS)
+
+test-newest: build/newest/installed
+	build/newest/bin/python -m pytest -n $(JOBS) -m "not nightly" $(TESTS)
+
+build/%/installed: pyproject.toml requirements-%.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/*/*.*)
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint requirements-$*.txt ".[jax,torch,cuda,test]"
+	build/$*/bin/python -m pip uninstall --quiet --yes ssu-bridge
+	build/$*/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 clean:

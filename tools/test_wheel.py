@@ -29,7 +29,9 @@ for case in CASES[:4]:
     assert report.passed, report
     assert report.backend == "cpu", report
 assert not others & set(sys.modules)
-print(f"  {framework}: {ssu_bridge.native.library().cpu_isa()}")
+isa = ssu_bridge.native.library().cpu_isa()
+assert (isa != "portable") == (" avx2 " in open("/proc/cpuinfo").read()), isa
+print(f"  {framework}: {isa}")
 """
 
 

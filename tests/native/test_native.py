@@ -1,5 +1,9 @@
 """The native library by itself: the CPU kernel against NumPy in float64, and what it must never touch."""
 
+import platform
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from native import BF16, F16, F32, ISAS, cpu_kernel, problem, run, same_bits, view
@@ -303,3 +307,11 @@ def test_no_sequences(rng):
     out, state = run(arguments)
     assert out.size == 0
     assert same_bits(state, arguments["state"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only there the kernel has several instruction sets")
+def test_the_instruction_sets_are_those_of_the_processor():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needed = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
+    expected = [name for name, features in needed.items() if features <= flags]
+    assert list(library().cpu_isas()) == [*expected, "portable"]
