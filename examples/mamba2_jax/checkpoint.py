@@ -1,15 +1,14 @@
 """Checkpoint folders in the Hugging Face layout: config.json and model.safetensors, whole or in shards."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config import Mamba2Config, read_json
 from mamba2_jax.model import Layer, Weights
 
 # The tensor of each weight, and its shape.
@@ -57,17 +56,16 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[Mamba2Config, Weig
         dtype: what the weights are converted to, apart from A_log, D and dt_bias, which become float32.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a key or tensor is missing, unknown, or has another shape than config.json asks for; the message
-            names it.
+        FileNotFoundError: a file is missing, or is one of PyTorch's own.
+        ValueError: a file is cut short, or a key or tensor is missing, unknown, or has another shape than config.json
+            asks for; the message names it.
     """
     folder = Path(folder)
     config = Mamba2Config.load(folder)
     expected = _by_key(template(config, dtype))
     tensors: dict[str, Any] = {}
     for path in _files(folder):
-        with safe_open(path, framework="flax") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors |= _read(path)
     _drop_tied_head(config, tensors)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{folder}: missing tensors: {', '.join(missing)}")
@@ -92,9 +90,28 @@ def save(folder: str | Path, config: Mamba2Config, weights: Weights, dtype: str)
 
 def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [folder / "model.safetensors"]
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index}: expected a weight_map of tensors to files, got {names!r}")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        others = sorted(file.name for file in path.parent.glob("*.bin"))
+        instead = (
+            f"got {', '.join(others)}; load that with transformers and save it again with save_pretrained"
+            if others
+            else "got none; download it"
+        )
+        raise FileNotFoundError(f"{path}: expected weights in the safetensors format, {instead}")
+    try:
+        with safe_open(path, framework="flax") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
 
 
 def _drop_tied_head(config: Mamba2Config, tensors: dict[str, jax.Array]) -> None:

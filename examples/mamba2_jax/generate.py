@@ -1,4 +1,4 @@
-"""Generate text: prefill by scanning the step over the prompt, then decode in one jitted, donated ``lax.scan`` a piece.
+"""Generate text: read the prompt in one pass, then decode in one jitted, donated ``lax.scan`` a piece.
 
 python -m mamba2_jax.generate --prompt "In the beginning" --tokens 400
 python -m mamba2_jax.generate --checkpoint FOLDER --temperature 0
@@ -6,21 +6,25 @@ python -m mamba2_jax.generate --checkpoint FOLDER --temperature 0
 
 import argparse
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ssu_bridge
-from mamba2_jax import checkpoint, model
+from mamba2_jax import checkpoint, convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.sampling import DEFAULT, Sampling, sample
 from mamba2_jax.text import tokenizer_of
 
 KJV = Path(__file__).parent / "kjv"
 PIECE = 16  # tokens between two looks at what has been generated
+# The fewest and the most rows of a pass over prompts.
+SHORTEST_PASS, LONGEST_PASS = 16, 2048
 
 
 class Progress(NamedTuple):
@@ -31,24 +35,55 @@ class Progress(NamedTuple):
     drawn: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames="states")
 def prefill(
     config: Mamba2Config,
     weights: model.Weights,
     states: tuple[model.State, ...],
-    prompts: jax.Array,
+    prompts: Sequence[Sequence[int]],
     slots: jax.Array,
     backend: str | None = None,
 ) -> Progress:
-    """Read prompts (batch, length) of one length, at least 1, token by token into the slots."""
+    """Read prompts, of at least one token each, into slots; whatever those hold.
 
-    def token(carry: tuple[tuple[model.State, ...], jax.Array], tokens: jax.Array) -> tuple[Any, None]:
-        logits, states = model.step(config, weights, carry[0], tokens, slots, backend)
-        return (states, logits), None
-
-    logits = jnp.zeros((prompts.shape[0], config.vocab_size), jnp.float32)
-    (states, logits), _ = jax.lax.scan(token, (states, logits), prompts.T)
+    All tokens of a pass are packed into a number of rows that is a power of two, so that prompts of another length
+    compile nothing new. Longer prompts take several passes. The states are donated.
+    """
+    logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    most = max(LONGEST_PASS // len(prompts), 1)
+    for start in range(0, max(map(len, prompts)), most):
+        pieces = [prompt[start : start + most] for prompt in prompts]
+        edges = np.cumsum([0, *map(len, pieces)]).astype(np.int32)
+        tokens = np.zeros(bucket(edges[-1]), np.int32)
+        tokens[: edges[-1]] = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+        first = jnp.full(len(prompts), start > 0)
+        logits, states = _read(config, weights, states, logits, tokens, edges, slots, first, backend)
     return Progress(states, logits, jnp.zeros((), jnp.int32))
+
+
+def bucket(tokens: int) -> int:
+    """Return in how many rows so many tokens are read."""
+    return max(SHORTEST_PASS, 1 << (int(tokens) - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "backend"), donate_argnames="states")
+def _read(
+    config: Mamba2Config,
+    weights: model.Weights,
+    states: tuple[model.State, ...],
+    logits: jax.Array,
+    tokens: jax.Array,
+    edges: jax.Array,
+    slots: jax.Array,
+    has_initial_state: jax.Array,
+    backend: str | None,
+) -> tuple[jax.Array, tuple[model.State, ...]]:
+    """Read packed tokens; return the logits after each sequence's last, or those before where it has none."""
+    rows = convolution.Rows(edges)
+    x, states, _ = model.forward(
+        config, weights, states, tokens, slots, rows=rows, has_initial_state=has_initial_state, backend=backend
+    )
+    last = model.logits(config, weights, x[jnp.maximum(edges[1:] - 1, 0)])
+    return jnp.where((rows.lengths > 0)[:, None], last, logits), states
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "sampling", "backend"), donate_argnames="progress")
@@ -90,19 +125,54 @@ def stream(
     seed: int = 0,
     state_dtype: str = "float32",
 ) -> Iterator[int]:
-    """Yield so many tokens that follow a prompt, as they are decoded.
+    """Yield so many tokens that follow a prompt, as they are decoded; no more after a token that ends the text.
 
     Raises:
-        ValueError: the prompt is empty, so that there is nothing to follow.
+        ValueError: the prompt is empty or has other tokens than the model, or an option is wrong; at once.
     """
-    if not prompt:
+    check_request(config, prompt, count, seed)
+    return _stream(config, weights, prompt, count, sampling, seed, state_dtype)
+
+
+def check_request(config: Mamba2Config, prompt: Sequence[int], count: int, seed: int, least: int = 0) -> None:
+    """Check what is to be generated.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it, what was expected and what came.
+    """
+    if len(prompt) == 0:
         raise ValueError("prompt: expected at least one token, got none")
+    for place, token in enumerate(prompt):
+        if not _is_int(token, 0, config.vocab_size - 1):
+            raise ValueError(f"prompt: expected tokens from 0 to {config.vocab_size - 1}, got {token!r} at {place}")
+    if not _is_int(count, least, 2**31 - 1):
+        raise ValueError(f"count: expected an int of {least} or more, got {count!r}")
+    if not _is_int(seed, 0, 2**32 - 1):
+        raise ValueError(f"seed: expected an int from 0 to 2**32 - 1, got {seed!r}")
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def _stream(
+    config: Mamba2Config,
+    weights: model.Weights,
+    prompt: list[int],
+    count: int,
+    sampling: Sampling,
+    seed: int,
+    state_dtype: str,
+) -> Iterator[int]:
     states = model.zero_states(config, 1, weights.embedding.dtype.name, state_dtype)
-    slots, keys = jnp.zeros(1, jnp.int32), jax.random.key(seed)[None]
-    progress = prefill(config, weights, states, jnp.array([prompt], jnp.int32), slots)
+    slots, keys = jnp.zeros(1, jnp.int32), jax.random.key(np.uint32(seed))[None]
+    progress = prefill(config, weights, states, [prompt], slots)
     while count > 0:
         tokens, progress = decode(config, weights, progress, slots, keys, count=PIECE, sampling=sampling)
-        yield from tokens[0, :count].tolist()
+        for token in tokens[0, :count].tolist():
+            yield token
+            if token in config.eos_token_ids:
+                return
         count -= PIECE
 
 
@@ -110,11 +180,10 @@ def print_text(folder: Path, prompt: str, count: int, **options: Any) -> None:
     """Load a checkpoint and print a prompt and what follows, as it is generated."""
     config, weights = checkpoint.load(folder)
     tokenizer = tokenizer_of(folder, config)
-    read = tokenizer.reader()
-    tokens = tokenizer.encode(prompt)
-    for token in (*tokens, *stream(config, weights, tokens, count, **options)):
+    tokens, read = tokenizer.encode(prompt), tokenizer.reader()
+    for token in itertools.chain(tokens, stream(config, weights, tokens, count, **options)):
         print(read(token), end="", flush=True)
-    print()
+    print(read.rest())
 
 
 def main() -> None:
@@ -130,9 +199,12 @@ def main() -> None:
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
-    sampling = Sampling(arguments.temperature, arguments.top_p)
-    options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
-    print_text(arguments.checkpoint, arguments.prompt, arguments.tokens, **options)
+    try:
+        sampling = Sampling(arguments.temperature, arguments.top_p)
+        options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
+        print_text(arguments.checkpoint, arguments.prompt, arguments.tokens, **options)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"generate: {error}") from None
 
 
 if __name__ == "__main__":

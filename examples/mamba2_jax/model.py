@@ -1,15 +1,19 @@
-"""The model: one token of each sequence through all layers, the states going through ``ssu_bridge.update``.
+"""The model: tokens of sequences through all layers, the states going through ``ssu_bridge.update``.
+
+A call has one token of each sequence (``step``), several of each, or packed rows with any number of each (``forward``).
 
 Sizes are those of :class:`~mamba2_jax.config.Mamba2Config`. Weights have the shapes of their Hugging Face tensors.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import ssu_bridge
+from mamba2_jax import convolution
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.convolution import Rows
 
 
 class Layer(NamedTuple):
@@ -48,6 +52,18 @@ class State(NamedTuple):
     ssm: jax.Array
 
 
+class Snapshots(NamedTuple):
+    """Where the states on the way through prompts are kept: after every ``stride`` tokens of a call's sequences.
+
+    ``states`` of all layers have axes of entries and of steps instead of the one of slots; ``entries`` (batch,) says in
+    which a sequence's go, or -1.
+    """
+
+    states: tuple[State, ...]
+    entries: jax.Array
+    stride: int
+
+
 def zero_states(config: Mamba2Config, slots: int, conv_dtype: str, ssm_dtype: str) -> tuple[State, ...]:
     """Return the states of all layers for sequences that have not begun.
 
@@ -69,6 +85,7 @@ def step(
     """Take one token of each sequence.
 
     Args:
+        config, weights: the model.
         states: of all layers. Donate them to the enclosing ``jax.jit`` to have them updated in place.
         tokens: (batch,) integers.
         slots: (batch,) int32, where the state of each sequence lies; -1 is a place that stands empty.
@@ -77,26 +94,64 @@ def step(
     Returns:
         The logits of the next token, (batch, vocab_size) in float32, and the new states.
     """
+    x, states, _ = forward(config, weights, states, tokens, slots, backend=backend)
+    return logits(config, weights, x), states
+
+
+def forward(
+    config: Mamba2Config,
+    weights: Weights,
+    states: tuple[State, ...],
+    tokens: jax.Array,
+    slots: jax.Array,
+    *,
+    rows: Rows | None = None,
+    has_initial_state: jax.Array | None = None,
+    snapshots: Snapshots | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, tuple[State, ...], tuple[State, ...] | None]:
+    """Take tokens through all layers.
+
+    Args:
+        config, weights, states, slots, backend: as in :func:`step`.
+        tokens: (batch,), (batch, length), or with ``rows`` (rows,).
+        rows: the sequences of packed rows.
+        has_initial_state: (batch,) bool; False for a sequence that begins here, whatever its slot holds.
+        snapshots: for packed rows.
+
+    Returns:
+        What the last layer makes of the tokens, for :func:`logits`, with their axes; the new states; and the
+        snapshots' states, if there are some.
+    """
     x = embed(config, weights, tokens)
-    new_states = []
-    for layer, state in zip(weights.layers, states, strict=True):
-        x, state = layer_step(config, layer, state, x, slots, backend)
+    call = _Call(slots, rows, has_initial_state, snapshots, backend)
+    new_states, new_snapshots = [], []
+    for i, (layer, state) in enumerate(zip(weights.layers, states, strict=True)):
+        x, state, kept = _layer(config, layer, state, x, call, snapshots and snapshots.states[i])
         new_states.append(state)
-    return logits(config, weights, x), tuple(new_states)
+        new_snapshots.append(kept)
+    return x, tuple(new_states), tuple(k for k in new_snapshots if k is not None) if snapshots else None
 
 
-def layer_step(
-    config: Mamba2Config, layer: Layer, state: State, x: jax.Array, slots: jax.Array, backend: str | None
-) -> tuple[jax.Array, State]:
-    """Take the residual stream of one token of each sequence, (batch, hidden_size), through one layer."""
+class _Call(NamedTuple):
+    """What is the same for all layers."""
+
+    slots: jax.Array
+    rows: Rows | None
+    has_initial_state: jax.Array | None
+    snapshots: Snapshots | None
+    backend: str | None
+
+
+def _layer(
+    config: Mamba2Config, layer: Layer, state: State, x: jax.Array, call: _Call, kept: State | None
+) -> tuple[jax.Array, State, State | None]:
+    """Take the residual stream of the tokens, (..., hidden_size), through one layer."""
     z, xBC, dt = project(config, layer, x)
-    # A pad goes past the last slot, each to a place of its own, where -1 would wrap around to the last.
-    places = jnp.where(slots < 0, state.conv.shape[0] + jnp.arange(len(slots)), slots)
-    window = jnp.concatenate(
-        [state.conv.at[places].get(mode="fill", fill_value=0, unique_indices=True), xBC[:, None]], axis=1
-    )
-    heads, B, C = split_heads(config, convolve(layer, window)[:, 0])
-    y, ssm = ssu_bridge.update(
+    convolved, conv, kept_conv = _convolve(layer, state, xBC, call, kept)
+    heads, B, C = split_heads(config, convolved)
+    dt, dt_options = step_sizes(config, layer, dt)
+    y, ssm, *kept_ssm = ssu_bridge.update(
         state.ssm,
         heads,
         dt,
@@ -104,13 +159,51 @@ def layer_step(
         B,
         C,
         layer.D,
-        dt_bias=layer.dt_bias,
-        dt_softplus=True,
-        state_batch_indices=slots,
-        backend=backend,
+        **dt_options,
+        state_batch_indices=call.slots,
+        has_initial_state=call.has_initial_state,
+        cu_seqlens=call.rows and call.rows.cu_seqlens,
+        **_snapshot_arguments(call, kept),
+        backend=call.backend,
     )
-    conv = state.conv.at[places].set(window[:, 1:].astype(state.conv.dtype), mode="drop", unique_indices=True)
-    return finish(config, layer, x, y, z), State(conv, ssm)
+    new = None if kept_conv is None else State(kept_conv, kept_ssm[0])
+    return finish(config, layer, x, y, z), State(conv, ssm), new
+
+
+def _convolve(
+    layer: Layer, state: State, xBC: jax.Array, call: _Call, kept: State | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
+    history = convolution.histories(state.conv, call.slots, has_initial_state=call.has_initial_state)
+    weights = layer.conv, layer.conv_bias
+    if call.rows is None:
+        inputs = xBC if xBC.ndim == 3 else xBC[:, None]
+        convolved = convolution.convolve(history, inputs, *weights).reshape(xBC.shape)
+        last = jnp.concatenate([history, inputs], axis=1)[:, inputs.shape[1] :]
+        return convolved, convolution.stored(state.conv, call.slots, last), None
+    convolved = convolution.convolve_packed(history, xBC, call.rows, *weights)
+    lengths = call.rows.lengths
+    last = convolution.last_inputs(history, xBC, call.rows, lengths)
+    conv = convolution.stored(state.conv, jnp.where(lengths > 0, call.slots, -1), last)
+    if kept is None or call.snapshots is None:
+        return convolved, conv, None
+    ends = jnp.broadcast_to(
+        (jnp.arange(kept.conv.shape[1]) + 1) * call.snapshots.stride, (len(lengths), kept.conv.shape[1])
+    )
+    there = (ends <= lengths[:, None]) & (call.snapshots.entries[:, None] >= 0)
+    entries = jnp.where(there, call.snapshots.entries[:, None], kept.conv.shape[0])
+    inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.conv.dtype)
+    return convolved, conv, kept.conv.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
+
+
+def _snapshot_arguments(call: _Call, kept: State | None) -> dict[str, Any]:
+    if kept is None or call.snapshots is None:
+        return {}
+    return {
+        "intermediate_states": kept.ssm,
+        "intermediate_state_indices": call.snapshots.entries,
+        "intermediate_stride": call.snapshots.stride,
+    }
 
 
 # --- The parts of a layer; they take any number of axes before the last, so that training has them too ---
@@ -130,15 +223,12 @@ def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array
     return z, xBC, dt
 
 
-def convolve(layer: Layer, window: jax.Array) -> jax.Array:
-    """Convolve each channel with its own kernel, and apply SiLU.
-
-    ``window`` (batch, conv_kernel - 1 + length, conv_size) begins with what came before; the result has its length.
-    """
-    width = layer.conv.shape[-1]
-    length = window.shape[1] - width + 1
-    result = sum(window[:, i : i + length] * layer.conv[None, None, :, 0, i] for i in range(width))
-    return jax.nn.silu(result if layer.conv_bias is None else result + layer.conv_bias[None, None])
+def step_sizes(config: Mamba2Config, layer: Layer, dt: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """Return dt and the options that make the step's sizes of it, within the model's limits."""
+    if config.has_unlimited_steps:
+        return dt, {"dt_bias": layer.dt_bias, "dt_softplus": True}
+    sizes = jax.nn.softplus(dt.astype(jnp.float32) + over(dt, layer.dt_bias))
+    return jnp.clip(sizes, *config.time_step_limit), {}
 
 
 def split_heads(config: Mamba2Config, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

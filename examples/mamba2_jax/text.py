@@ -8,14 +8,24 @@ from typing import Protocol
 from mamba2_jax.config import Mamba2Config
 
 
+class Reader(Protocol):
+    """Reads the tokens of one sequence, one by one."""
+
+    def __call__(self, token: int) -> str:
+        """Return the text that a token adds; part of a character waits for the rest."""
+
+    def rest(self) -> str:
+        """Return the text that still waits when the sequence has ended."""
+
+
 class Tokenizer(Protocol):
     """What the examples need of one."""
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text."""
 
-    def reader(self) -> Callable[[int], str]:
-        """Return a function that takes the tokens of one sequence, one by one, and returns the text that each adds."""
+    def reader(self) -> "Reader":
+        """Return what reads the tokens of one sequence."""
 
 
 class Bytes:
@@ -25,10 +35,20 @@ class Bytes:
         """Return the bytes of a text."""
         return list(text.encode())
 
-    def reader(self) -> Callable[[int], str]:
-        """Return a function from bytes to the characters that they complete."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: decoder.decode(bytes([token]))
+    def reader(self) -> Reader:
+        """Return what makes characters of bytes."""
+        return _BytesReader()
+
+
+class _BytesReader:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+    def rest(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
 class FromFile:
@@ -43,21 +63,30 @@ class FromFile:
         """Return the tokens of a text."""
         return list(self._loaded.encode(text).ids)
 
-    def reader(self) -> Callable[[int], str]:
-        """Return a function from tokens to what they add to the text; part of a character waits for the rest."""
-        tokens: list[int] = []
-        shown = ""
+    def reader(self) -> Reader:
+        """Return what makes text of tokens."""
+        return _FileReader(self._loaded.decode)
 
-        def read(token: int) -> str:
-            nonlocal shown
-            tokens.append(token)
-            text = self._loaded.decode(tokens)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                return ""
-            added, shown = text[len(shown) :], text
-            return added
 
-        return read
+class _FileReader:
+    """Decodes tokens together with those before them, because what a token adds depends on them."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        # From the last two times that text was shown: what a token adds needs no more of what came before.
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def __call__(self, token: int) -> str:
+        self._tokens.append(token)
+        # Part of a character decodes to this one; so does the character itself, which then comes with what follows it.
+        return "" if self._decode(self._tokens).endswith("\N{REPLACEMENT CHARACTER}") else self.rest()
+
+    def rest(self) -> str:
+        added = self._decode(self._tokens)[len(self._decode(self._tokens[: self._shown])) :]
+        self._tokens = self._tokens[self._shown :]
+        self._shown = len(self._tokens)
+        return added
 
 
 def tokenizer_of(folder: Path, config: Mamba2Config) -> Tokenizer:

@@ -2,8 +2,8 @@
 
 Each of ``--batch`` streams reads its own part of the text in windows of ``--length`` bytes, and carries its states from
 window to window; now and then a stream begins anew from zeros, as a prompt does. Inside a layer all is computed for the
-whole window at once, but for the SSM step, which is scanned over it. Training ends after ``--steps`` or ``--minutes``,
-whichever is first, and the learning rate follows the share that is done.
+whole window at once; the xla backend computes the SSM steps of a window in chunks. Training ends after ``--steps`` or
+``--minutes``, whichever is first, and the learning rate follows the share that is done.
 
     python -m mamba2_jax.train kjv.txt mamba2_jax/kjv
 """
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import ssu_bridge
 from mamba2_jax import checkpoint, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
@@ -50,6 +49,10 @@ def main() -> None:
         head_dim=arguments.head_dim,
         state_size=arguments.state_size,
     )
+    try:
+        config.expand  # noqa: B018  (else saving would fail, after the training)
+    except ValueError as error:
+        raise SystemExit(f"--hidden-size, --head-dim: {error}") from None
     text = np.frombuffer(Path(arguments.text).read_bytes(), np.uint8)
     text, held_out = np.split(text, [round(len(text) * (1 - _HELD_OUT))])
     weights = train(config, text, arguments)
@@ -122,30 +125,9 @@ def window_logits(
     config: Mamba2Config, weights: model.Weights, states: tuple[model.State, ...], tokens: jax.Array
 ) -> tuple[jax.Array, tuple[model.State, ...]]:
     """Compute the logits (batch, length, vocab_size) of a window of tokens (batch, length), sequence i in slot i."""
-    x = model.embed(config, weights, tokens)
-    states_after = []
-    for layer, state in zip(weights.layers, states, strict=True):
-        x, state = _layer(config, layer, state, x)
-        states_after.append(state)
-    return model.logits(config, weights, x), tuple(states_after)
-
-
-def _layer(config: Mamba2Config, layer: model.Layer, state: model.State, x: jax.Array) -> tuple[jax.Array, model.State]:
-    z, xBC, dt = model.project(config, layer, x)
-    window = jnp.concatenate([state.conv, xBC], axis=1)
-    heads, B, C = model.split_heads(config, model.convolve(layer, window))
-    A = -jnp.exp(layer.A_log)
-
-    @jax.checkpoint  # recomputes what lies between two states; storing it would take several times the memory
-    def token(ssm: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        x, dt, B, C = inputs
-        step = ssu_bridge.update(ssm, x, dt, A, B, C, layer.D, dt_bias=layer.dt_bias, dt_softplus=True, backend="xla")
-        return step[1], step[0]
-
-    by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (heads, dt, B, C))
-    ssm, y = jax.lax.scan(token, state.ssm, by_time, unroll=4)
-    x = model.finish(config, layer, x, jnp.moveaxis(y, 0, 1), z)
-    return x, model.State(window[:, xBC.shape[1] :], ssm)
+    slots = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    x, states, _ = model.forward(config, weights, states, tokens, slots, backend="xla")
+    return model.logits(config, weights, x), states
 
 
 def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:

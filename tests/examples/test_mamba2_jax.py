@@ -1,6 +1,8 @@
 """The example model: it computes what transformers computes, from a checkpoint that either wrote."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config as PeerConfig
 from transformers import Mamba2ForCausalLM
 
-from mamba2_jax import checkpoint, measure, model
+from mamba2_jax import checkpoint, generate, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, decode, prefill, stream
 from mamba2_jax.initial import random_weights
@@ -30,7 +32,7 @@ TINY = Mamba2Config(**SIZES)
 
 def peer(**changes):
     torch.manual_seed(0)
-    return Mamba2ForCausalLM(PeerConfig(**SIZES, **changes)).eval()
+    return Mamba2ForCausalLM(PeerConfig(**SIZES, **{"eos_token_id": None, **changes})).eval()
 
 
 @torch.inference_mode()
@@ -49,7 +51,7 @@ def peer_greedy(peer_model, prompt, count):
 def greedy(config, weights, prompt, count):
     states = model.zero_states(config, 3, "float32", "float32")
     slots, keys = jnp.array([2]), jax.random.key(0)[None]
-    progress = prefill(config, weights, states, jnp.array([prompt]), slots)
+    progress = prefill(config, weights, states, [prompt], slots)
     logits, tokens = [], []
     for _ in range(count):
         logits.append(np.array(progress.logits[0]))
@@ -71,6 +73,93 @@ def test_it_computes_what_transformers_computes(tmp_path, changes, shards):
     np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
     assert tokens == expected_tokens
     assert list(stream(config, weights, prompt, 65, sampling=GREEDY)) == expected_tokens
+
+
+@torch.inference_mode()
+def test_limits_of_dt_are_those_of_transformers(tmp_path):
+    """Transformers limits dt where it computes a whole sequence; its step from a cache does not."""
+    reference = peer(n_groups=2, time_step_limit=(0.05, 0.2), hidden_act="swish")
+    reference.save_pretrained(tmp_path)
+    config, weights = checkpoint.load(tmp_path)
+    assert config.time_step_limit == (0.05, 0.2)
+    prompt = [5, 9, 33]
+    logits, tokens = greedy(config, weights, prompt, 9)
+    whole = reference(torch.tensor([prompt + tokens]), use_cache=False).logits[0, 2:-1]
+    np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
+    checkpoint.save(tmp_path / "again", config, weights, "float32")
+    assert checkpoint.load(tmp_path / "again")[0] == config
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_a_text_ends_where_transformers_ends_it(tmp_path, where):
+    reference, prompt = peer(n_groups=2), [5, 9, 33]
+    ends = peer_greedy(reference, prompt, 9)[1][4]
+    reference.config.eos_token_id = reference.generation_config.eos_token_id = ends
+    reference.save_pretrained(tmp_path)
+    if where == "config.json":
+        (tmp_path / "generation_config.json").unlink()
+    else:
+        change_config(tmp_path, eos_token_id=None)
+    config, weights = checkpoint.load(tmp_path)
+    assert config.eos_token_ids == (ends,)
+    with torch.inference_mode():
+        theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False, pad_token_id=1)[0, 3:]
+    assert list(stream(config, weights, prompt, 9, sampling=GREEDY)) == theirs.tolist()
+    assert len(theirs) < 9
+
+
+def test_a_prompt_of_another_length_compiles_nothing():
+    weights = random_weights(TINY, jax.random.key(0))
+    sizes = []
+    for length in (3, 9, 16, 17, 31):
+        prefill(
+            TINY, weights, model.zero_states(TINY, 1, "float32", "float32"), [[1] * length], jnp.zeros(1, jnp.int32)
+        )
+        sizes.append(generate._read._cache_size())
+    assert sizes[1] == sizes[0] == sizes[2]
+    assert sizes[3] == sizes[4] == sizes[0] + 1
+
+
+def test_a_prompt_that_takes_several_passes(monkeypatch):
+    weights = random_weights(TINY, jax.random.key(0))
+    prompts = [[5, 9, 33] * 9, [7] * 3]
+    slots = jnp.array([2, 0], jnp.int32)
+    fresh = random_states(TINY, 3, seed=1), model.zero_states(TINY, 3, "float32", "float32")
+    one = prefill(TINY, weights, fresh[0], prompts, slots)
+    monkeypatch.setattr(generate, "LONGEST_PASS", 16)
+    several = prefill(TINY, weights, fresh[1], prompts, slots)
+    np.testing.assert_allclose(several.logits, one.logits, rtol=0, atol=1e-4)
+
+
+def test_text_is_printed_as_it_is_drawn(monkeypatch, capsys):
+    printed = []
+
+    def drawn(*_, **__):
+        for token in b"abc":
+            printed.append(capsys.readouterr().out)
+            yield token
+
+    monkeypatch.setattr(generate, "stream", drawn)
+    generate.print_text(KJV, "In", 3)
+    assert printed == ["In", "a", "b"]
+    assert capsys.readouterr().out == "c\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature: expected a number of 0 or more, got -1.0"),
+        (["--top-p", "2"], "top_p: expected a number from 0 to 1, got 2.0"),
+        (["--tokens", "-1"], "count: expected an int of 0 or more, got -1"),
+        (["--seed", "-1"], r"seed: expected an int from 0 to 2\*\*32 - 1, got -1"),
+        (["--prompt", ""], "prompt: expected at least one token"),
+        (["--checkpoint", "nowhere"], r"nowhere/config\.json: no such file"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(monkeypatch, options, message):
+    monkeypatch.setattr("sys.argv", ["generate", *options])
+    with pytest.raises(SystemExit, match=f"^generate: {message}[^\n]*$"):
+        generate.main()
 
 
 def test_transformers_reads_what_it_saves(tmp_path):
@@ -130,8 +219,21 @@ def test_the_embedding_may_stand_twice_where_it_is_the_head(folder):
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "model_type: expected 'mamba2', got 'mamba'"),
-        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
-        ({"time_step_limit": [0.0, 0.5]}, r"time_step_limit: expected no limits, got \[0.0, 0.5\]"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu' or 'swish', got 'gelu'"),
+        *(
+            (
+                {"time_step_limit": limit},
+                f"time_step_limit: expected the least and the largest dt, got {re.escape(repr(limit))}",
+            )
+            for limit in ([0.0, None], [0.0], [], {"min": 0}, [0.5, 0.1], [-1, 2], "0", [float("nan"), 1])
+        ),
+        ({"n_groups": 0}, "n_groups: expected an int of 1 or more, got 0"),
+        ({"num_heads": "8"}, "num_heads: expected an int of 1 or more, got '8'"),
+        ({"vocab_size": True}, "vocab_size: expected an int of 1 or more, got True"),
+        ({"use_bias": "no"}, "use_bias: expected true or false, got 'no'"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon: expected a number of 0 or more, got None"),
+        ({"eos_token_id": "2"}, "eos_token_id: expected an int or a list of them, got '2'"),
+        ({"d_model": 64, "n_layer": 2, "ssm_cfg": {}}, "original state-spaces code; convert it"),
         ({"state_size": "absent", "use_bias": "absent"}, "missing state_size, use_bias"),
         ({"n_groups": 3}, "n_groups: expected a divisor of 8 heads, got 3"),
     ],
@@ -140,6 +242,38 @@ def test_an_error_names_the_key_of_the_configuration(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("limit", [None, [0.0, float("inf")], [0.0, {"__float__": "Infinity"}], "absent"])
+def test_no_limits_in_each_spelling(folder, limit):
+    change_config(folder, time_step_limit=limit)
+    assert checkpoint.load(folder)[0] == TINY
+
+
+def test_files_that_are_none(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file .*; download it again"):
+        checkpoint.load(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"got pytorch_model\.bin; load that with transformers and save it again"
+    ):
+        checkpoint.load(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"model-00001\.safetensors"):
+        checkpoint.load(folder)
+    (folder / "config.json").write_text('{"model_type": "mam')
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(6, 16), (2, 16), (3, 24)])
+def test_a_model_that_transformers_does_not_have_is_not_saved(tmp_path, heads, width):
+    config = dataclasses.replace(TINY, num_heads=heads, head_dim=width)
+    with pytest.raises(ValueError, match=r"num_heads \* head_dim: expected a multiple of hidden_size 64"):
+        checkpoint.save(tmp_path, config, random_weights(config, jax.random.key(0)), "float32")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -288,6 +422,21 @@ def test_a_draw_depends_on_its_own_key_and_logits_alone():
     assert len(set(together.tolist())) > 1
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0, 0.0), Sampling(1.0, 1e-9), *(Sampling(t) for t in (1e-5, 1e-6, 1e-39, 1e-45))]
+)
+def test_settings_that_leave_one_token_take_it(sampling):
+    logits = jnp.log(jnp.array([0.05, 0.5, 0.3, 0.15]))
+    assert draws(logits, sampling, count=40).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "1", None, True])
+def test_settings_that_are_none_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a number .*, got {value!r}"):
+        Sampling(**{name: value})
+
+
 def test_characters_of_several_bytes_come_whole():
     text = "für α ∈ ℝ"
     read = Bytes().reader()
@@ -308,3 +457,11 @@ def test_the_tokenizer_of_a_checkpoint(tmp_path):
     tokenizer = tokenizer_of(tmp_path, TINY)
     read = tokenizer.reader()
     assert "".join(read(token) for token in tokenizer.encode("für α ∈ ℝ")) == "für α ∈ ℝ"
+    assert read.rest() == ""
+    for text, cut in (("plain", 0), ("price 5 €", 0), ("mojibake \ufffd", 0), ("a\ufffd\ufffd", 0), ("price 5 €", 1)):
+        for each, decode_all in (
+            (tokenizer, made.decode),
+            (Bytes(), lambda ids: bytes(ids).decode("utf-8", "replace")),
+        ):
+            ids, read = each.encode(text)[: -cut or None], each.reader()
+            assert "".join(map(read, ids)) + read.rest() == decode_all(ids)

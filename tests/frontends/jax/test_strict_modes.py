@@ -190,7 +190,9 @@ def test_the_optimiser_takes_a_step(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_scheduler_runs(mode):
     with MODES[mode]():
-        batch = Scheduler(TINY, random_weights(TINY, jax.random.key(0)), width=2, slots=3, piece=2)
+        batch = Scheduler(
+            TINY, random_weights(TINY, jax.random.key(0)), width=2, slots=3, piece=2, prefixes=2, prefix_stride=8
+        )
         requests = [Sequence([seed], 2, seed=seed) for seed in range(3)]
         for request in requests:
             batch.submit(request)
