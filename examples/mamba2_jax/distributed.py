@@ -52,12 +52,12 @@ def decoded(folder: Path, prompt: str, count: int) -> str:
     weights = place(weights, mesh)
     keys = jax.jit(lambda: jax.random.key(0)[None], out_shardings=everywhere)()
     slots = np.zeros(1, np.int32)
-    progress = prefill(config, weights, states, np.array([tokenizer.encode(prompt)], np.int32), slots)
+    progress = prefill(config, weights, states, [tokenizer.encode(prompt)], slots)
     greedy = Sampling(temperature=0)
     tokens, _ = decode(config, weights, progress, slots, keys, count=count, sampling=greedy)
     read = tokenizer.reader()
     tokens = jax.jit(jnp.copy, out_shardings=everywhere)(tokens)
-    return "".join(map(read, np.asarray(tokens.addressable_data(0))[0].tolist()))
+    return "".join(map(read, np.asarray(tokens.addressable_data(0))[0].tolist())) + read.rest()
 
 
 def on_this_machine(arguments: list[str], hosts: int) -> int:

@@ -31,8 +31,8 @@ class Progress(NamedTuple):
     """Sequences under way: the states of all layers, the logits of the next token, and how many were drawn."""
 
     states: tuple[model.State, ...]
-    logits: jax.Array
-    drawn: jax.Array
+    logits: Any
+    drawn: Any
 
 
 def prefill(
@@ -40,7 +40,7 @@ def prefill(
     weights: model.Weights,
     states: tuple[model.State, ...],
     prompts: Sequence[Sequence[int]],
-    slots: jax.Array,
+    slots: jax.Array | np.ndarray,
     backend: str | None = None,
 ) -> Progress:
     """Read prompts, of at least one token each, into slots; whatever those hold.
@@ -48,16 +48,17 @@ def prefill(
     All tokens of a pass are packed into a number of rows that is a power of two, so that prompts of another length
     compile nothing new. Longer prompts take several passes. The states are donated.
     """
-    logits = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
+    # NumPy's, which every process of several has on all devices.
+    progress = Progress(states, np.zeros((len(prompts), config.vocab_size), np.float32), np.zeros((), np.int32))
     most = max(LONGEST_PASS // len(prompts), 1)
     for start in range(0, max(map(len, prompts)), most):
         pieces = [prompt[start : start + most] for prompt in prompts]
         edges = np.cumsum([0, *map(len, pieces)]).astype(np.int32)
         tokens = np.zeros(bucket(edges[-1]), np.int32)
         tokens[: edges[-1]] = np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
-        first = jnp.full(len(prompts), start > 0)
-        logits, states = _read(config, weights, states, logits, tokens, edges, slots, first, backend)
-    return Progress(states, logits, jnp.zeros((), jnp.int32))
+        has_state = np.full(len(prompts), start > 0)
+        progress = _read(config, weights, *progress[:2], tokens, edges, slots, has_state, backend)
+    return progress
 
 
 def bucket(tokens: int) -> int:
@@ -76,14 +77,14 @@ def _read(
     slots: jax.Array,
     has_initial_state: jax.Array,
     backend: str | None,
-) -> tuple[jax.Array, tuple[model.State, ...]]:
-    """Read packed tokens; return the logits after each sequence's last, or those before where it has none."""
+) -> Progress:
+    """Read packed tokens; the logits are those after each sequence's last, or those before where it has none."""
     rows = convolution.Rows(edges)
     x, states, _ = model.forward(
         config, weights, states, tokens, slots, rows=rows, has_initial_state=has_initial_state, backend=backend
     )
     last = model.logits(config, weights, x[jnp.maximum(edges[1:] - 1, 0)])
-    return jnp.where((rows.lengths > 0)[:, None], last, logits), states
+    return Progress(states, jnp.where((rows.lengths > 0)[:, None], last, logits), jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count", "sampling", "backend"), donate_argnames="progress")
