@@ -80,9 +80,8 @@ test-newest: build/newest/installed
 
 build/%/installed: pyproject.toml requirements-%.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/*/*.*)
 	$(PYTHON) -m venv build/$*
-	build/$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint requirements-$*.txt ".[jax,torch,cuda,test]"
-	build/$*/bin/python -m pip uninstall --quiet --yes ssu-bridge
-	build/$*/bin/python -m pip install --quiet --no-deps --editable .
+	build/$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint requirements-$*.txt \
+	  --config-settings=build-dir=build/$*/native --editable ".[jax,torch,cuda,test]"
 	touch $@
 
 clean:

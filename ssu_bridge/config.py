@@ -168,11 +168,17 @@ def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default:
     )
     group.add_argument(
         "--mamba-cache-philox-rounds",
-        type=int,
+        type=_rounds,
         default=default.philox_rounds,
         metavar="ROUNDS",
         help="of the random generator of stochastic rounding; 0 means 10",
     )
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0 (0 means 10), got {text!r}")
+    return int(text)
 
 
 def _from_environment() -> SSUConfig:

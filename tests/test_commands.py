@@ -201,7 +201,8 @@ def test_bench_with_one_framework(hidden, curves, missing):
     found = json.loads(shown.stdout)
     assert {point["curve"] for point in found["figures"]["points"]} == curves
     assert missing in shown.stderr
-    assert "NumPy arrays" in found["tables"]["host time of calls with NumPy arrays, ten arrays, a tiny problem"]
+    rows = found["tables"]["host time of calls with NumPy arrays, ten arrays, a tiny problem"]
+    assert any(name.startswith("NumPy arrays") for name in rows)
     assert any(hidden[0] not in title.lower() and "eager" in title for title in found["tables"])
 
 

@@ -151,7 +151,16 @@ def test_an_unknown_name_on_the_command_line_lists_the_valid_ones(capsys):
     ssu_bridge.add_cli_args(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--mamba-backend", "cuda"])
-    assert "reference" in capsys.readouterr().err
+    assert "(choose from 'auto', 'triton', 'flashinfer', 'cpu', 'xla', 'reference')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", ["-1", "ten", "1.5"])
+def test_rounds_on_the_command_line_are_a_number(capsys, rounds):
+    parser = argparse.ArgumentParser()
+    ssu_bridge.add_cli_args(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--mamba-cache-philox-rounds={rounds}"])
+    assert f"expected a number of at least 0 (0 means 10), got {rounds!r}" in capsys.readouterr().err
 
 
 def test_a_configuration_goes_to_another_process():
