@@ -1,8 +1,11 @@
 """The stride of an axis of one entry means nothing, whatever it is."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from contract import assert_step
 from modes import to_host, to_mode
 
 import ssu_bridge
@@ -48,6 +51,14 @@ def test_one_number_a_head_is_tied_in_every_framework():
         for mode in ("numpy", "torch", "jax"):
             problem = ssu_bridge.explain(**to_mode(case.arrays(seed=1), mode)).choices[0].problem
             assert problem.tied == tied, (mode, case.name)
+
+
+@pytest.mark.parametrize("tokens", [None, 3, 9])
+@pytest.mark.parametrize("case", [ONE_CHANNEL, ONE_OF_ALL], ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_jax_computes_tied_parameters_that_have_all_axes(backend, case, tokens):
+    case = dataclasses.replace(case, tokens=tokens)
+    assert_step(case, case.arrays(seed=1), "jax.jit", backend)
 
 
 def test_byte_strides_that_are_no_elements():

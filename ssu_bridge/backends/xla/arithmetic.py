@@ -11,7 +11,7 @@ from ssu_bridge.core.problem import Problem
 def step_sizes(problem: Problem, arrays: dict[str, Any]) -> Any:
     """Return dt with its bias and softplus, (..., H, P), or (..., H, 1) where it is tied."""
     dt = arrays["dt"].astype(jnp.float32)
-    dt = dt[..., None] if "dt" in problem.tied else dt
+    dt = dt.reshape(*arrays["x"].shape[:-1], 1) if "dt" in problem.tied else dt
     if "dt_bias" in arrays:
         dt = dt + _by_channel(problem, arrays, "dt_bias")
     if problem.options.dt_softplus:
@@ -33,6 +33,6 @@ def finished(problem: Problem, arrays: dict[str, Any], y: Any) -> Any:
 
 
 def _by_channel(problem: Problem, arrays: dict[str, Any], name: str) -> Any:
-    """Give a parameter (H,) an axis of headdim; one that has it stays as it is."""
+    """Give a parameter (H,) an axis of headdim; one that has it, as a tied one of a single channel may, keeps it."""
     value = arrays[name].astype(jnp.float32)
-    return value[..., None] if name in problem.tied else value
+    return value.reshape(-1, 1) if name in problem.tied else value

@@ -117,15 +117,16 @@ def _advanced(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[A
     x, dt, B, C = (array.astype(jnp.float32) for array in tokens)
     sequences, length = x.shape[:2]
     groups = (problem.ngroups, problem.nheads // problem.ngroups)
-    from_start, between, to_end = _decays(A.astype(jnp.float32) * dt)
+    rows = groups[1] * problem.headdim
+    from_start, between, to_end = _decays(A.astype(jnp.float32).reshape(-1) * dt)
     added = dt[..., None] * x
 
     # Axes: b sequences, t and s tokens, g groups, r heads of a group, p of headdim, n of dstate, q = r p.
     pairs = product("btgn,bsgn->bgts", C, B)[:, :, None] * between.reshape(sequences, *groups, length, length)
-    y = product("bgrts,bsgrp->btgrp", pairs, added.reshape(sequences, length, *groups, -1))
-    by_group = states.reshape(sequences, problem.ngroups, -1, problem.dstate)
+    y = product("bgrts,bsgrp->btgrp", pairs, added.reshape(sequences, length, *groups, problem.headdim))
+    by_group = states.reshape(sequences, problem.ngroups, rows, problem.dstate)
     of_start = product("btgn,bgqn->btgq", C, by_group).reshape(x.shape)
-    left = (added * to_end[..., None]).reshape(sequences, length, problem.ngroups, -1)
+    left = (added * to_end[..., None]).reshape(sequences, length, problem.ngroups, rows)
     new = product("bsgq,bsgn->bgqn", left, B).reshape(states.shape)
     states = states * from_start[:, -1, :, None, None] + new
     return states, y.reshape(x.shape) + of_start * from_start[..., None]

@@ -118,7 +118,7 @@ def _token(problem: Problem, arrays: dict[str, Any], old: Any) -> tuple[Any, Any
 
     x, A = (arrays[name].astype(jnp.float32) for name in ("x", "A"))
     dt = arithmetic.step_sizes(problem, arrays)
-    A = A[:, None, None] if "A" in problem.tied else A
+    A = A.reshape(-1, 1, 1) if "A" in problem.tied else A
     new = old.astype(jnp.float32) * jnp.exp(A * dt[..., None]) + (dt * x)[..., None] * by_head("B")
     out = jnp.sum(new * by_head("C"), axis=-1)
     return new.astype(storage.carried(problem, arrays)), arithmetic.finished(problem, arrays, out)

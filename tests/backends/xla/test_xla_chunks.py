@@ -23,6 +23,7 @@ LONG = (
     Case("pads, fresh", tokens=40, indices=(4, -1, 2), has_initial_state=(False, True, True), **_TINY),
     Case("destinations", tokens=33, destinations=(1, 0, -1), **_TINY),
     Case("no update", tokens=33, disable_state_update=True, **_TINY),
+    Case("no sequences", tokens=33, sequences=0, indices=(), **_TINY),
     Case("every tenth", tokens=33, steps=3, intermediate_stride=10, **_TINY),
     Case("every fiftieth, in two chunks each", tokens=130, steps=3, intermediate_stride=50, entries=(2, 6, 0), **_TINY),
     Case("every two hundredth of fewer", tokens=40, steps=1, intermediate_stride=200, **_TINY),
