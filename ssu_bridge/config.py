@@ -134,11 +134,18 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
 
     Their defaults are those of the configuration in force when this is called.
     """
-    add_flags(parser, [backend.value for backend in Backend], get_config())
+    default = get_config()
+    group = add_flags(parser, [backend.value for backend in Backend], default)
+    group.add_argument(
+        "--mamba-round-each-token",
+        action=argparse.BooleanOptionalAction,
+        default=default.round_each_token,
+        help="round the state after each of several tokens, so that they give the bits of calls of one token",
+    )
 
 
-def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default: SSUConfig) -> None:
-    """Add the arguments of ``add_cli_args`` for a choice of backends, by name, with the defaults given."""
+def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default: SSUConfig) -> argparse._ArgumentGroup:
+    """Add the arguments that vLLM has too, for a choice of backends, by name, and return their group."""
     group = parser.add_argument_group("selective_state_update")
     group.add_argument(
         "--mamba-backend",
@@ -155,12 +162,6 @@ def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default:
         help="how several tokens are computed (loop, matrix), or FlashInfer's kernel (simple, vertical, horizontal)",
     )
     group.add_argument(
-        "--mamba-round-each-token",
-        action=argparse.BooleanOptionalAction,
-        default=default.round_each_token,
-        help="round the state after each of several tokens, so that they give the bits of calls of one token",
-    )
-    group.add_argument(
         "--enable-mamba-cache-stochastic-rounding",
         action=argparse.BooleanOptionalAction,
         default=default.stochastic_rounding,
@@ -173,6 +174,7 @@ def add_flags(parser: argparse.ArgumentParser, backends: Sequence[str], default:
         metavar="ROUNDS",
         help="of the random generator of stochastic rounding; 0 means 10",
     )
+    return group
 
 
 def _rounds(text: str) -> int:

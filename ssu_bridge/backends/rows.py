@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from ssu_bridge.core.arguments import ARGUMENTS, TIED_AXES, TOKEN_AXES
+from ssu_bridge.core.arguments import ARGUMENTS, SLOT_TABLES, TIED_AXES, TOKEN_AXES
 from ssu_bridge.native import library
 
 # More tokens than a tensor has.
@@ -57,6 +57,6 @@ def _compiled_row(name: str, dtype: str, tied: bool, tables: Collection[str] | N
     _, shapes, free, tied_axes, written, _, _ = row(name)
     if name in TIED_AXES and not tied:
         shapes, tied_axes = shapes[:1], 0
-    if tables is not None and name.endswith("state_batch_indices"):
+    if tables is not None and name in SLOT_TABLES:
         shapes = shapes[1:] if name in tables else shapes[:1]
     return name, shapes, free, tied_axes, written, tied, dtype

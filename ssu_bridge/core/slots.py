@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE, SLOT_TABLES
 from ssu_bridge.core.problem import Problem
 
 
@@ -134,7 +134,7 @@ def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
         ValueError: naming the argument, the place in it, what was expected and what is there.
     """
     pad = problem.options.pad_slot_id
-    for name in ("state_batch_indices", "dst_state_batch_indices"):
+    for name in SLOT_TABLES:
         _require(
             name, arrays, lambda i: (i == pad) | (i >= 0) & (i < problem.slots), f"{pad} or 0..{problem.slots - 1}"
         )

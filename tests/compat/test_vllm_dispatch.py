@@ -105,6 +105,8 @@ def test_the_flags_of_the_command_line(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--mamba-backend", "xla"])
     assert "(choose from 'triton', 'flashinfer', 'cpu')" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # MambaConfig has no field for it
+        parser.parse_args(["--mamba-round-each-token"])
 
 
 def call(a, out, function=selective_state_update, **rest):
