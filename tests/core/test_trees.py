@@ -159,7 +159,10 @@ def test_a_fresh_sequence_takes_nothing_from_its_slot(mode, backend):
         zeros["state"] = np.nan_to_num(arrays["state"])
         got, expected = (run(a, mode, backend, **case.flags) for a in (arrays, zeros))
         for name in got:
-            same(got[name], expected[name])
+            if backend == "xla":  # two programs, in which XLA may fuse a product and a sum in other places
+                np.testing.assert_allclose(np.asarray(got[name]), np.asarray(expected[name]), rtol=1e-5, atol=1e-6)
+            else:
+                same(got[name], expected[name])
 
 
 @pytest.mark.parametrize(("mode", "backend"), [*LOOPS, ("jax", "xla")])
