@@ -113,7 +113,8 @@ class SSUConfig:
             get_config(),
             backend=namespace.mamba_backend,
             algorithm=namespace.mamba_ssu_algorithm,
-            round_each_token=namespace.mamba_round_each_token,
+            # Parsers of serving engines lack this flag.
+            round_each_token=getattr(namespace, "mamba_round_each_token", get_config().round_each_token),
             stochastic_rounding=namespace.enable_mamba_cache_stochastic_rounding,
             philox_rounds=namespace.mamba_cache_philox_rounds,
         )

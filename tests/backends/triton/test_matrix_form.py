@@ -98,16 +98,14 @@ def test_a_form_by_name():
         (layer("bfloat16", tokens=4), {"algorithm": "loop"}, "loop over the tokens, as requested; tile of"),
         (layer(tokens=4), {}, "loop over the tokens, which is faster for fewer than 6 tokens; tile of"),
         (layer(tokens=9, dstate=256), {}, "loop over the tokens, which is faster for a dstate above 128; tile of"),
-        (layer(other="float32", tokens=9), {}, "which is faster unless x, B and C have 16 bits"),
+        (layer(other="float32", tokens=9), {}, "loop over the tokens, which is faster unless x, B and C have 16 bits"),
         (layer(tokens=9, untied=("A",)), {}, "loop over the tokens, not in the matrix form: it requires parameters"),
         (layer("bfloat16"), {"algorithm": "loop"}, "tile of"),
     ],
     ids=str,
 )
 def test_why_a_form_is_selected(case, flags, said):
-    settings = backend.settings(problem_of(case, backend="triton", **flags))
-    assert said in settings
-    assert settings.startswith(said.partition(" ")[0]) or "unless" in said
+    assert backend.settings(problem_of(case, backend="triton", **flags)).startswith(said)
 
 
 def test_the_tile_does_not_depend_on_the_batch():
