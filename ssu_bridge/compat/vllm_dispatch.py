@@ -238,9 +238,7 @@ def selective_state_update(
 ) -> None:
     """Advance states in place and write the output to ``out``, on the backend in force.
 
-    Args:
-        state, x, dt, A, B, C, D, dt_bias, z, dt_softplus, state_batch_indices, dst_state_batch_indices, null_block_id,
-            out, num_accepted_tokens, cu_seqlens, is_blackwell: as in ``ssu_bridge.compat.vllm``.
+    The arguments are those of ``ssu_bridge.compat.vllm.selective_state_update``, without those for stochastic rounding.
 
     Raises:
         RuntimeError: no backend was initialized.
