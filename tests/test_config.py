@@ -146,6 +146,15 @@ def test_command_line_defaults_are_those_in_force():
         assert not SSUConfig.from_args(off).stochastic_rounding
 
 
+def test_a_parser_without_the_flag_that_serving_engines_lack():
+    parser = argparse.ArgumentParser()
+    ssu_bridge.add_cli_args(parser)
+    given = parser.parse_args([])
+    del given.mamba_round_each_token
+    with using(round_each_token=True):
+        assert SSUConfig.from_args(given) == dataclasses.replace(get_config(), round_each_token=True)
+
+
 def test_an_unknown_name_on_the_command_line_lists_the_valid_ones(capsys):
     parser = argparse.ArgumentParser()
     ssu_bridge.add_cli_args(parser)
