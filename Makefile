@@ -8,12 +8,12 @@ JOBS ?= $(shell nproc)
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
 
-# As many processes as cores; what only a nightly run needs is left out.
+# As many processes as cores, of which one that is done takes over tests of another; without what is marked nightly.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(JOBS) -m "not nightly"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not nightly"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: .venv/installed
 	$(BIN)/python -m ssu_bridge check

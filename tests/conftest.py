@@ -1,5 +1,6 @@
 """What all tests share: where the GPU tests are skipped, and what a test must not leave behind."""
 
+import os
 import zlib
 
 import jax
@@ -8,6 +9,11 @@ import pytest
 import torch
 
 from ssu_bridge import dispatch, get_config, set_config, using
+
+if not torch.cuda.is_available():
+    # The tests spend most of their time compiling programs that run once, and the kernels are not XLA's: programs that
+    # are compiled in half the time and run slower. The processes that tests start inherit it.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 # A second virtual one, for arrays that are not where the others are.
 jax.config.update("jax_num_cpu_devices", 8)

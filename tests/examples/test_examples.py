@@ -6,15 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from mamba2_jax import checkpoint
+from mamba2_jax import benchmark, checkpoint, plot
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
+from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -28,9 +31,12 @@ def run(*arguments, device="cpu", fails=False, **variables):
     return result.stdout
 
 
-def test_the_demo(tmp_path):
+# By default without the plot of large batches, which is drawn for a small model below.
+@pytest.mark.parametrize("plotted", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_the_demo(tmp_path, plotted):
     small = ["--tokens", "32", "--rounds", "1", "--layers", "2"]
-    shown = run("demo.py", "--prompt", "And God said, ", *small, "--plot", tmp_path / "latency.png")
+    options = ["--plot", tmp_path / "latency.png"] if plotted else []
+    shown = run("demo.py", "--prompt", "And God said, ", *small, *options)
     assert shown.startswith("And God said, ")
     assert shown.count("selected, the first that supports the call") == 2
     for model in shown.split("Random weights")[0:2]:
@@ -39,13 +45,38 @@ def test_the_demo(tmp_path):
             assert re.search(rf"whole token +{backend} +[\d.]+ ms +[\d.]+ tokens/s +[\d.]+ times xla", model)
         assert "cpu: the compiled program copies no state" in model
         assert "verdict: pass" in model
+    if plotted:
+        assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "BATCHES", (1, 4))
+    plot.plot_latency(tmp_path / "latency.png", TINY, random_weights(TINY, jax.random.key(0)), rounds=1)
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"]])
+OPTIONS = [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"]]
+SMALL = ["--layers", "2", "--tokens", "2", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_benchmark_of_a_small_model(options, monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", TINY)
+    monkeypatch.setattr(sys, "argv", ["benchmark", *SMALL, *options])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 0
+    assert_compared(capsys.readouterr().out, options)
+
+
+# Most of its time it draws an embedding; the one of a small model, above, takes the same options.
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.nightly), *DEVICES[1:]])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_the_benchmark(device, options):
-    shown = run("-m", "mamba2_jax.benchmark", "--layers", 2, "--tokens", 2, "--rounds", 1, *options, device=device)
+    assert_compared(run("-m", "mamba2_jax.benchmark", *SMALL, *options, device=device), options)
+
+
+def assert_compared(shown, options):
     assert ("requested xla" in shown) == ("xla" in options)
     assert "copies no state" in shown
     assert "verdict: pass" in shown
@@ -87,10 +118,8 @@ def test_sharing_a_state(device):
 
 
 def test_the_configurations_of_known_models():
-    from mamba2_jax.benchmark import SIZES
-
-    assert SIZES["mamba2-130m"] == Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128)
-    for config in SIZES.values():
+    assert benchmark.SIZES["mamba2-130m"] == Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128)
+    for config in benchmark.SIZES.values():
         assert config.inner_size == 2 * config.hidden_size
 
 

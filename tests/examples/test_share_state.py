@@ -18,6 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "share_state.py"
 CASE = Case("shared", headdim=8, dstate=16)
 
 
+@pytest.mark.nightly  # test_examples.py runs it, too
 def test_the_example():
     result = subprocess.run([sys.executable, EXAMPLE, "--rounds", "2"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -63,9 +64,11 @@ def work(xp, number, size, **place):
             busy = busy @ busy
 
 
-def test_in_turn_on_the_cpu():
+# Many rounds look for what goes wrong seldom.
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_in_turn_on_the_cpu(count):
     with ssu_bridge.using(strict_in_place=True):
-        rounds(1000, "cpu")
+        rounds(count, "cpu")
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from thinned import covering, thinned
 
 from ssu_bridge.api import explain
 from ssu_bridge.testing.cases import CASES, Case, arguments
@@ -98,27 +99,37 @@ CLASSES = (
 
 
 def specialisation_of(case):
-    return specialise(problem_of(case), tiles.tile(problem_of(case)))
+    problem = problem_of(case)
+    return specialise(problem, tiles.tile(problem))
 
 
 # One of each kind of specialisation: tied or not, Mamba-1, sizes that fill no block, all dtypes, all optional arrays.
-DISTINCT = list({specialisation_of(case): name for name, case in CLASSES.items()}.values())
+DISTINCT = {name: spelt for spelt, name in {specialisation_of(case): name for name, case in CLASSES.items()}.items()}
+# Those of real sizes first: they fill the registers.
+LAYERS_FIRST = dict(sorted(DISTINCT.items(), key=lambda item: not item[0].startswith("layer")))
 
 
-@pytest.mark.parametrize("name", DISTINCT)
-def test_every_class_compiles_without_spills(name):
-    assert resources(compiled(CLASSES[name]).cubin) == {"STACK": 0, "LOCAL": 0}
+def values(specialisation):
+    """Return the values of its fields, each array's apart: its dtype, and that it is tied, a table or a result."""
+    fields = dataclasses.asdict(specialisation).items()
+    return {(name, one) for name, value in fields for one in (value if isinstance(value, tuple) else [str(value)])}
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("mamba2", "mamba1, bfloat16", "odd sizes, untied, float16", "layer, bfloat16", "layer, bfloat16, packed"),
-        *(name for name in MANY if "intermediates, stochastic" in name),
-        "layer, int16, tables",
-    ],
+# By default each value of a field is compiled in some class.
+@pytest.mark.parametrize("spelt", covering(LAYERS_FIRST, values))
+def test_every_class_compiles_without_spills(spelt):
+    assert resources(compile_step(spelt).cubin) == {"STACK": 0, "LOCAL": 0}
+
+
+FOR_EVERY_GPU = (
+    *("mamba2", "mamba1, bfloat16", "odd sizes, untied, float16", "layer, bfloat16", "layer, bfloat16, packed"),
+    *(name for name in MANY if "intermediates, stochastic" in name),
+    "layer, int16, tables",
 )
+
+
+# By default each for two of the GPUs.
+@pytest.mark.parametrize(("name", "capability"), thinned(FOR_EVERY_GPU, CAPABILITIES, one_in=2))
 def test_it_compiles_for_every_gpu(name, capability):
     kernel = compiled(CLASSES[name], capability)
     assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
@@ -157,8 +168,7 @@ def test_it_waits_for_other_kernels_before_it_touches_memory():
     assert not launch_of(specialisation(layer(), (8, 0))).overlaps
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["int16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("dtype", "capability"), thinned(["int16", "int8", "float8_e4m3fn"], CAPABILITIES, one_in=2))
 def test_subnormal_rows_and_scales_count(dtype, capability):
     ptx = compiled(layer(dtype, tokens=4, steps=4), capability).text["ptx"]
     flushing = set(re.findall(r"\S+\.ftz\S*", ptx))
@@ -192,9 +202,12 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("untied", [(), ("A", "dt", "D", "dt_bias")], ids=["tied", "untied"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# By default each shape with one or two of the choices of the others.
+@pytest.mark.parametrize(
+    ("shape", "untied", "dtype"),
+    thinned(SHAPES, [(), ("A", "dt", "D", "dt_bias")], ["float32", "bfloat16"], one_in=3),
+    ids=str,
+)
 def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype):
     """For one token and for many: the same sums are taken in the same order."""
     one, many = layer(dtype, untied=untied, **shape), layer(dtype, untied=untied, tokens=2, **shape)
@@ -204,9 +217,17 @@ def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype):
     assert len(found) == 1, found
 
 
-@pytest.mark.parametrize("changes", [{}, {"tokens": 4, "steps": 4}, {"tokens": 4, "seed": 1}], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "int16", "int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("dstate", [128, 96, 16])
+# By default each two meet, with one choice of the third.
+@pytest.mark.parametrize(
+    ("dstate", "dtype", "changes"),
+    thinned(
+        [128, 96, 16],
+        ["float16", "int16", "int8", "float8_e4m3fn"],
+        [{}, {"tokens": 4, "steps": 4}, {"tokens": 4, "seed": 1}],
+        one_in=3,
+    ),
+    ids=str,
+)
 def test_every_tile_of_a_state_lies_the_same_way_however_it_is_stored(dstate, dtype, changes):
     if "seed" in changes and dtype == "int16":
         pytest.skip("int16 is not rounded stochastically")

@@ -25,7 +25,8 @@ def test_calls_leave_nothing_behind(measure, calls, device):
 
 def test_few_bytes_that_each_call_leaves_behind_are_seen():
     kept = []
-    leak = memory.growth(lambda count: kept.extend(object() for _ in range(count)), 200_000)  # 16 bytes, and a pointer
+    # 16 bytes and a pointer a call: more in all than earlier tests of the process may have left free.
+    leak = memory.growth(lambda count: kept.extend(object() for _ in range(count)), 1_000_000)
     assert leak.resident > ALLOWED
 
 

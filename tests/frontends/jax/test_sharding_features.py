@@ -1,11 +1,13 @@
 """Steps on sharded arrays that ask for more than one token and a float state."""
 
 import functools
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharded import (
@@ -24,6 +26,7 @@ from sharded import (
     step,
     written,
 )
+from thinned import thinned
 
 from ssu_bridge.cases import Case
 from ssu_bridge.frontends.jax.metadata import WRITTEN
@@ -237,42 +240,46 @@ def test_stochastic_rounding():
     np.testing.assert_allclose(got, expected, rtol=2.0**-10, atol=2.0**-24)
 
 
-def test_mapped_with_all_that_a_call_can_have():
-    import itertools
+DRAFTS = {"tokens": 2, "steps": 2}
+MAPPED_KINDS = [
+    case("drafts", **DRAFTS),
+    case("quantised drafts", **DRAFTS, dtypes={"state": "int8"}),
+    case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
+    case("trees", tokens=4, steps=4, parents=(TREE,) * 3),
+    case("fresh", tokens=4, steps=2, intermediate_stride=2, has_initial_state=(False, True, False)),
+    case("rounded each", **DRAFTS, dtypes={"state": "int8"}, round_each_token=True),
+    case("a state that is only read", **DRAFTS, disable_state_update=True),
+    own("own slots", **DRAFTS),
+]
+SUBSETS = (("x",), ("state",), ("state", "x"), ("state_batch_indices", "x"), ("x", *WRITTEN))
+# The kind of the mesh's axes, and whether heads are sharded as well as calls.
+MESHES = tuple(itertools.product((AxisType.Auto, AxisType.Explicit), (False, True)))
 
-    quantised = {"dtypes": {"state": "int8"}}
-    drafts = {"tokens": 2, "steps": 2}
-    kinds = [
-        case("drafts", **drafts),
-        case("quantised drafts", **drafts, **quantised),
-        case("packed", tokens=9, cu_seqlens=(0, 4, 4, 9)),
-        case("trees", tokens=4, steps=4, parents=(TREE,) * 3),
-        case("fresh", tokens=4, steps=2, intermediate_stride=2, has_initial_state=(False, True, False)),
-        case("rounded each", **drafts, **quantised, round_each_token=True),
-        case("a state that is only read", **drafts, disable_state_update=True),
-        own("own slots", **drafts),
-    ]
-    subsets = (("x",), ("state",), ("state", "x"), ("state_batch_indices", "x"), ("x", *WRITTEN))
-    for axes, kind, mapped, split in itertools.product(
-        (AxisType.Auto, AxisType.Explicit), kinds, subsets, (False, True)
-    ):
-        mesh, calls = mesh_of(axes, v=2, h=4), [drawn(kind, seed) for seed in range(4)]
-        names = [name for name in calls[0] if name in mapped]
-        arrays = {n: np.stack([call[n] for call in calls]) if n in names else a for n, a in calls[0].items()}
-        in_axes = {n: 0 if n in names else None for n in arrays}
-        lead = {n: ("v",) if n in names else () for n in arrays}
-        over_heads = {n: P(*lead[n], *spec) for n, spec in heads().items() if n in WRITTEN and n in arrays}
-        with jax.set_mesh(mesh):
-            specs = {n: P(*axes) for n, axes in lead.items()} | (over_heads if split else {})
-            run = jax.jit(jax.vmap(functools.partial(step, kind), in_axes=(in_axes,)))
-            there = put(arrays, mesh, specs)
-            text, got = run.lower(there).compile().as_text(), run(there)
-        assert not re.search(COLLECTIVE, text), (kind.name, names, split)
-        for j, call in enumerate(calls):
-            alone = step(kind, {n: jnp.array(call[n] if n in names else a) for n, a in calls[0].items()})
-            same(
-                {n: np.array(got[n]) if got[n].ndim == a.ndim else np.array(got[n])[j] for n, a in alone.items()}, alone
-            )
+
+# Each is a compilation: by default each kind of call meets each choice of mapped arrays, on one of the meshes.
+@pytest.mark.parametrize(
+    ("kind", "mapped", "mesh"),
+    thinned(MAPPED_KINDS, SUBSETS, MESHES, one_in=len(MESHES)),
+    ids=lambda value: value.name if isinstance(value, Case) else "+".join(map(str, value)),
+)
+def test_mapped_with_all_that_a_call_can_have(kind, mapped, mesh):
+    axes, split = mesh
+    mesh, calls = mesh_of(axes, v=2, h=4), [drawn(kind, seed) for seed in range(4)]
+    names = [name for name in calls[0] if name in mapped]
+    arrays = {n: np.stack([call[n] for call in calls]) if n in names else a for n, a in calls[0].items()}
+    in_axes = {n: 0 if n in names else None for n in arrays}
+    lead = {n: ("v",) if n in names else () for n in arrays}
+    over_heads = {n: P(*lead[n], *spec) for n, spec in heads().items() if n in WRITTEN and n in arrays}
+    with jax.set_mesh(mesh):
+        specs = {n: P(*axes) for n, axes in lead.items()} | (over_heads if split else {})
+        run = jax.jit(jax.vmap(functools.partial(step, kind), in_axes=(in_axes,)))
+        there = put(arrays, mesh, specs)
+        compiled = run.lower(there).compile()
+        got = compiled(there)
+    assert not re.search(COLLECTIVE, compiled.as_text())
+    for j, call in enumerate(calls):
+        alone = step(kind, {n: jnp.array(call[n] if n in names else a) for n, a in calls[0].items()})
+        same({n: np.array(got[n]) if got[n].ndim == a.ndim else np.array(got[n])[j] for n, a in alone.items()}, alone)
 
 
 def test_stochastic_rounding_where_jax_does_not_say_what_varies():

@@ -370,7 +370,10 @@ for number in range(8):
 """
 
 
-@pytest.mark.parametrize("how", ("eager", "jitted", "both"))
+# A process each: by default the one in which every other thread does the one, and the rest the other.
+@pytest.mark.parametrize(
+    "how", (*(pytest.param(how, marks=pytest.mark.nightly) for how in ("eager", "jitted")), "both")
+)
 def test_the_first_calls_of_a_process_in_many_threads_at_once(how):
     run(COLD, how, devices=1)
 
