@@ -79,7 +79,7 @@ def test_too_old(installed):
 def test_another_signature(installed, arguments):
     installed("9.0.0", arguments)
     assert re.search(
-        r"FlashInfer 9\.0\.0 calls its kernels in another way.*0\.6\.11 to 0\.6", flashinfer.missing("torch")
+        r"FlashInfer 9\.0\.0 calls its kernels in another way.*0\.6\.11 to 0\.7\.4", flashinfer.missing("torch")
     )
 
 
