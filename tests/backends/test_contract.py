@@ -1,26 +1,14 @@
 """Every case on every backend in every mode: right against float64, in place, and nothing else changed."""
 
-import itertools
-
 import pytest
 from contract import assert_step
-from modes import GPU_PAIRS, PAIRS, int64_as_it_is, to_mode
+from modes import GPU_PAIRS, PAIRS, in_turns, int64_as_it_is, to_mode
 
 from ssu_bridge.api import explain
 from ssu_bridge.testing.cases import CASES
 
 
-def in_each_mode():
-    """Return each case with each mode and backend; by default jitted cases are by turns in a scan and in none."""
-    params = []
-    for (number, case), (mode, backend) in itertools.product(enumerate(CASES), PAIRS):
-        other = ("jax.jit", "jax.lax.scan")[number % 2]
-        marks = [pytest.mark.nightly] if mode == other else []
-        params.append(pytest.param(case, mode, backend, id=f"{case.name}-{mode}-{backend}", marks=marks))
-    return params
-
-
-@pytest.mark.parametrize(("case", "mode", "backend"), in_each_mode())
+@pytest.mark.parametrize(("case", "mode", "backend"), in_turns({case.name: case for case in CASES}))
 def test_case(case, mode, backend):
     arrays = case.arrays(seed=len(case.name))
     with int64_as_it_is(arrays):

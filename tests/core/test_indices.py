@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from modes import GPU_PAIRS, PAIRS, bits, convert, int64_as_it_is, skip_if_refused, step, to_host, to_mode
+from modes import GPU_PAIRS, PAIRS, bits, convert, in_turns, int64_as_it_is, skip_if_refused, step, to_host, to_mode
 
 import ssu_bridge
 from ssu_bridge.api import explain
@@ -171,9 +171,12 @@ SHARING = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "backend"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.gpu) for pair in GPU_PAIRS)]
+    ("what", "mode", "backend"),
+    [
+        *in_turns({what: what for what in SHARING}),
+        *(pytest.param(what, *pair, marks=pytest.mark.gpu) for what in SHARING for pair in GPU_PAIRS),
+    ],
 )
-@pytest.mark.parametrize("what", SHARING)
 def test_each_of_the_sequences_that_share_rows(what, mode, backend):
     """It has its own states; of the output, the rows that it has to itself. On xla it has neither, but the others do."""
     sequences = len(SHARING[what]["cu_seqlens"]) - 1

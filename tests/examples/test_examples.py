@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from mamba2_jax import benchmark, checkpoint, plot
+import demo
+from mamba2_jax import benchmark, checkpoint, generate, plot
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
 from mamba2_jax.initial import random_weights
@@ -31,12 +32,43 @@ def run(*arguments, device="cpu", fails=False, **variables):
     return result.stdout
 
 
-# By default without the plot of large batches, which is drawn for a small model below.
-@pytest.mark.parametrize("plotted", [False, pytest.param(True, marks=pytest.mark.nightly)])
-def test_the_demo(tmp_path, plotted):
-    small = ["--tokens", "32", "--rounds", "1", "--layers", "2"]
-    options = ["--plot", tmp_path / "latency.png"] if plotted else []
-    shown = run("demo.py", "--prompt", "And God said, ", *small, *options)
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a module's command in this process, which has imported and compiled much of it before."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Make a known model a small one: of the one that it is, drawing the embedding alone takes seconds."""
+    monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", TINY)
+
+
+DEMO = ["--prompt", "And God said, ", "--tokens", "32", "--rounds", "1", "--layers", "2"]
+
+
+def test_the_demo_of_a_small_model(run_here, tiny):
+    assert_shown(run_here(demo, *DEMO))
+
+
+@pytest.mark.nightly  # `make demo` runs it, too
+def test_the_demo(tmp_path):
+    assert_shown(run("demo.py", *DEMO, "--plot", tmp_path / "latency.png"))
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def assert_shown(shown):
     assert shown.startswith("And God said, ")
     assert shown.count("selected, the first that supports the call") == 2
     for model in shown.split("Random weights")[0:2]:
@@ -45,8 +77,6 @@ def test_the_demo(tmp_path, plotted):
             assert re.search(rf"whole token +{backend} +[\d.]+ ms +[\d.]+ tokens/s +[\d.]+ times xla", model)
         assert "cpu: the compiled program copies no state" in model
         assert "verdict: pass" in model
-    if plotted:
-        assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plot(tmp_path, monkeypatch):
@@ -60,16 +90,11 @@ SMALL = ["--layers", "2", "--tokens", "2", "--rounds", "1"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_benchmark_of_a_small_model(options, monkeypatch, capsys):
-    monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", TINY)
-    monkeypatch.setattr(sys, "argv", ["benchmark", *SMALL, *options])
-    with pytest.raises(SystemExit) as ended:
-        benchmark.main()
-    assert ended.value.code == 0
-    assert_compared(capsys.readouterr().out, options)
+def test_the_benchmark_of_a_small_model(options, run_here, tiny):
+    assert_compared(run_here(benchmark, *SMALL, *options), options)
 
 
-# Most of its time it draws an embedding; the one of a small model, above, takes the same options.
+# On a CPU the one of a small model takes the same options.
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.nightly), *DEVICES[1:]])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_benchmark(device, options):
@@ -83,11 +108,9 @@ def assert_compared(shown, options):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_generating_text(device):
-    texts = [
-        run("-m", "mamba2_jax.generate", "--prompt", "Moses", "--tokens", 40, *options, device=device)
-        for options in ([], ["--mamba-backend", "xla", "--seed", 1])
-    ]
+def test_generating_text(device, run_here):
+    moses, other = ["--prompt", "Moses", "--tokens", 40], ["--mamba-backend", "xla", "--seed", 1]
+    texts = [run("-m", "mamba2_jax.generate", *moses, device=device), run_here(generate, *moses, *other)]
     assert all(text.startswith("Moses") and len(text) == len("Moses") + 40 + 1 for text in texts)
     assert texts[1] != texts[0]
 

@@ -1,6 +1,7 @@
 """The ways in which a caller can run one step, and running a case in each."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -29,6 +30,22 @@ GPU_MODES = {
 }
 PAIRS = [(mode, backend) for mode, (_, backends) in MODES.items() for backend in backends]
 GPU_PAIRS = [(mode, backend) for mode, (_, backends) in GPU_MODES.items() for backend in backends]
+
+
+def in_turns(cases):
+    """Return named cases in each mode on each backend as parameters.
+
+    By default a case is compiled in one of the modes of xla and in one jitted mode of cpu, by turns; marked nightly are
+    those in which it is the same kernel on the same numbers in another program.
+    """
+    params = []
+    for (number, (name, case)), (mode, backend) in itertools.product(enumerate(cases.items()), PAIRS):
+        compiled = [m for m, b in PAIRS if b == backend and (b == "xla" or m.startswith("jax."))]
+        marks = [pytest.mark.nightly] if mode in compiled and mode != compiled[number % len(compiled)] else []
+        params.append(pytest.param(case, mode, backend, id=f"{name}-{mode}-{backend}", marks=marks))
+    return params
+
+
 # Those that run JAX arrays on a GPU, for tests that name a backend.
 GPU_BACKENDS = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("triton", "flashinfer")]
 

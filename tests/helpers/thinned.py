@@ -5,16 +5,16 @@ import itertools
 import pytest
 
 
-def thinned(*axes, one_in):
+def thinned(*axes, one_in, first=0):
     """Return the product of some axes as parameters, of which all but one in so many are marked nightly.
 
-    Those kept are the ones whose positions along the axes sum to a multiple of ``one_in``: along each axis every value
-    is among them as long as the other axes together have that many positions.
+    Those kept are the ones whose positions along the axes sum to a multiple of ``one_in`` and ``first`` more: along
+    each axis every value is among them as long as the other axes together have that many positions.
     """
     params = []
     for chosen in itertools.product(*map(enumerate, axes)):
         positions, values = zip(*chosen, strict=True)
-        params.append(pytest.param(*values, marks=[pytest.mark.nightly] if sum(positions) % one_in else []))
+        params.append(pytest.param(*values, marks=[pytest.mark.nightly] if sum(positions) % one_in != first else []))
     return params
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tvm_ffi
 from modes import to_mode
+from thinned import thinned
 
 import share_state
 import ssu_bridge
@@ -79,9 +80,9 @@ def trace(functions, runs):
             jax.block_until_ready(jitted(*given))
 
 
+# By default every other case in each mode.
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "case"), thinned(MODES, CASES, one_in=2))
 def test_each_call_and_transform(mode, case, backend):
     expected = without_a_mode(case, backend)
     if expected is None:
@@ -156,12 +157,14 @@ def test_programs_of_flashinfer_are_lowered(mode, with_a_gpu):
             assert "ssu_bridge.flashinfer(" in text
 
 
+# By default each part of the examples in every other mode: two of the four in each mode.
+EVEN, ODD = (pytest.mark.parametrize("mode", thinned(MODES, one_in=2, first=first)) for first in (0, 1))
 # Looking for NaNs, JAX donates nothing.
 COPIES = pytest.mark.filterwarnings("ignore:.*the state was copied:RuntimeWarning")
 TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2, use_bias=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@EVEN
 def test_the_example_model_draws(mode):
     with MODES[mode]():
         weights = random_weights(TINY, jax.random.key(0))
@@ -174,7 +177,7 @@ def test_the_example_model_draws(mode):
     assert ((drawn >= 0) & (drawn < 256)).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@ODD
 def test_the_optimiser_takes_a_step(mode):
     with MODES[mode]():
         config = dataclasses.replace(TINY, num_hidden_layers=1)
@@ -187,7 +190,7 @@ def test_the_optimiser_takes_a_step(mode):
         trace([(step, (training, streams, progress, jax.random.key(2)))], runs=mode == "NaN")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@ODD
 def test_the_scheduler_runs(mode):
     with MODES[mode]():
         batch = Scheduler(
@@ -201,7 +204,7 @@ def test_the_scheduler_runs(mode):
 
 
 @COPIES
-@pytest.mark.parametrize("mode", MODES)
+@EVEN
 def test_what_the_demo_compares(mode, monkeypatch):
     # Nor does JAX donate in the program; and the other modes find the programs that it kept then.
     monkeypatch.setattr(measure, "assert_no_copy_of_a_state", lambda *_: None)
