@@ -107,10 +107,10 @@ def _automatic(problem: Problem) -> tuple[Backend, ...]:
 
 def _row_matches(row: dict[str, Any], problem: Problem) -> bool:
     """Return whether a row of the measurements is about calls like this one."""
-    tokens = -(-problem.tokens // max(problem.sequences, 1)) if problem.form == "packed" else problem.tokens
+    tokens = -(-problem.tokens // max(problem.sequences, 1)) if problem.layout == "packed" else problem.tokens
     elements = problem.sequences * problem.nheads * problem.headdim * problem.dstate
     ranges = ((tokens, row["tokens"]), (elements, row["elements"]))
-    same = row["form"] == problem.form and row["state"] == dict(problem.dtypes)["state"]
+    same = row["layout"] == problem.layout and row["state"] == dict(problem.dtypes)["state"]
     return same and all(least <= value <= most for value, (least, most) in ranges)
 
 

@@ -120,8 +120,8 @@ class Feature(enum.StrEnum):
 def features(problem: Problem) -> tuple[Feature, ...]:
     """Return the features that a problem needs."""
     needed = {
-        Feature.TOKENS: problem.form == "multi",
-        Feature.PACKED: problem.form == "packed",
+        Feature.TOKENS: problem.layout == "multi",
+        Feature.PACKED: problem.layout == "packed",
         Feature.TABLES: bool(problem.tables),
         Feature.ACCEPTED: "num_accepted_tokens" in problem.names,
         Feature.INTERMEDIATE: "intermediate_states" in problem.names,

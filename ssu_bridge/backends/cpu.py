@@ -22,7 +22,7 @@ def refusal(problem: Problem) -> str | None:
 
 def settings(problem: Problem) -> str:
     """Return in which form several tokens are computed."""
-    is_one = problem.form == "single" or problem.tokens in (0, 1)
+    is_one = problem.layout == "single" or problem.tokens in (0, 1)
     return "" if is_one else "loop over the tokens, the only form that it has"
 
 

@@ -126,7 +126,7 @@ def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: boo
 
 
 def _row_count(problem: Problem) -> int:
-    return problem.tokens if problem.form == "packed" else problem.sequences * problem.tokens
+    return problem.tokens if problem.layout == "packed" else problem.sequences * problem.tokens
 
 
 def _stacked(kept: list[Any], name: str, shape: tuple[int, ...]) -> Store:

@@ -25,7 +25,7 @@ def compiled_check(
     *,
     tied: Collection[str],
     tables: Collection[str] | None,
-    form: str,
+    layout: str,
     sizes: dict[str, int],
     intermediate_stride: int = 1,
     tokens: tuple[int, int] = ANY_TOKENS,
@@ -39,16 +39,16 @@ def compiled_check(
         results: the names of what it computes, out first.
         tied: the parameters that it reads as one number a head.
         tables: the slot tables that it reads as having a column for each token; None: it reads them either way.
-        form: "single", "multi" or "packed".
+        layout: "single", "multi" or "packed".
         sizes: those that are compiled in, by their symbols: H, P, N, G.
         intermediate_stride: of the intermediate states.
         tokens: of how many tokens a sequence may be that is not packed.
     """
     by_name = dict(dtypes)
     rows = [_compiled_row(name, dtype, name in tied, tables) for name, dtype in (*dtypes, ("out", by_name["x"]))]
-    form_number = list(TOKEN_AXES).index(form)
+    layout_number = list(TOKEN_AXES).index(layout)
     check: Callable[..., object] = library().compiled_check(
-        rows, "state" in results, intermediate_stride, form_number, list(sizes.items()), tokens
+        rows, "state" in results, intermediate_stride, layout_number, list(sizes.items()), tokens
     )
     return check
 

@@ -40,7 +40,7 @@ def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bo
                 )
     if (out := arrays.get("out")) is None:
         return False
-    may_be_out = () if problem.form == "packed" else ("x", "z")
+    may_be_out = () if problem.layout == "packed" else ("x", "z")
     return any(
         _overlap(out, array) and not (name in may_be_out and _same_elements(out, array))
         for name, array in arrays.items()

@@ -78,15 +78,15 @@ SIZES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngrou
 TOKEN_AXES = {"single": "b", "multi": "bT", "packed": "L"}
 
 
-def patterns(name: str, form: str, heads_axis: bool) -> tuple[str, ...]:
+def patterns(name: str, layout: str, heads_axis: bool) -> tuple[str, ...]:
     """Return the shapes that an array may have in a call, in symbols."""
-    shapes = [shape.replace("*", TOKEN_AXES[form]) for shape in ARGUMENTS[name].shapes]
+    shapes = [shape.replace("*", TOKEN_AXES[layout]) for shape in ARGUMENTS[name].shapes]
     if not heads_axis:
         # Without heads nothing can be tied to one; the shapes without H need no duplicates.
         shapes = [shape.replace("H", "") for shape in shapes if not shape.endswith("H")]
     return tuple(shapes)
 
 
-def pattern_of(name: str, form: str, heads_axis: bool, count: int) -> str:
+def pattern_of(name: str, layout: str, heads_axis: bool, count: int) -> str:
     """Return the one of them that has so many axes."""
-    return next(pattern for pattern in patterns(name, form, heads_axis) if len(pattern) == count)
+    return next(pattern for pattern in patterns(name, layout, heads_axis) if len(pattern) == count)

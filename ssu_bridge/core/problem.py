@@ -64,7 +64,7 @@ class Problem:
         platform: "cpu", "cuda" or what else the framework calls it; None while JAX traces and has not lowered.
         capability: of a CUDA device, such as (9, 0).
         traced: JAX is tracing, so there are no values.
-        form: "single" token, x (b, H, P); "multi", x (b, T, H, P); or "packed", x (rows, H, P) and cu_seqlens.
+        layout: "single" token, x (b, H, P); "multi", x (b, T, H, P); or "packed", x (rows, H, P) and cu_seqlens.
         sequences, tokens, slots, nheads, headdim, dstate, ngroups: sizes; tokens is the number of packed rows when
             packed. A state without a head axis has nheads = ngroups = 1.
         heads_axis: the arrays have an axis of heads.
@@ -86,7 +86,7 @@ class Problem:
     platform: str | None
     capability: tuple[int, int] | None = None
     traced: bool = False
-    form: str
+    layout: str
     sequences: int
     tokens: int
     slots: int
@@ -114,7 +114,7 @@ class Problem:
     def rounds_each_token(self) -> bool:
         """Whether rounding the state after each token makes a difference: not to one token, nor in float32."""
         is_exact = dict(self.dtypes)["state"] == "float32"
-        return self.options.config.round_each_token and not is_exact and self.form != "single"
+        return self.options.config.round_each_token and not is_exact and self.layout != "single"
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ class Problem:
 
     def axes(self, name: str, count: int) -> str:
         """Return the symbols of an array's axes, as ``ARGUMENTS`` has them, for an array of so many."""
-        return pattern_of(name, self.form, self.heads_axis, count)
+        return pattern_of(name, self.layout, self.heads_axis, count)
 
     def on(self, platform: str, capability: tuple[int, int] | None = None) -> "Problem":
         """Return the same problem on a platform."""

@@ -33,11 +33,11 @@ class Shapes:
                 raise ValueError(f"cu_seqlens: expected None with x of shape (sequences, tokens, ...), {x.shape}")
             if len(arrays["cu_seqlens"].shape) != 1 or arrays["cu_seqlens"].shape[0] < 1:
                 raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {arrays['cu_seqlens'].shape}")
-            self.form = "packed"
+            self.layout = "packed"
             self.sizes["b"] = arrays["cu_seqlens"].shape[0] - 1
         else:
-            self.form = "multi" if extra else "single"
-        self.token_axes = TOKEN_AXES[self.form]
+            self.layout = "multi" if extra else "single"
+        self.token_axes = TOKEN_AXES[self.layout]
         self.sizes["Q"] = self.sizes.get("b", x.shape[0]) + 1
 
     def match(self, name: str, info: ArrayInfo) -> None:
@@ -56,7 +56,7 @@ class Shapes:
     def _hint(self, name: str, shape: tuple[int, ...]) -> str:
         """Return what to add to an error where an array fits a Mamba-2 call that lacks its axis of sequences."""
         sizes = dict(zip("HPN", self.state_shape, strict=False))
-        one = [pattern.replace("b", "") for form in ("single", "multi") for pattern in patterns(name, form, True)]
+        one = [pattern.replace("b", "") for layout in ("single", "multi") for pattern in patterns(name, layout, True)]
         fits = (all(sizes.get(s, n) == n for s, n in zip(p, shape, strict=True)) for p in one if len(p) == len(shape))
         if self.heads_axis or not any(fits):
             return ""
@@ -148,10 +148,10 @@ class Shapes:
 
     def pattern(self, name: str, count: int) -> str:
         """Return the symbols of an array's axes, for an array of so many."""
-        return pattern_of(name, self.form, self.heads_axis, count)
+        return pattern_of(name, self.layout, self.heads_axis, count)
 
     def _patterns(self, name: str) -> tuple[str, ...]:
-        return patterns(name, self.form, self.heads_axis)
+        return patterns(name, self.layout, self.heads_axis)
 
     def _implied(self, name: str, pattern: str) -> tuple[tuple[str, int], ...]:
         """Return the sizes that a shape fixes by having no axis for them: without an axis of groups there is one."""

@@ -117,7 +117,7 @@ def _named_parents(arrays: Mapping[str, Any], starts: np.ndarray, lengths: np.nd
 
 def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     b = problem.sequences
-    if problem.form != "packed":
+    if problem.layout != "packed":
         return np.arange(b) * problem.tokens, np.full(b, problem.tokens)
     edges = np.clip(arrays["cu_seqlens"].astype(np.int64), 0, problem.tokens)
     most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else problem.tokens

@@ -118,7 +118,7 @@ class Case:
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the float arrays of the call with their shapes."""
-        form = "packed" if self.cu_seqlens is not None else "single" if self.tokens is None else "multi"
+        layout = "packed" if self.cu_seqlens is not None else "single" if self.tokens is None else "multi"
         sizes = {"S": self.slots, "H": self.nheads, "P": self.headdim, "N": self.dstate, "G": self.ngroups}
         sizes |= {"b": self.sequences, "T": self.tokens or 0, "L": self.tokens or 0}
         sizes |= {"E": self.slots + self.spare_entries, "K": self.steps}
@@ -128,7 +128,7 @@ class Case:
                 is_last = name not in self.untied if name in TIED_AXES else not self.group_axis
                 yield (
                     name,
-                    tuple(sizes[symbol] for symbol in patterns(name, form, self.nheads > 0)[-1 if is_last else 0]),
+                    tuple(sizes[symbol] for symbol in patterns(name, layout, self.nheads > 0)[-1 if is_last else 0]),
                 )
 
 

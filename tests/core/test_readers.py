@@ -219,7 +219,7 @@ def triton_serves(problem, other, arrays):
     s, o = (specialise(p, forms.tile(p)) for p in (problem, other))
     as_one_chunk = not s.tile.one_chunk or max(other.tokens, 1) <= s.tile.chunk
     vectors = {*other.names, "out"} - {*s.tied, *s.unaligned, *TABLES, "rand_seed"}
-    lies_well = all(is_aligned(name, arrays[name], other.form) for name in vectors)
+    lies_well = all(is_aligned(name, arrays[name], other.layout) for name in vectors)
     return (
         dataclasses.replace(o, kernel=s.kernel, tile=s.tile, unaligned=s.unaligned) == s and as_one_chunk and lies_well
     )
@@ -240,8 +240,8 @@ PROMISED = ("at addresses that are multiples of 16", "and got gaps between entri
 def flashinfer_serves(problem, other, arrays):
     """Whether the module and the adapter of a Problem are those of another."""
     kept = [
-        (p.names, p.results, dict(p.dtypes) | {"out": None}, p.form, p.headdim, p.dstate,
-         max(p.tokens, 1) if p.form == "multi" else None, {*TIED_AXES} & {*p.names} == {*p.tied})
+        (p.names, p.results, dict(p.dtypes) | {"out": None}, p.layout, p.headdim, p.dstate,
+         max(p.tokens, 1) if p.layout == "multi" else None, {*TIED_AXES} & {*p.names} == {*p.tied})
         for p in (problem, other)
     ]  # fmt: skip
     serves = kept[0] == kept[1]

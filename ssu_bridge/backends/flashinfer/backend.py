@@ -79,7 +79,7 @@ def settings(problem: Problem) -> str:
     said = [f"its {tokens} kernels, algorithm {_algorithm(problem)}"]
     if any(dtype.startswith("int") and name != "state" and name != "rand_seed" for name, dtype in problem.dtypes):
         said.append("checks no index but pad_slot_id")
-    if problem.form == "packed":
+    if problem.layout == "packed":
         said.append(f"sequences of at most {_longest(problem)} tokens")
     if problem.stochastic_rounding:
         limit = "" if module.rounds_subnormals() else ", and to zero below 2**-14"
@@ -94,12 +94,12 @@ def load(problem: Problem) -> DeviceKernel:
         _Specialisation(
             module=_module(problem),
             names=(*problem.names, *problem.results),
-            one_token_axis=problem.form == "single" and _by_token(problem),
+            one_token_axis=problem.layout == "single" and _by_token(problem),
             dt_softplus=options.dt_softplus,
             pad_slot_id=options.pad_slot_id,
             disable_state_update=options.disable_state_update,
             algorithm=_algorithm(problem),
-            longest=_longest(problem) if problem.form == "packed" else 0,
+            longest=_longest(problem) if problem.layout == "packed" else 0,
         )
     )
     dtypes = tuple((name, dtype) for name, dtype in problem.dtypes if name != "out")
@@ -107,9 +107,9 @@ def load(problem: Problem) -> DeviceKernel:
     reader = _reader(
         dtypes,
         problem.results,
-        problem.form,
+        problem.layout,
         (problem.headdim, problem.dstate),
-        (tokens, tokens) if problem.form == "multi" else ANY_TOKENS,
+        (tokens, tokens) if problem.layout == "multi" else ANY_TOKENS,
     )
     return kernel._replace(check=functools.partial(_check, reader, kernel.check))
 
@@ -118,13 +118,13 @@ def load(problem: Problem) -> DeviceKernel:
 def _reader(
     dtypes: tuple[tuple[str, str], ...],
     results: tuple[str, ...],
-    form: str,
+    layout: str,
     sizes: tuple[int, int],
     tokens: tuple[int, int],
 ) -> Callable[..., object]:
     """Return the check that tensors are what a module was compiled for, tied as the adapter takes them."""
     by_symbol = dict(zip("PN", sizes, strict=True))
-    return compiled_check(dtypes, results, tied=TIED_AXES, tables=None, form=form, sizes=by_symbol, tokens=tokens)
+    return compiled_check(dtypes, results, tied=TIED_AXES, tables=None, layout=layout, sizes=by_symbol, tokens=tokens)
 
 
 def _check(reader: Callable[..., object], adapter: Callable[..., object], *tensors: Any) -> None:
@@ -180,7 +180,7 @@ def _module(problem: Problem) -> Module:
 
 def _longest(problem: Problem) -> int:
     """Return how many tokens a sequence may have: packed, as many as the tables have columns, or as there are rows."""
-    if problem.form != "packed":
+    if problem.layout != "packed":
         return max(problem.tokens, 1)
     # Few sizes to compile for.
     rows = 1 << max(problem.tokens - 1, 0).bit_length()
@@ -195,7 +195,7 @@ def _by_token(problem: Problem) -> bool:
     """
     reasons = ("dst_state_batch_indices", "num_accepted_tokens", "intermediate_states")
     at_pads = "state_scale" in problem.names and "state_batch_indices" in problem.names
-    return problem.form != "single" or at_pads or any(name in problem.names for name in reasons)
+    return problem.layout != "single" or at_pads or any(name in problem.names for name in reasons)
 
 
 def _simple_alone(problem: Problem) -> str | None:
@@ -283,7 +283,7 @@ def _wrong_intermediates(problem: Problem) -> str | None:
         return (
             "it does not update the state when it stores intermediate states (disable_state_update=True requests that)"
         )
-    if problem.form == "packed":
+    if problem.layout == "packed":
         return "with packed sequences it uses the steps of the intermediate states as the longest sequence's length"
     if "intermediate_state_indices" in problem.names:
         return "it would write out of bounds for a padding index in intermediate_state_indices"
@@ -295,7 +295,7 @@ def _wrong_intermediates(problem: Problem) -> str | None:
 def _wrong_tokens(problem: Problem) -> str | None:
     if _longest(problem) <= _MOST_TOKENS:
         return None
-    if problem.form == "packed":
+    if problem.layout == "packed":
         return (
             f"it must know that no sequence has more than {_MOST_TOKENS} tokens: from the columns of a slot "
             f"table, here {problem.columns or 'none'}, or from the number of rows, here {problem.tokens}"

@@ -85,7 +85,7 @@ def _reader(s: Specialisation) -> Callable[..., object]:
         s.results,
         tied=s.tied,
         tables=s.tables,
-        form=s.form,
+        layout=s.layout,
         sizes={"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups},
         intermediate_stride=s.intermediate_stride,
         tokens=(0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS,

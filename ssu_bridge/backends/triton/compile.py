@@ -35,7 +35,7 @@ class Specialisation:
     headdim: int
     dstate: int
     ngroups: int
-    form: str
+    layout: str
     dtypes: tuple[tuple[str, str], ...]
     results: tuple[str, ...]
     tied: tuple[str, ...]
@@ -65,7 +65,7 @@ class Specialisation:
             flags += ";each=1"
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         return (
-            f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.form};{sizes};{arrays}->"
+            f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.layout};{sizes};{arrays}->"
             f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk})"
         )
 
@@ -80,7 +80,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         headdim=problem.headdim,
         dstate=problem.dstate,
         ngroups=problem.ngroups,
-        form=problem.form,
+        layout=problem.layout,
         dtypes=tuple((name, dtype) for name, dtype in problem.dtypes if name != "out"),
         results=problem.results,
         tied=problem.tied,
@@ -214,7 +214,7 @@ def launch_of(specialisation: Specialisation) -> Launch:
 def grid_of(specialisation: Specialisation) -> Grid:
     """Return the grid: a program for each sequence, head and block of rows."""
     programs = specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows)
-    packed = specialisation.form == "packed"
+    packed = specialisation.layout == "packed"
     return Grid(programs, list(_kernel_dtypes(specialisation)).index("cu_seqlens" if packed else "x"), less=packed)
 
 
@@ -233,7 +233,7 @@ def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
                 result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
     token_axis = {"multi": 1, "packed": 0}
     sizes = {"slots": ("state", 0), "entries": ("intermediate_states", 0), "steps": ("intermediate_states", 1)}
-    sizes |= {"tokens": ("x", token_axis[specialisation.form])} if specialisation.form in token_axis else {}
+    sizes |= {"tokens": ("x", token_axis[specialisation.layout])} if specialisation.layout in token_axis else {}
     columns = {"state_batch_indices": "source_columns", "dst_state_batch_indices": "target_columns"}
     sizes |= {columns[name]: (name, 1) for name in specialisation.tables}
     for size, (name, axis) in sizes.items():
@@ -246,8 +246,8 @@ def _strides(specialisation: Specialisation, name: str) -> tuple[str, ...]:
     """Return what the strides of an array's free axes are called in the kernels."""
     free = ARGUMENTS[name].free
     if free == "*":
-        by_form = {"single": ("stride",), "multi": ("stride", "token_stride"), "packed": ("token_stride",)}
-        return by_form[specialisation.form]
+        by_layout = {"single": ("stride",), "multi": ("stride", "token_stride"), "packed": ("token_stride",)}
+        return by_layout[specialisation.layout]
     return ("stride", "token_stride")[: 2 if name in specialisation.tables else min(len(free), 1)]
 
 
@@ -280,7 +280,7 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.
-    no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.form == "single"}
+    no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.layout == "single"}
     return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
 
 

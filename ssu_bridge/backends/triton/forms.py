@@ -65,7 +65,7 @@ def _matrix_refusal(problem: Problem) -> str | None:
 
 def _is_one_token(problem: Problem) -> bool:
     # A symbolic number of tokens is not one.
-    return problem.form == "single" or (problem.form == "multi" and problem.tokens in (0, 1))
+    return problem.layout == "single" or (problem.layout == "multi" and problem.tokens in (0, 1))
 
 
 def _slower_as_matrix(problem: Problem) -> str | None:
@@ -76,7 +76,7 @@ def _slower_as_matrix(problem: Problem) -> str | None:
     if problem.dstate > _MOST_COLUMNS:
         return f"which is faster for a dstate above {_MOST_COLUMNS}"
     least = measured("triton/forms", problem.capability)["least_tokens"][f"bytes{np.dtype(dtypes['state']).itemsize}"]
-    if problem.form == "multi" and isinstance(problem.tokens, int) and problem.tokens < least:
+    if problem.layout == "multi" and isinstance(problem.tokens, int) and problem.tokens < least:
         return f"which is faster for fewer than {least} tokens"
     return None
 
@@ -89,7 +89,7 @@ def _matrix_tile(problem: Problem) -> Tile:
     most = MOST_TOKENS_OF_A_TREE if is_tree else _MOST_CHUNK
     if stores_some:
         most = min(most, tiles.power_of_two(problem.options.intermediate_stride + 1) // 2)
-    is_known = problem.form == "multi" and isinstance(problem.tokens, int)
+    is_known = problem.layout == "multi" and isinstance(problem.tokens, int)
     if is_known and problem.tokens <= (most if is_tree else _LEAST):
         chunk, one = max(tiles.power_of_two(problem.tokens), _LEAST), not stores_some
     else:

@@ -62,7 +62,7 @@ def is_plain(problem: Problem) -> bool:
     more = {"intermediate_states", "state_scale", "rand_seed", "parent_tokens", "has_initial_state"}.intersection(
         problem.names
     )
-    return problem.form == "single" and not (problem.tables or more or problem.options.disable_state_update)
+    return problem.layout == "single" and not (problem.tables or more or problem.options.disable_state_update)
 
 
 def least_rows(problem: Problem, warps: int) -> int:

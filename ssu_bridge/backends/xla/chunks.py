@@ -24,8 +24,8 @@ _COARSE = 2.0**-8
 
 def run(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
     """Return a call's arrays as they are after it, and its output."""
-    form = {"multi": _multi, "packed": _packed}[problem.form]
-    return form(problem, chunking, arrays, read)
+    run = {"multi": _multi, "packed": _packed}[problem.layout]
+    return run(problem, chunking, arrays, read)
 
 
 def _multi(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:

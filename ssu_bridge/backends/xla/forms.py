@@ -60,7 +60,7 @@ def chunking(problem: Problem) -> Chunking | None:
     selected = problem.options.config.algorithm
     if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
         return None
-    is_known = problem.form == "multi" and _is_known(problem.tokens)
+    is_known = problem.layout == "multi" and _is_known(problem.tokens)
     if selected != "matrix" and is_known and problem.tokens < _LEAST_TOKENS:
         return None
     most = _most(problem)
@@ -92,14 +92,14 @@ def _matrix_refusal(problem: Problem) -> str | None:
 def _most(problem: Problem) -> int:
     """Return the most tokens of a chunk; of short packed sequences fewer, because each has a chunk of its own."""
     most = _MOST.get(problem.platform or "", _MOST_ELSEWHERE)
-    if problem.form == "packed" and _is_known(problem.tokens) and _is_known(problem.sequences):
+    if problem.layout == "packed" and _is_known(problem.tokens) and _is_known(problem.sequences):
         mean = problem.tokens / max(problem.sequences, 1)
         most = min(most, 2 ** max(round(math.log2(_STATE_IN_TOKENS * mean) / 2), 0))
     return most
 
 
 def _is_one_token(problem: Problem) -> bool:
-    return problem.form == "single" or (_is_known(problem.tokens) and problem.tokens <= 1)
+    return problem.layout == "single" or (_is_known(problem.tokens) and problem.tokens <= 1)
 
 
 def _is_known(size: object) -> bool:

@@ -12,8 +12,8 @@ from ssu_bridge.core.problem import Problem
 
 def run(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
     """Return a call's arrays as they are after it, and its output."""
-    form = {"single": _single, "multi": _multi, "packed": _packed}[problem.form]
-    return form(problem, arrays, read)
+    run = {"single": _single, "multi": _multi, "packed": _packed}[problem.layout]
+    return run(problem, arrays, read)
 
 
 def _single(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def _tables(problem: Problem, size: int, arrays: dict[str, Any], stride: int) ->
     for name in (_READ, _WRITE):
         if name in result:
             result[name] = _moved(name, slots(jnp, problem, result[name]), call, size, stride)
-    if read is None and (problem.form == "packed" or not stride == problem.slots == problem.sequences):
+    if read is None and (problem.layout == "packed" or not stride == problem.slots == problem.sequences):
         # Made here: the caller's pad_slot_id is not meant for these.
         result[_READ] = _moved(_READ, own, call, size, stride)
-    if problem.form == "packed":
+    if problem.layout == "packed":
         result = {name: _with_gaps(table, size) for name, table in result.items()}
         result[_EDGES] = _edges(arrays[_EDGES], problem.tokens)
     return result

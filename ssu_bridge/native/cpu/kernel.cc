@@ -262,12 +262,12 @@ ffi::Function make_cpu_check(ffi::Array<ArgumentRow> rows, bool updates_state, i
 }
 
 ffi::Function make_compiled_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride,
-                                  int64_t form, ffi::Array<SizeRow> sizes, ffi::Array<int64_t> tokens) {
-  if (form < 0 || form >= kForms || tokens.size() != 2)
-    TVM_FFI_THROW(ValueError) << "expected a form from 0 to 2, got " << form << ", and two numbers of tokens";
+                                  int64_t layout, ffi::Array<SizeRow> sizes, ffi::Array<int64_t> tokens) {
+  if (layout < 0 || layout >= kLayouts || tokens.size() != 2)
+    TVM_FFI_THROW(ValueError) << "expected a layout from 0 to 2, got " << layout << ", and two numbers of tokens";
   CompiledFor compiled_for;
   compiled_for.is_on_host = false;
-  compiled_for.form = static_cast<int>(form);
+  compiled_for.layout = static_cast<int>(layout);
   for (const SizeRow& row : sizes) {
     std::string symbol = row.get<0>();
     if (symbol.size() != 1 || !std::strchr("HPNG", symbol[0]))

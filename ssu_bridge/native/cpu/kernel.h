@@ -25,10 +25,10 @@ tvm::ffi::Function make_cpu_check(tvm::ffi::Array<ArgumentRow> rows, bool update
 // A letter of the patterns, one of H, P, N and G, and the size that it stands for.
 using SizeRow = tvm::ffi::Tuple<tvm::ffi::String, int64_t>;
 
-// The same for a kernel that was compiled elsewhere, for any device: for tensors of the form with this number (of
-// Form), with these sizes, and of so many tokens a sequence, at least and at most.
+// The same for a kernel that was compiled elsewhere, for any device: for tensors of the layout with this number (of
+// Layout), with these sizes, and of so many tokens a sequence, at least and at most.
 tvm::ffi::Function make_compiled_check(tvm::ffi::Array<ArgumentRow> rows, bool updates_state,
-                                       int64_t intermediate_stride, int64_t form, tvm::ffi::Array<SizeRow> sizes,
+                                       int64_t intermediate_stride, int64_t layout, tvm::ffi::Array<SizeRow> sizes,
                                        tvm::ffi::Array<int64_t> tokens);
 
 }  // namespace ssu_bridge

@@ -37,7 +37,7 @@ class Sizes {
 struct Call {
   const CallTensors& tensors;
   const CallRules& rules;
-  Form form;
+  Layout layout;
   bool has_heads;
   Sizes sizes;
 
@@ -99,7 +99,7 @@ int first_wrong_axis(const DLTensor& tensor, const Pattern& pattern, const Sizes
 // The shape that a tensor has of those that it may have; learns the sizes that it fixes.
 const Pattern& match(const DLTensor& tensor, const char* name, const Rule& rule, Call& call) {
   const Pattern* wrong = nullptr;
-  for (const Pattern& pattern : rule.patterns[static_cast<int>(call.form)][call.has_heads]) {
+  for (const Pattern& pattern : rule.patterns[static_cast<int>(call.layout)][call.has_heads]) {
     if (static_cast<int>(pattern.axes.size()) != tensor.ndim) continue;
     wrong = &pattern;
     if (first_wrong_axis(tensor, pattern, call.sizes) < tensor.ndim) continue;
@@ -314,7 +314,7 @@ void read_intermediates(Call& call, StepArguments& a) {
 }
 
 // Whether there are heads, and how sequences and tokens lie: the axes of the state and x and cu_seqlens tell.
-void read_form(Call& call) {
+void read_layout(Call& call) {
   const DLTensor &state = *call.tensors[Argument::kState], &x = *call.tensors[Argument::kX];
   const DLTensor* starts = call.tensors[Argument::kSequenceStarts];
   if (state.ndim != 3 && state.ndim != 4)
@@ -332,9 +332,9 @@ void read_form(Call& call) {
   if (more < 0 || more > (starts ? 0 : 1))
     TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which does not go with a state of " << state.ndim
                               << (starts ? " and cu_seqlens" : "");
-  call.form = starts ? Form::kPacked : more ? Form::kMulti : Form::kSingle;
-  int form = call.rules.compiled_for.form;
-  if (form >= 0 && form != static_cast<int>(call.form))
+  call.layout = starts ? Layout::kPacked : more ? Layout::kMulti : Layout::kSingle;
+  int layout = call.rules.compiled_for.layout;
+  if (layout >= 0 && layout != static_cast<int>(call.layout))
     TVM_FFI_THROW(ValueError) << "x has " << x.ndim << " axes, which the kernel was not compiled for";
   if (!starts) return;
   if (starts->ndim != 1 || starts->shape[0] < 1)
@@ -387,7 +387,7 @@ std::string with_tokens(std::string axes, const char* token_axes) {
 }  // namespace
 
 Rule parse_rule(const ArgumentRow& row) {
-  const char* const token_axes[kForms] = {"b", "bT", "L"};
+  const char* const token_axes[kLayouts] = {"b", "bT", "L"};
   Rule rule;
   tvm::ffi::Array<tvm::ffi::String> shapes = row.get<1>();
   rule.tied_axes = static_cast<int>(row.get<3>());
@@ -396,12 +396,12 @@ Rule parse_rule(const ArgumentRow& row) {
   tvm::ffi::String dtype = row.get<6>();
   rule.has_dtype = !dtype.empty();
   if (rule.has_dtype) rule.dtype = tvm::ffi::StringToDLDataType(dtype);
-  for (int form = 0; form < kForms; ++form) {
-    std::string free = with_tokens(row.get<2>(), token_axes[form]);
+  for (int layout = 0; layout < kLayouts; ++layout) {
+    std::string free = with_tokens(row.get<2>(), token_axes[layout]);
     for (bool has_heads : {false, true}) {
-      std::vector<Pattern>& patterns = rule.patterns[form][has_heads];
+      std::vector<Pattern>& patterns = rule.patterns[layout][has_heads];
       for (const tvm::ffi::String& shape : shapes) {
-        std::string axes = with_tokens(shape, token_axes[form]);
+        std::string axes = with_tokens(shape, token_axes[layout]);
         // Without heads nothing can be tied to one.
         if (!has_heads && !axes.empty() && axes.back() == 'H') continue;
         if (!has_heads) axes = without(axes, 'H');
@@ -421,8 +421,8 @@ Rule parse_rule(const ArgumentRow& row) {
 }
 
 void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArguments& a) {
-  Call call{tensors, rules, Form::kSingle, false, {}};
-  read_form(call);
+  Call call{tensors, rules, Layout::kSingle, false, {}};
+  read_layout(call);
   read_state(call, a);
   a.x = read_operand(Argument::kX, call);
   a.dt = read_operand(Argument::kDt, call);
@@ -434,7 +434,7 @@ void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArgume
   a.dt_bias = read_operand(Argument::kDtBias, call);
   check_tokens(call);
   a.sequences = call.sizes.of('b');
-  a.tokens = call.form == Form::kPacked ? call.sizes.of('L') : call.sequence_tokens();
+  a.tokens = call.layout == Layout::kPacked ? call.sizes.of('L') : call.sequence_tokens();
   call.sizes.set('Q', a.sequences + 1);
   a.read_slots = read_slots(Argument::kReadSlots, call);
   a.write_slots = read_slots(Argument::kWriteSlots, call);

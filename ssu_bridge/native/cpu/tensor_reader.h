@@ -58,8 +58,8 @@ struct CallTensors {
 };
 
 // How sequences and tokens lie: (b, ...), (b, T, ...), or rows of packed sequences (L, ...).
-enum class Form { kSingle, kMulti, kPacked };
-constexpr int kForms = 3;
+enum class Layout { kSingle, kMulti, kPacked };
+constexpr int kLayouts = 3;
 constexpr int kMaxAxes = 8;
 
 // One shape that an argument may have.
@@ -72,8 +72,8 @@ struct Pattern {
 
 // What an argument must look like.
 struct Rule {
-  std::vector<Pattern> patterns[kForms][2];  // by form, and by whether the state has an axis of heads
-  int tied_axes = 0;                         // so many of the last may repeat one element, all together
+  std::vector<Pattern> patterns[kLayouts][2];  // by layout, and by whether the state has an axis of heads
+  int tied_axes = 0;                           // so many of the last may repeat one element, all together
   bool is_written = false;
   bool must_repeat = false;  // what has all axes is a tied view
   bool has_dtype = false;    // no other dtype than this one
@@ -90,7 +90,7 @@ Rule parse_rule(const ArgumentRow& row);
 // What else a kernel was compiled for.
 struct CompiledFor {
   bool is_on_host = true;                             // else on the device of the state, whatever that is
-  int form = -1;                                      // one of Form, or -1 for each
+  int layout = -1;                                    // one of Layout, or -1 for each
   std::vector<std::pair<char, int64_t>> sizes;        // what letters of the patterns stand for
   int64_t least_tokens = 0, most_tokens = INT64_MAX;  // of a sequence, if they are not packed
 };

@@ -142,7 +142,7 @@ def both_there(monkeypatch):
 
 @pytest.mark.usefixtures("both_there")
 def test_what_is_refused_goes_to_triton_under_auto(monkeypatch):
-    row = {"form": "single", "state": "float32", "tokens": [1, 1], "elements": [0, np.inf]}
+    row = {"layout": "single", "state": "float32", "tokens": [1, 1], "elements": [0, np.inf]}
     monkeypatch.setattr(dispatch, "measured", lambda name, capability: {"flashinfer": [row]})
     for case, taken in ((CASE, "flashinfer"), (sized(headdim=16), "triton")):
         choice = dispatch.consider_problem(under_auto(problem_of(case)))
@@ -168,7 +168,7 @@ def under_auto(problem):
 
 WORK = 3 * 4 * 64 * 64  # elements of state that CASE updates
 FORMS = {"single": CASE, "multi": tokens(count=4), "packed": packed(lengths=(4, 4, 4))}
-ROW = {"form": "multi", "state": "float32", "tokens": [4, 8], "elements": [WORK, np.inf]}
+ROW = {"layout": "multi", "state": "float32", "tokens": [4, 8], "elements": [WORK, np.inf]}
 
 
 def first_asked(case, row, monkeypatch):
@@ -178,10 +178,10 @@ def first_asked(case, row, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_auto_goes_by_a_table(form, monkeypatch):
-    row = {**ROW, "form": form, "tokens": [1, 4] if form == "single" else [4, 8]}
+    row = {**ROW, "layout": form, "tokens": [1, 4] if form == "single" else [4, 8]}
     assert first_asked(FORMS[form], row, monkeypatch) == "flashinfer"
     for change in (
-        {"form": "another"}, {"state": "bfloat16"}, {"tokens": [5, 8]}, {"tokens": [0, 0]}, {"elements": [WORK + 1, np.inf]},
+        {"layout": "another"}, {"state": "bfloat16"}, {"tokens": [5, 8]}, {"tokens": [0, 0]}, {"elements": [WORK + 1, np.inf]},
         {"elements": [0, WORK - 1]},
     ):  # fmt: skip
         assert first_asked(FORMS[form], {**row, **change}, monkeypatch) == "triton"

@@ -116,7 +116,7 @@ def theirs(case, algorithm="auto"):
     tensors["out"] = poisoned(tensors["x"])
     tensors.setdefault("D", torch.zeros(problem.nheads, device="cuda", dtype=tensors["dt"].dtype))
     by_token = flashinfer._by_token(problem)
-    views = as_flashinfer_wants(tensors, one_token_axis=by_token and problem.form == "single")
+    views = as_flashinfer_wants(tensors, one_token_axis=by_token and problem.layout == "single")
     views["out"] = views.pop("output")
     if by_token:
         views["cache_steps"] = case.steps or flashinfer._longest(problem)

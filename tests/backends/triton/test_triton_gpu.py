@@ -418,7 +418,7 @@ def test_tables_with_anything_in_them(kind, form, dtype):
         rows = compare(reference.compute(problem, arrays), before, after)
         # Where two sequences have a row in common, its output is whichever's came last.
         plan = routes(problem, arrays)
-        apart = plan.lengths.sum() <= problem.tokens if problem.form == "packed" else True
+        apart = plan.lengths.sum() <= problem.tokens if problem.layout == "packed" else True
         assert all(row.passed for row in rows if apart or row.name != "out"), (wild, rows)
 
 

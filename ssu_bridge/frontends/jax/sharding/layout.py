@@ -102,7 +102,7 @@ _LOCAL = "where slots are sharded; call update inside jax.shard_map, with indice
 def own_slots(problem: Problem) -> bool:
     """Return whether sequence i has slot i and there are no other slots, so that both can be sharded alike."""
     indexed = any(name in problem.names for name in SLOT_TABLES)
-    return problem.form != "packed" and not indexed and problem.slots == problem.sequences
+    return problem.layout != "packed" and not indexed and problem.slots == problem.sequences
 
 
 def _check(problem: Problem, symbol: str | int, size: int, axes: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
