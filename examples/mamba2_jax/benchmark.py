@@ -2,8 +2,9 @@
 
     python -m mamba2_jax.benchmark
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 64 --dtype bfloat16 --state-dtype bfloat16
+    python -m mamba2_jax.benchmark --prompt 512
 
-The first is mamba2-130m with one sequence in float32.
+The first is mamba2-130m with one sequence in float32. ``--prompt`` measures how prompts are read instead.
 """
 
 import argparse
@@ -61,6 +62,34 @@ def compare(
     return bool(report)
 
 
+def compare_prompts(
+    config: Mamba2Config,
+    weights: model.Weights,
+    *,
+    batch: int,
+    length: int,
+    rounds: int,
+    state_dtype: str = "float32",
+) -> None:
+    """Print how fast each backend present reads prompts, in the SSM alone and in all, and how fast a scan of steps is.
+
+    The scan takes as many times as long as the prompt has tokens: it is measured once, with the fastest backend.
+    """
+    step = measure.example_step(config, weights, batch, state_dtype, prompt=length)
+    backends = measure.backends_present(step)
+    calls = {b: measure.ssm_steps(weights, step, tokens=1, backend=b) for b in backends}
+    _print_speeds("SSM, prompt", measure.seconds(calls, rounds), 1e6 / config.num_hidden_layers, "us")
+    del calls
+    sizes = config, weights, batch, state_dtype
+    whole = {b: measure.whole_prompts(*sizes, length=length, backend=b) for b in backends}
+    times = measure.seconds(whole, rounds)
+    _print_speeds("prompt", times, 1e3, "ms", batch * length)
+    del whole
+    steps = measure.seconds({backends[0]: measure.prompts_by_steps(*sizes, length=length, backend=backends[0])}, 1)
+    for backend, time in steps.items():
+        print(f"  by steps    {backend:<12}{1e3 * time:9.2f} ms, {time / times[backend]:.1f} times one pass")
+
+
 def _print_speeds(what: str, seconds: dict[str, float], scale: float, unit: str, tokens: int = 0) -> None:
     for backend, time in seconds.items():
         rate = f"{tokens / time:10.1f} tokens/s" if tokens else ""
@@ -74,6 +103,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="so many instead of all")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each sequence in a run")
+    parser.add_argument("--prompt", type=int, metavar="LENGTH", help="measure prompts of so many tokens instead")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
@@ -84,8 +114,11 @@ def main() -> None:
     config = dataclasses.replace(config, num_hidden_layers=arguments.layers or config.num_hidden_layers)
     weights = random_weights(config, jax.random.key(0), arguments.dtype)
     print(f"{arguments.sizes}, {arguments.dtype} weights, batch {arguments.batch}, {arguments.state_dtype} states")
-    names = ("batch", "tokens", "rounds", "state_dtype")
-    passed = compare(config, weights, **{name: getattr(arguments, name) for name in names})
+    options = {name: getattr(arguments, name) for name in ("batch", "rounds", "state_dtype")}
+    if arguments.prompt:
+        compare_prompts(config, weights, length=arguments.prompt, **options)
+        return
+    passed = compare(config, weights, tokens=arguments.tokens, **options)
     raise SystemExit(0 if passed else 1)
 
 

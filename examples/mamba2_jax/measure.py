@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ssu_bridge
 from mamba2_jax import model
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.generate import Progress, decode
+from mamba2_jax.generate import Progress, decode, prefill
 from mamba2_jax.sampling import Sampling
 
 Run = Callable[[], None]
@@ -21,23 +21,33 @@ _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
 
 
-def example_step(config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str) -> dict[str, Any]:
-    """Return the arguments of one SSM step as the model makes them, with random numbers in a slotted cache."""
+def example_step(
+    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, prompt: int = 0
+) -> dict[str, Any]:
+    """Return the arguments of one SSM step as the model makes them, with random numbers in a slotted cache.
+
+    With ``prompt`` they are those of a call that reads the first so many tokens of each sequence, in packed rows.
+    """
     keys = jax.random.split(jax.random.key(0), 5)
     dtype, layer = weights.embedding.dtype, weights.layers[0]
     state = (batch + _SPARE_SLOTS, config.num_heads, config.head_dim, config.state_size)
-    return {
+    rows = batch * max(prompt, 1)
+    step = {
         "state": jax.random.normal(keys[0], state).astype(state_dtype),
-        "x": jax.random.normal(keys[1], (batch, *state[1:3]), dtype),
-        "dt": jax.random.normal(keys[2], (batch, config.num_heads), dtype),
+        "x": jax.random.normal(keys[1], (rows, *state[1:3]), dtype),
+        "dt": jax.random.normal(keys[2], (rows, config.num_heads), dtype),
         "A": -jnp.exp(layer.A_log),
-        "B": jax.random.normal(keys[3], (batch, config.n_groups, config.state_size), dtype),
-        "C": jax.random.normal(keys[4], (batch, config.n_groups, config.state_size), dtype),
+        "B": jax.random.normal(keys[3], (rows, config.n_groups, config.state_size), dtype),
+        "C": jax.random.normal(keys[4], (rows, config.n_groups, config.state_size), dtype),
         "D": layer.D,
         "dt_bias": layer.dt_bias,
         "dt_softplus": True,
         "state_batch_indices": _slots(batch),
     }
+    if prompt:
+        step["cu_seqlens"] = jnp.arange(0, rows + 1, prompt, dtype=jnp.int32)
+        step["has_initial_state"] = jnp.zeros(batch, jnp.bool_)
+    return step
 
 
 def backends_present(step: dict[str, Any]) -> list[str]:
@@ -48,9 +58,8 @@ def backends_present(step: dict[str, Any]) -> list[str]:
 
 
 def ssm_steps(weights: model.Weights, step: dict[str, Any], *, tokens: int, backend: str) -> Run:
-    """Return a run of the SSM steps of so many tokens alone: each layer with its own state, its x the last one's y."""
-    names = ("dt", "A", "B", "C", "D", "dt_bias", "state_batch_indices")
-    rest: dict[str, Any] = {name: step[name] for name in names}
+    """Return a run of so many SSM steps alone: each layer with its own state, its x the last one's y."""
+    rest = {name: value for name, value in step.items() if name not in ("state", "x", "dt_softplus")}
 
     def stack(states: tuple[jax.Array, ...], x: jax.Array, rest: dict[str, Any]) -> Any:
         def token(carry: Any, _: None) -> tuple[Any, None]:
@@ -91,6 +100,46 @@ def whole_tokens(
         _, progress = jax.block_until_ready(compiled(weights, progress, slots, keys))
 
     return run, compiled
+
+
+def whole_prompts(
+    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, length: int, backend: str
+) -> Run:
+    """Return a run that reads a prompt of so many tokens for each sequence, as ``generate`` does."""
+    states = model.zero_states(config, batch + _SPARE_SLOTS, weights.embedding.dtype.name, state_dtype)
+    prompts, slots = _prompts(config, batch, length).tolist(), _slots(batch)
+
+    def run() -> None:
+        nonlocal states
+        states = jax.block_until_ready(prefill(config, weights, states, prompts, slots, backend)).states
+
+    return run
+
+
+def prompts_by_steps(
+    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, length: int, backend: str
+) -> Run:
+    """Return a run that reads the same prompts token by token, in a ``lax.scan``."""
+    states = model.zero_states(config, batch + _SPARE_SLOTS, weights.embedding.dtype.name, state_dtype)
+    prompts, slots = _prompts(config, batch, length).T, _slots(batch)
+
+    def read(weights: model.Weights, states: tuple[model.State, ...], prompts: jax.Array) -> Any:
+        def token(carry: Any, tokens: jax.Array) -> tuple[Any, None]:
+            return model.step(config, weights, carry[1], tokens, slots, backend), None
+
+        return jax.lax.scan(token, (jnp.zeros((batch, config.vocab_size)), states), prompts)[0]
+
+    compiled = jax.jit(read, donate_argnums=1).lower(weights, states, prompts).compile()
+
+    def run() -> None:
+        nonlocal states
+        _, states = jax.block_until_ready(compiled(weights, states, prompts))
+
+    return run
+
+
+def _prompts(config: Mamba2Config, batch: int, length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(0), (batch, length), 0, config.vocab_size)
 
 
 def seconds(runs: dict[str, Run], rounds: int) -> dict[str, float]:

@@ -94,6 +94,14 @@ def test_the_benchmark_of_a_small_model(options, run_here, tiny):
     assert_compared(run_here(benchmark, *SMALL, *options), options)
 
 
+def test_the_benchmark_of_prompts(run_here, tiny):
+    shown = run_here(benchmark, "--layers", "1", "--rounds", "1", "--batch", "2", "--prompt", "5")
+    for what in ("SSM, prompt +", "prompt +"):
+        for backend in ("cpu", "xla"):
+            assert re.search(rf"^ +{what}{backend} +[\d.]+ [um]s .*[\d.]+ times xla$", shown, re.MULTILINE)
+    assert re.search(r"by steps +cpu +[\d.]+ ms, [\d.]+ times one pass", shown)
+
+
 # On a CPU the one of a small model takes the same options.
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.nightly), *DEVICES[1:]])
 @pytest.mark.parametrize("options", OPTIONS)
