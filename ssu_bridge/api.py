@@ -1,14 +1,14 @@
 """The public calls: ``update``, ``explain`` and ``warm_up``."""
 
 import inspect
-import operator
 from typing import Any
 
 from ssu_bridge.config import get_config
-from ssu_bridge.core.arguments import ARGUMENTS
+from ssu_bridge.core.arguments import ARGUMENTS, CURSOR, RINGS
 from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import Options, options_of
 from ssu_bridge.core.quantized import SCALES, QuantizedState, unpaired
+from ssu_bridge.core.replay import ReplayCursor, ReplayState
 from ssu_bridge.dispatch import Explanation, load
 from ssu_bridge.frontends import dynamo
 from ssu_bridge.frontends.base import Arrays, Launch, frontend_of, launcher_of
@@ -47,6 +47,7 @@ def update(
     backend: str | None = None,
     algorithm: str | None = None,
     round_each_token: bool | None = None,
+    replay: ReplayCursor | None = None,
 ) -> tuple[Any, ...]:
     """Advance the states of a batch of Mamba sequences in place, by one token or several (``selective_state_update``).
 
@@ -64,7 +65,8 @@ def update(
 
     Args:
         state: (S, H, P, N), or (S, P, N) for Mamba-1. The slots of the state cache, updated in place. A
-            ``QuantizedState`` for a state stored in few bits.
+            ``QuantizedState`` for a state stored in few bits. A ``ReplayState``, with ``replay``, for one that most
+            calls only read.
         x: (b, H, P), or (b, P) for Mamba-1; (b, T, H, P) for several tokens; (rows, H, P) with ``cu_seqlens``. The
             leading axes of dt, B, C and z are those of x.
         dt: as x, or tied (b, H).
@@ -106,6 +108,11 @@ def update(
         backend, algorithm, round_each_token: for this call, instead of those of the configuration in force. With
             ``round_each_token`` the state is rounded to what it is stored in after each of several tokens, as in calls
             of one token, whose bits the loop then gives.
+        replay: the ``ReplayCursor`` of a ReplayState, which is only read: ``advance_replay`` moves it on, once for all
+            layers of a model. dt, dt_bias and A are tied then, and there are at most ``replay.tokens`` tokens; rows of
+            a packed sequence after those belong to no sequence. It excludes destinations, intermediate states, slot
+            tables with a column for each token, ``parent_tokens``, ``has_initial_state``, ``round_each_token`` and
+            ``disable_state_update``.
 
     A Torch or NumPy array with stride 0 along the axes that a tied parameter lacks is tied. Torch and NumPy arrays may
     be strided along the axes of sequences, tokens, slots and entries; their trailing axes are dense.
@@ -134,36 +141,42 @@ def update(
     """
     arrays: Arrays = (state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices)
     pairs: tuple[Any, ...] = ()
+    static: tuple[int, ...] = ()
     if not (
         num_accepted_tokens is cu_seqlens is intermediate_states is intermediate_state_indices is parent_tokens
-        and parent_tokens is has_initial_state is rand_seed is None
+        and parent_tokens is has_initial_state is rand_seed is replay is None
         and type(state) is not QuantizedState
+        and type(state) is not ReplayState
     ):
         several = (num_accepted_tokens, cu_seqlens, intermediate_states, intermediate_state_indices, parent_tokens)
         arrays = (*arrays, *several, has_initial_state, None, None, rand_seed)
         disable_state_update = _keeps_state(parent_tokens, dst_state_batch_indices, disable_state_update)
-        if isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
-            pairs, arrays = (state, intermediate_states), _split_quantized(arrays)
+        static = _static(state, replay)
+        if static or isinstance(state, QuantizedState) or isinstance(intermediate_states, QuantizedState):
+            pairs, arrays = (state, intermediate_states), _split(arrays, replay)
     if dynamo.tracing():
         from ssu_bridge.frontends.torch.custom_op import trace
 
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
-        results = trace(dynamo.options_in_graph(*flags, backend, algorithm, round_each_token), arrays, out)
+        options = dynamo.options_in_graph(*flags, backend, algorithm, round_each_token, replay=static)
+        results = trace(options, arrays, out)
         return _same_pairs(results, pairs) if pairs else results
     launch = _launcher(
         arrays, out, dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride,
-        backend, algorithm, round_each_token,
+        backend, algorithm, round_each_token, static,
     )  # fmt: skip
     return _same_pairs(launch(arrays, out), pairs) if pairs else launch(arrays, out)
 
 
 def _same_pairs(results: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Put a QuantizedState that was given in the place of one of the same two arrays."""
-    same = (
-        pair if isinstance(pair, QuantizedState) and all(map(operator.is_, pair, result)) else result
-        for result, pair in zip(results[1:], given, strict=False)
-    )
+    """Put a QuantizedState or ReplayState that was given in the place of one of the same arrays."""
+    same = (pair if _is_same(pair, result) else result for result, pair in zip(results[1:], given, strict=False))
     return results[0], *same
+
+
+def _is_same(given: Any, result: Any) -> bool:
+    """Return whether two states are the same arrays."""
+    return all(map(_is_same, given, result)) if isinstance(given, tuple) else given is result
 
 
 # The launcher of each kind of call, by the type of its state, its flags and the configuration: the only look-up of a
@@ -183,6 +196,7 @@ def _launcher(
     backend: Any,
     algorithm: Any,
     round_each_token: Any,
+    replay: tuple[int, ...],
 ) -> Launch:
     """Return what launches a call, whose flags come in the order of ``options_of``; a repeated call looks it up."""
     # Flags count with their types, because 1 equals True but is no bool.
@@ -194,15 +208,16 @@ def _launcher(
         and disable_state_update is check_indices is False
         and intermediate_stride is _EVERY_TOKEN
         and round_each_token is None
+        and not replay
     ):
-        rare = (disable_state_update, donate, check_indices, intermediate_stride, round_each_token)
+        rare = (disable_state_update, donate, check_indices, intermediate_stride, round_each_token, *replay)
         kind += (*rare, *map(type, rare))
     try:
         return _launchers[kind]
     except (KeyError, TypeError):  # the first call of its kind, or a flag that is not hashable and so is no flag
         flags = (dt_softplus, pad_slot_id, disable_state_update, donate, check_indices, intermediate_stride)
         launch = _launchers[kind] = launcher_of(
-            arrays, out, options_of(*flags, backend, algorithm, round_each_token, config)
+            arrays, out, options_of(*flags, backend, algorithm, round_each_token, config, *replay)
         )
         return launch
 
@@ -251,34 +266,59 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
         raise explanation.choices[0].error()
     for choice in able:
         load(choice.problem)
-    arrays, out, flags = _bound(*args, **kwargs)
-    _launcher(arrays, out, *flags)  # so that the first call finds it: torch.compile cannot trace how it is made
+    arrays, out, flags, static = _bound(*args, **kwargs)
+    # So that the first call finds it: torch.compile cannot trace how it is made.
+    _launcher(arrays, out, *(*flags, static))
     return explanation
 
 
 def bind(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, Options]:
     """Return the arrays, ``out`` and options that ``update`` passes to a frontend."""
-    arrays, out, flags = _bound(*args, **kwargs)
-    return arrays, out, options_of(*(*flags, get_config()))
+    arrays, out, flags, static = _bound(*args, **kwargs)
+    return arrays, out, options_of(*(*flags, get_config(), *static))
 
 
-def _bound(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, tuple[Any, ...]]:
-    """Return the arrays, out, and the flags in the order of ``options_of``."""
+def _bound(*args: Any, **kwargs: Any) -> tuple[Arrays, Any, tuple[Any, ...], tuple[int, ...]]:
+    """Return the arrays, out, the flags in the order of ``options_of``, and the numbers of a cursor."""
     bound = inspect.signature(update).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     tree = (given["parent_tokens"], given["dst_state_batch_indices"])
     given["disable_state_update"] = _keeps_state(*tree, given["disable_state_update"])
-    arrays = _split_quantized(tuple(given.get(name) for name in ARGUMENTS if name != "out"))
-    return arrays, given["out"], tuple(given[n] for n in inspect.signature(options_of).parameters if n in given)
+    static = _static(given["state"], given["replay"])
+    arrays = _split(tuple(given.get(name) for name in ARGUMENTS if name != "out"), given["replay"])
+    flags = tuple(given[n] for n in inspect.signature(options_of).parameters if n in given)
+    return arrays, given["out"], flags, static
 
 
-def _split_quantized(arrays: Arrays) -> Arrays:
-    """Put the two arrays of a quantised state where kernels take them."""
+def _static(state: Any, replay: Any) -> tuple[int, ...]:
+    """Return the window and the tokens of a cursor; () without one."""
+    if replay is None and not isinstance(state, ReplayState):
+        return ()
+    if replay is None:
+        raise ValueError("replay: expected a ReplayCursor with a ReplayState, got None")
+    if not isinstance(replay, ReplayCursor):
+        raise TypeError(f"replay: expected a ReplayCursor, got {type(replay).__name__}")
+    if not isinstance(state, ReplayState):
+        raise TypeError(f"state: expected a ReplayState with replay, got {type(state).__name__}; to_replay makes one")
+    return replay.window, replay.tokens
+
+
+def _split(arrays: Arrays, replay: Any) -> Arrays:
+    """Put the arrays of a quantised state, and those of a ReplayState and its cursor, where kernels take them."""
     given = dict(zip(ARGUMENTS, arrays, strict=False))
+    if replay is not None:
+        given["replay"] = replay
     for name in SCALES:
-        pair = given.get(name)
-        if isinstance(pair, QuantizedState) and (pair.values is None or pair.scale is None):
-            raise TypeError(f"{name}: expected a QuantizedState of two arrays, values and scale, got None in it")
+        _require_whole(name, given.get(name))
     given = unpaired(given)
+    for name in (*RINGS, *CURSOR):
+        if replay is not None and given[name] is None:
+            raise TypeError(f"{name}: expected an array, got None")
     return tuple(given.get(name) for name in ARGUMENTS if name != "out")
+
+
+def _require_whole(name: str, state: Any) -> None:
+    pair = state.checkpoint if isinstance(state, ReplayState) else state
+    if isinstance(pair, QuantizedState) and (pair.values is None or pair.scale is None):
+        raise TypeError(f"{name}: expected a QuantizedState of two arrays, values and scale, got None in it")

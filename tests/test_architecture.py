@@ -19,7 +19,7 @@ LAYERS = [
     {"bench"},
     {"__init__"},
     {"cases", "compat", "testing"},
-    {"api", "dlpack", "export"},
+    {"api", "dlpack", "export", "replay"},
     {"frontends"},
     {"dispatch"},
     {"backends"},
@@ -30,10 +30,12 @@ LAYERS = [
 # The same inside core: the table of arguments knows nothing of the description, and that nothing of the checks.
 CORE = [
     {"validate"},
+    {"replay_rules"},
     {"shapes"},
     {"aliasing", "slots"},
     {"problem"},
     {"quantized"},
+    {"replay"},
     {"arguments", "arrays"},
     {"rounding"},
     {"bounded"},

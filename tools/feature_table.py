@@ -21,7 +21,8 @@ def problem_of(case: Case, backend: Backend, framework: str = "jax") -> Problem:
     """Return the description of a case's call in a framework, on the device that a backend is for."""
     flags = {"disable_state_update": False, "intermediate_stride": 1, "round_each_token": None, **case.flags}
     flags |= {"donate": True, "check_indices": False}
-    options = options_of(**flags, backend=None, algorithm=None, config=SSUConfig())
+    replay = {"replay_window": case.window, "replay_tokens": case.most if case.window else 0}
+    options = options_of(**flags, **replay, backend=None, algorithm=None, config=SSUConfig())
     infos = {name: ArrayInfo(array.shape, array.dtype.name) for name, array in case.arrays(seed=0).items()}
     if framework == "jax" and "rand_seed" in infos:
         infos["rand_seed"] = ArrayInfo((2,), "uint32")

@@ -115,6 +115,7 @@ class Feature(enum.StrEnum):
     FRESH = "sequences that start from zeros (has_initial_state)"
     STRIDE = "the states after every k-th token (intermediate_stride)"
     ROUND_EACH = "a state that is rounded after each of several tokens (round_each_token)"
+    REPLAY = "a checkpoint with the tokens since (ReplayState)"
 
 
 def features(problem: Problem) -> tuple[Feature, ...]:
@@ -132,6 +133,7 @@ def features(problem: Problem) -> tuple[Feature, ...]:
         Feature.FRESH: "has_initial_state" in problem.names,
         Feature.STRIDE: problem.options.intermediate_stride > 1,
         Feature.ROUND_EACH: problem.rounds_each_token,
+        Feature.REPLAY: problem.replays,
     }
     return tuple(feature for feature, is_needed in needed.items() if is_needed)
 

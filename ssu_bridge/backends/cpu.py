@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.rows import row
 from ssu_bridge.core.arguments import REQUIRED
 from ssu_bridge.core.problem import Problem
@@ -17,7 +17,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse devices other than the CPU, and what the kernel lacks."""
     if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
-    return lacks_form(problem, "loop")
+    return cannot(problem, Feature.REPLAY) or lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:

@@ -35,4 +35,4 @@ def devices(framework: str) -> Iterator[tuple[str, Any]]:
 def on(framework: str, like: Any, case: Case) -> dict[str, Any]:
     """Return a case's arguments as arrays of a framework, on the device of an array of it."""
     side = frontend(framework)
-    return arguments(case.arrays(seed=0), framework, lambda array: side.from_host(array, like))
+    return arguments(case.arrays(seed=0), framework, lambda array: side.from_host(array, like), case.window)

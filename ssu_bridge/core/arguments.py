@@ -20,8 +20,9 @@ class Argument(NamedTuple):
     """What an array argument must look like.
 
     ``shapes`` spells each allowed shape in the symbols of semantics: S slots, H nheads, P headdim, N dstate, G ngroups,
-    b sequences, W table columns, E and K entries and steps of the intermediate buffer, Q = b + 1; * stands for the
-    token axes (b; b T; or L packed rows). ``free`` of its leading axes (all of the token axes for *) may be strided.
+    b sequences, W table columns, E and K entries and steps of the intermediate buffer, R rows of a ring of replay,
+    Q = b + 1; * stands for the token axes (b; b T; or L packed rows). ``free`` of its leading axes (all of the token
+    axes for *) may be strided.
     """
 
     shapes: tuple[str, ...]
@@ -52,6 +53,11 @@ ARGUMENTS: dict[str, Argument] = {
     "state_scale": Argument(("SHP",), ("float32",), "S", written=True),
     "intermediate_state_scales": Argument(("EKHP",), ("float32",), "E", written=True),
     "rand_seed": Argument(("", "1", "2"), ("int64", "uint32")),
+    "replay_x": Argument(("SHRP",), FLOATS, "S", written=True),
+    "replay_B": Argument(("SGRN",), FLOATS, "S", written=True),
+    "replay_dt": Argument(("SHR",), ("float32",), "S", written=True),
+    "replay_start": Argument(("S",), ("int32",), "S"),
+    "replay_pending": Argument(("S",), ("int32",), "S"),
     "out": Argument(("*HP",), FLOATS, "*", written=True),
 }
 # What may have any float dtype.
@@ -68,12 +74,18 @@ SLOT_TABLES = ("state_batch_indices", "dst_state_batch_indices")
 WRITTEN = tuple(name for name, argument in ARGUMENTS.items() if argument.written and name != "out")
 # What has a row for each token, besides out.
 TOKENWISE = tuple(name for name, argument in ARGUMENTS.items() if argument.free == "*" and not argument.written)
+# What a ReplayState has besides its checkpoint, and where its cursor is in each slot.
+RINGS = ("replay_x", "replay_B", "replay_dt")
+CURSOR = ("replay_start", "replay_pending")
+# What a kernel loads one element at a time of.
+ELEMENTWISE = (*TABLES, *CURSOR, "replay_dt")
 # What disable_state_update leaves alone.
 STATE = ("state", "state_scale")
 # These say tied by leaving an axis out, or by a stride of 0 along the axes that this names.
 TIED_AXES = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
 # The names of the sizes that the symbols stand for.
 SIZES = {"S": "slots", "H": "nheads", "P": "headdim", "N": "dstate", "G": "ngroups", "b": "sequences", "T": "tokens"}
+SIZES |= {"R": "length"}
 
 TOKEN_AXES = {"single": "b", "multi": "bT", "packed": "L"}
 

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from ssu_bridge.config import SSUConfig, replaced
-from ssu_bridge.core.arguments import STATE, WRITTEN, pattern_of
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE, STATE, WRITTEN, pattern_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of a call that are not arrays, checked."""
+    """The arguments of a call that are not arrays, checked; a window of 0 tokens stands for no replay."""
 
     dt_softplus: bool
     pad_slot_id: int
@@ -20,6 +20,8 @@ class Options:
     check_indices: bool
     intermediate_stride: int
     config: SSUConfig
+    replay_window: int = 0
+    replay_tokens: int = 0
 
 
 def options_of(
@@ -33,6 +35,8 @@ def options_of(
     algorithm: Any,
     round_each_token: Any,
     config: SSUConfig,
+    replay_window: int = 0,
+    replay_tokens: int = 0,
 ) -> Options:
     """Check the arguments of a call that are not arrays, and put the configuration in force with them.
 
@@ -52,7 +56,8 @@ def options_of(
         raise ValueError(f"pad_slot_id: expected an int of 64 bits, got {pad_slot_id}")
     in_force = replaced(config, backend, algorithm, round_each_token)
     pad, stride = int(pad_slot_id), int(intermediate_stride)
-    return Options(dt_softplus, pad, disable_state_update, donate, check_indices, stride, in_force)
+    flags_in_order = (dt_softplus, pad, disable_state_update, donate, check_indices, stride)
+    return Options(*flags_in_order, in_force, replay_window, replay_tokens)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +120,18 @@ class Problem:
         """Whether rounding the state after each token makes a difference: not to one token, nor in float32."""
         is_exact = dict(self.dtypes)["state"] == "float32"
         return self.options.config.round_each_token and not is_exact and self.layout != "single"
+
+    @property
+    def replays(self) -> bool:
+        """Whether the state is a ReplayState: a checkpoint that is read, and rings that tokens are stored to."""
+        return self.options.replay_window > 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a packed sequence: rows beyond them belong to no sequence."""
+        if self.replays:
+            return self.options.replay_tokens
+        return MOST_TOKENS_OF_A_TREE if "parent_tokens" in self.names else self.tokens
 
     @property
     def results(self) -> tuple[str, ...]:

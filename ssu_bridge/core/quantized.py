@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge.core.arguments import CURSOR, RINGS
 from ssu_bridge.core.arrays import framework_of
+from ssu_bridge.core.replay import ReplayCursor, ReplayState
 from ssu_bridge.core.rounding import LARGEST, nearest, scale_rows
 
 
@@ -41,16 +43,16 @@ class QuantizedState(NamedTuple):
             TypeError: ``state`` is no array.
             ValueError: ``dtype`` is none of the three.
         """
-        name = str(dtype).removeprefix("torch.") if "torch." in str(dtype) else np.dtype(dtype).name
+        name = dtype_name(dtype)
         if name not in LARGEST:
             raise ValueError(f"dtype: expected {', '.join(LARGEST)}, got {name}")
-        xp, cast = _namespace(state)
+        xp, cast = namespace(state)
         scaled, scales = scale_rows(xp, cast(state, "float32"), name)
         return cls(cast(nearest(xp, scaled, name), name), scales)
 
     def dequantize(self) -> Any:
         """Return ``values * scale`` in float32; with JAX on a CPU zeros where the scale is below 2**-126."""
-        _, cast = _namespace(self.values)
+        _, cast = namespace(self.values)
         with np.errstate(invalid="ignore"):  # an infinite scale times 0
             return cast(self.values, "float32") * self.scale[..., None]
 
@@ -59,25 +61,44 @@ class QuantizedState(NamedTuple):
 SCALES = {"state": "state_scale", "intermediate_states": "intermediate_state_scales"}
 
 
-def paired(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Put arrays by the names that kernels have for them under those of ``update``, quantised ones with their scale."""
+def paired(arrays: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
+    """Put arrays by the names that kernels have for them under those of ``update``: several into one argument.
+
+    Args:
+        arrays: quantised ones with their scale, and a checkpoint with its rings.
+        window: that of the cursor, if they have one and it is to be made.
+    """
     result = dict(arrays)
     for name, scale in SCALES.items():
         if scale in result:
             result[name] = QuantizedState(result[name], result.pop(scale))
+    if RINGS[0] in result:
+        result["state"] = ReplayState(result["state"], *map(result.pop, RINGS))
+        if window:
+            start, pending = map(result.pop, CURSOR)
+            result["replay"] = ReplayCursor(start, pending, window, result["state"].dt.shape[-1] - window)
     return result
 
 
 def unpaired(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays by kernels' names again: the inverse of ``paired``."""
     result = dict(arrays)
+    if isinstance(state := result.get("state"), ReplayState):
+        result |= zip(("state", *RINGS), state, strict=True)
+    if (cursor := result.pop("replay", None)) is not None:
+        result |= zip(CURSOR, (cursor.start, cursor.pending), strict=True)
     for name, scale in SCALES.items():
         if isinstance(pair := result.get(name), QuantizedState):
             result[name], result[scale] = pair
     return result
 
 
-def _namespace(array: Any) -> tuple[Any, Any]:
+def dtype_name(dtype: Any) -> str:
+    """Return NumPy's name for a dtype of any framework, or for its name."""
+    return str(dtype).removeprefix("torch.") if "torch." in str(dtype) else np.dtype(dtype).name
+
+
+def namespace(array: Any) -> tuple[Any, Any]:
     """Return the module that has the functions for an array, and one that casts it to a dtype by name."""
     framework = framework_of(array)
     if framework is None:

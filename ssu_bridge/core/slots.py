@@ -1,6 +1,6 @@
 """Where each sequence of a call reads and stores, from the values of its index tables. In NumPy.
 
-``slots`` and ``read_slots`` take the namespace that they compute in, which may be ``jax.numpy`` too.
+``named_slots``, ``slots`` and ``read_slots`` take the namespace that they compute in, which may be ``jax.numpy`` too.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE, SLOT_TABLES
+from ssu_bridge.core.arguments import SLOT_TABLES
 from ssu_bridge.core.problem import Problem
 
 
 def slots(xp: Any, problem: Problem, indices: Any) -> Any:
-    """Return the slots that indices name, -1 for a padding index."""
-    valid = (indices >= 0) & (indices < problem.slots)
-    if 0 <= problem.options.pad_slot_id <= xp.iinfo(indices.dtype).max:  # else none of them is it
-        valid = valid & (indices != problem.options.pad_slot_id)
+    """Return the slots that indices name in a call, -1 for a padding index."""
+    return named_slots(xp, indices, problem.slots, problem.options.pad_slot_id)
+
+
+def named_slots(xp: Any, indices: Any, count: Any, pad_slot_id: int) -> Any:
+    """Return which of so many slots indices name, -1 for a padding index."""
+    valid = (indices >= 0) & (indices < count)
+    if 0 <= pad_slot_id <= xp.iinfo(indices.dtype).max:  # else none of them is it
+        valid = valid & (indices != pad_slot_id)
     return xp.where(valid, indices, -1)
 
 
@@ -120,8 +125,7 @@ def _rows(problem: Problem, arrays: Mapping[str, Any]) -> tuple[np.ndarray, np.n
     if problem.layout != "packed":
         return np.arange(b) * problem.tokens, np.full(b, problem.tokens)
     edges = np.clip(arrays["cu_seqlens"].astype(np.int64), 0, problem.tokens)
-    most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else problem.tokens
-    return edges[:-1], np.clip(edges[1:] - edges[:-1], 0, most)
+    return edges[:-1], np.clip(edges[1:] - edges[:-1], 0, problem.longest)
 
 
 def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
@@ -144,10 +148,13 @@ def require_valid(problem: Problem, arrays: Mapping[str, Any]) -> None:
     _require("cu_seqlens", arrays, lambda c: (c >= 0) & (c <= problem.tokens), f"0..{problem.tokens}")
     _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) >= 0, "no less than the one before")
     plan = routes(problem, arrays)
+    most = problem.longest
+    _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) <= most, f"at most {most} tokens of a sequence")
     if "parent_tokens" in arrays:
-        most = MOST_TOKENS_OF_A_TREE
-        _require("cu_seqlens", arrays, lambda c: np.diff(c, prepend=c[:1]) <= most, f"at most {most} tokens in a tree")
         _require_parents(arrays, plan)
+    window, length = problem.options.replay_window, problem.options.replay_window + problem.options.replay_tokens
+    _require("replay_start", arrays, lambda row: (row >= 0) & (row < length), f"0..{length - 1}")
+    _require("replay_pending", arrays, lambda count: (count >= 0) & (count <= window), f"0..{window}")
     if "dst_state_batch_indices" in problem.tables:
         _require_room("dst_state_batch_indices", arrays["dst_state_batch_indices"].shape[1], plan.lengths)
     if "intermediate_states" in arrays:

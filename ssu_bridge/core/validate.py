@@ -4,15 +4,16 @@ from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 
+from ssu_bridge.core import replay_rules
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
+    ELEMENTWISE,
     MOST_TOKENS_OF_A_TREE,
     QUANTIZED,
     REQUIRED,
     ROUNDABLE,
     SLOT_TABLES,
     STATE,
-    TABLES,
     TIED_AXES,
 )
 from ssu_bridge.core.arrays import ArrayInfo, is_dense
@@ -50,6 +51,8 @@ def describe(
             check_dtype(name, info.dtype)
     _check_contradictions(arrays, options)
     _check_seed(arrays, options, framework)
+    if options.replay_window:
+        replay_rules.check_arrays(arrays, options)
     shapes = Shapes(arrays)
     for name in ARGUMENTS:
         if name in arrays:
@@ -57,6 +60,8 @@ def describe(
     shapes.check_sizes(options.intermediate_stride)
     _check_tree(arrays, options, shapes)
     tied = tuple(name for name in TIED_AXES if name in arrays and shapes.is_tied(name, arrays[name]))
+    if options.replay_window:
+        replay_rules.check_sizes(arrays, options, shapes, tied)
     for name, info in arrays.items():
         _check_device(name, info, arrays)
         shapes.check_strides(name, info, name in tied)
@@ -96,8 +101,8 @@ def axes(arrays: Mapping[str, ArrayInfo]) -> dict[str, str]:
 
 
 def _unaligned(shapes: "Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[str, ...]) -> tuple[str, ...]:
-    # A kernel loads one element at a time of a table, and of one number a head.
-    vectors = {name: info for name, info in arrays.items() if name not in tied and name not in TABLES}
+    # One element at a time is loaded of what is one number a head, too.
+    vectors = {name: info for name, info in arrays.items() if name not in tied and name not in ELEMENTWISE}
     # An output that is not given yet will be dense, as x is in shape and dtype.
     vectors = {"out": ArrayInfo(arrays["x"].shape, arrays["x"].dtype), **vectors}
     return tuple(name for name, info in vectors.items() if not shapes.is_aligned(name, info))

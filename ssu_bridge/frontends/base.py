@@ -131,7 +131,8 @@ def with_seed(arrays: Arrays, options: Options, make: Callable[[int | None], Any
         seed = seed.reshape(())
     else:
         return arrays
-    return (*arrays, *[None] * (SEED - len(arrays)), seed) if len(arrays) <= SEED else (*arrays[:SEED], seed)
+    before = (*arrays, *[None] * (SEED - len(arrays)))[:SEED]
+    return (*before, seed, *arrays[SEED + 1 :])
 
 
 def _dtype_name(array: Any) -> str:

@@ -21,9 +21,9 @@ def tracing() -> bool:
     return False
 
 
-def options_in_graph(*flags: Any) -> Options:
+def options_in_graph(*flags: Any, replay: tuple[int, ...] = ()) -> Options:
     """Return the options of a call that is traced, from the arguments of ``options_of`` but for the configuration."""
-    return _options(flags, *_innermost())
+    return _options((flags, replay), *_innermost())
 
 
 def _tracing_in_graph() -> bool:
@@ -75,8 +75,9 @@ def _replaced(fields: tuple[Any, ...], *configured: Any) -> SSUConfig:
     return replaced(_config(*configured), *fields)
 
 
-def _options(flags: tuple[Any, ...], *configured: Any) -> Options:
-    return options_of(*(*flags, _config(*configured)))
+def _options(arguments: tuple[tuple[Any, ...], tuple[int, ...]], *configured: Any) -> Options:
+    flags, replay = arguments
+    return options_of(*(*flags, _config(*configured), *replay))
 
 
 tracing._torchdynamo_inline = _tracing_in_graph  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ def _step(arrays: Arrays, out: np.ndarray | None, options: Options) -> _Step:
     problem = _describe(arrays, out, options)
     kernel = load(problem)
     given = named(arrays)
-    state_alone = not ({"state_scale", "intermediate_states"} & given.keys())
+    state_alone = not ({"state_scale", "intermediate_states", "replay_x"} & given.keys())
     if isinstance(kernel, HostKernel):
         return _Step(_unknown, _unknown, kernel.function, state_alone, problem)
     assert isinstance(kernel, DeviceKernel)

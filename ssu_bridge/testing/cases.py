@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (gives NumPy the dtype "bfloat16")
 import numpy as np
 
-from ssu_bridge.core.arguments import FLOAT_ARRAYS, TIED_AXES, patterns
+from ssu_bridge.core.arguments import CURSOR, FLOAT_ARRAYS, RINGS, TIED_AXES, patterns
 from ssu_bridge.core.quantized import SCALES, QuantizedState, paired
 from ssu_bridge.core.rounding import LARGEST
 
@@ -37,6 +37,8 @@ class Case:
         parents: the parent tokens, as the leading axes of x; None for absent.
         has_initial_state: for each sequence; None for absent. Slots that only those name that have none hold NaN.
         seed: of stochastic rounding; None for absent.
+        window, most: the window and the tokens of a cursor; 0 for no replay. Rows that are not pending hold NaN.
+        starts, pending: of the cursor, for each slot.
     """
 
     name: str
@@ -66,6 +68,10 @@ class Case:
     parents: tuple[Any, ...] | None = None
     has_initial_state: tuple[bool, ...] | None = None
     seed: int | None = None
+    window: int = 0
+    most: int = 1
+    starts: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
 
     def arrays(self, seed: int) -> dict[str, np.ndarray]:
         """Draw the arrays, by the names that kernels have for them."""
@@ -78,8 +84,12 @@ class Case:
         if "dt_bias" in values and not self.dt_softplus:
             values["dt_bias"] = np.abs(values["dt_bias"]) * 0.1
         others = self.dtypes.get("*", "float32")
-        default = {n: "float32" if n in SCALES else others for n in values}
-        dtypes = {n: self.dtypes.get("state" if n in SCALES else n, default[n]) for n in values}
+        default = {n: "float32" if n in (*SCALES, "replay_dt") else others for n in values}
+        source = {"intermediate_states": "state", "replay_x": "x", "replay_B": "B"}
+        dtypes = {n: self.dtypes.get(source.get(n, n), default[n]) for n in values}
+        if self.window:
+            values["replay_dt"] = np.abs(values["replay_dt"])
+            _spoil_rows(values, self._is_pending())
         result: dict[str, np.ndarray] = {}
         for name, value in values.items():
             if dtypes[name] in LARGEST:
@@ -104,6 +114,8 @@ class Case:
             read = [slot for slot, has in zip(named, self.has_initial_state, strict=True) if has]
             fresh = [slot for slot in named if slot in range(self.slots) and slot not in read]
             result["state_scale" if "state_scale" in result else "state"][fresh] = np.nan
+        if self.window:
+            result |= zip(CURSOR, (np.array(numbers, "int32") for numbers in (self.starts, self.pending)), strict=True)
         if self.seed is not None:
             result["rand_seed"] = np.array(self.seed, "int64")
         return result
@@ -116,14 +128,23 @@ class Case:
         flags |= {"round_each_token": True} if self.round_each_token else {}
         return flags | ({"intermediate_stride": self.intermediate_stride} if self.intermediate_stride > 1 else {})
 
+    def _is_pending(self) -> np.ndarray:
+        """Return which rows of the rings are pending, (slots, rows)."""
+        length = self.window + self.most
+        start, pending = (np.array(numbers, np.int64)[:, None] for numbers in (self.starts, self.pending))
+        is_pending: np.ndarray = (np.arange(length) - start) % length < np.clip(pending, 0, self.window)
+        return is_pending
+
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the float arrays of the call with their shapes."""
         layout = "packed" if self.cu_seqlens is not None else "single" if self.tokens is None else "multi"
         sizes = {"S": self.slots, "H": self.nheads, "P": self.headdim, "N": self.dstate, "G": self.ngroups}
         sizes |= {"b": self.sequences, "T": self.tokens or 0, "L": self.tokens or 0}
-        sizes |= {"E": self.slots + self.spare_entries, "K": self.steps}
-        for name in FLOAT_ARRAYS:
-            if name not in ("out", *self.absent) and (self.steps or name != "intermediate_states"):
+        sizes |= {"E": self.slots + self.spare_entries, "K": self.steps, "R": self.window + self.most}
+        absent = {"out", *self.absent, *(() if self.steps else ("intermediate_states",))}
+        absent |= set() if self.window else {*RINGS}
+        for name in (*FLOAT_ARRAYS, "replay_dt"):
+            if name not in absent:
                 # The last shape of several is the one tied to heads, or without an axis of groups.
                 is_last = name not in self.untied if name in TIED_AXES else not self.group_axis
                 yield (
@@ -132,18 +153,27 @@ class Case:
                 )
 
 
-def arguments(arrays: Mapping[str, np.ndarray], framework: str, convert: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+def _spoil_rows(values: Mapping[str, np.ndarray], is_pending: np.ndarray) -> None:
+    """Put NaN where nothing may be read."""
+    for name in RINGS:
+        np.moveaxis(values[name], 2, 1)[~is_pending] = np.nan
+
+
+def arguments(
+    arrays: Mapping[str, np.ndarray], framework: str, convert: Callable[[np.ndarray], Any], window: int = 0
+) -> dict[str, Any]:
     """Return a case's arrays as the arguments of ``update`` in a framework.
 
     Args:
         arrays: what :meth:`Case.arrays` returned.
         framework: "jax", "torch" or "numpy": JAX takes another seed than the others.
         convert: makes an array of the framework.
+        window: the case's.
     """
     given = dict(arrays)
     if framework == "jax" and "rand_seed" in given and given["rand_seed"].dtype == "int64":
         given["rand_seed"] = given["rand_seed"].reshape(1).view("uint32")
-    return paired({name: convert(array) for name, array in given.items()})
+    return paired({name: convert(array) for name, array in given.items()}, window)
 
 
 _ALL_UNTIED = ("A", "dt", "D", "dt_bias")
@@ -162,6 +192,11 @@ _TREES = ((-1, 0, 0, 1, 1), (-1, 0, 1, -1, 3), (7, 1, _LOWEST, 2, _HIGHEST))
 _NODES = ((1, 6, 7, 8, _PAD), (9, 10, 11, 0, 12), (13, 14, 15, 5, 3))
 # Each token continues the one three before.
 _LONG = tuple(range(-3, 67))
+
+# Slots at different phases: with these numbers of tokens those of the sequences flush, do not, and wrap around.
+_REPLAY: dict[str, Any] = {"window": 5, "most": 3, "starts": (0, 7, 6, 2, 1, 4), "pending": (5, 2, 1, 3, 4, 0)}
+# What stands for other numbers, or for slots that nobody names.
+_WILD = {"starts": (_LOWEST, 7, -1, 9, _HIGHEST, 8), "pending": (_HIGHEST, 2, 7, _LOWEST, 6, -3)}
 
 CASES: tuple[Case, ...] = (
     Case("mamba2"),
@@ -411,4 +446,40 @@ CASES: tuple[Case, ...] = (
     ),
     Case("stochastic bfloat16, destinations", dtypes=_STATE_16, destinations=(1, _PAD, 5), seed=7),
     Case("stochastic int8, packed", **_PACKED_INT8, seed=2**63 - 1),
+    # --- Replay ---
+    Case("replay", **_REPLAY),
+    Case("replay, tokens", **_REPLAY, tokens=3),
+    Case("replay, two tokens, one group, bare", **_REPLAY, tokens=2, ngroups=1, absent=("D", "z", "dt_bias")),
+    Case(
+        "replay, one token on an axis, no softplus", **_REPLAY, tokens=1, dt_softplus=False, group_axis=False, ngroups=1
+    ),
+    Case("replay, no tokens", **_REPLAY, tokens=0),
+    Case("replay, no slots", **_REPLAY, indices=None),
+    Case("replay, pads", **_REPLAY, tokens=2, indices=(_PAD, 0, 6)),
+    Case("replay, no sequences", **_REPLAY, sequences=0, indices=()),
+    Case("replay, no slots at all", window=4, slots=0, indices=(0, _PAD, 7)),
+    Case("replay, wild numbers", **(_REPLAY | _WILD), tokens=2),
+    Case("replay, window of one", window=1, starts=(0, 1, 0, 1, 1, 0), pending=(1, 0, 1, 1, 0, 1)),
+    Case("replay, packed", **_REPLAY, tokens=6, cu_seqlens=(0, 3, 4, 6)),
+    Case("replay, packed, empty and too long", **_REPLAY, tokens=9, cu_seqlens=(1, 6, 6, 8)),
+    Case("replay, packed, decreasing", **_REPLAY, tokens=9, cu_seqlens=(6, 2, 2, _HIGHEST)),
+    Case("replay, bfloat16", **_REPLAY, tokens=3, dtypes=_STATE_16 | _INPUTS_16),
+    Case("replay, float16 state, mixed", **_REPLAY, dtypes={"state": "float16", "x": "bfloat16", "B": "float16"}),
+    Case("replay, odd sizes", **_REPLAY, nheads=3, ngroups=3, headdim=5, dstate=7, tokens=2),
+    Case(
+        "replay, a long window",
+        window=32,
+        most=32,
+        starts=(40,),
+        pending=(31,),
+        slots=1,
+        sequences=1,
+        tokens=32,
+        indices=(0,),
+    ),
+    *(Case(f"replay, {dtype} state", **_REPLAY, tokens=3, dtypes={"state": dtype} | _INPUTS_16) for dtype in LARGEST),
+    *(
+        Case(f"replay, stochastic {dtype}", **_REPLAY, tokens=2, dtypes={"state": dtype}, seed=13)
+        for dtype in ("bfloat16", "int8")
+    ),
 )

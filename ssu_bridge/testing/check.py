@@ -79,7 +79,8 @@ def check(*args: Any, **kwargs: Any) -> Report:
         copies["out"] = side.from_host(before["out"], copies["x"])
     # The backend that was chosen for the arguments as they are: the copies may be laid out differently.
     with using(options.config, backend=backend):
-        results = update(**paired(copies), **{name: getattr(options, name) for name in _FLAGS})
+        given = paired(copies, options.replay_window)
+        results = update(**given, **{name: getattr(options, name) for name in _FLAGS})
     after = {name: side.to_host(array) for name, array in results_by_name(results).items()}
     return Report(str(backend), judge(problem, backend, before, after))
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssu_bridge.backends import reference
-from ssu_bridge.backends.reference import single
+from ssu_bridge.backends.reference import places_first, single
 from ssu_bridge.core import rounding
+from ssu_bridge.core.arguments import RINGS
 from ssu_bridge.core.quantized import SCALES
 
 # A float32 sum of n products differs from the exact one by about sqrt(n) roundings when they are of either sign, and by
@@ -66,7 +67,8 @@ def compare(
     rows = [_rounded_row("out", (computed,), out, exact.out[computed], exact.out_bounds[computed])]
     if "out" in before and not exact.rows.all():
         rows.append(_rest("out", [(before["out"].reshape(out.shape), out)], ~exact.rows))
-    for name, scale in SCALES.items():
+    before, after = ({name: places_first(name, a) for name, a in arrays.items()} for arrays in (before, after))
+    for name, scale in (SCALES | dict.fromkeys(RINGS, "")).items():
         if name not in after:
             continue
         untouched = np.ones(before[name].shape[: 1 if name == "state" else 2], bool)

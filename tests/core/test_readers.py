@@ -29,8 +29,10 @@ from ssu_bridge.backends.triton.compile import launch_of, runtime_arguments, spe
 from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
+    CURSOR,
     QUANTIZED,
     REQUIRED,
+    RINGS,
     ROUNDABLE,
     TABLES,
     TIED_AXES,
@@ -44,7 +46,8 @@ from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.validate import describe
 from ssu_bridge.native import library
 
-OPTIONAL = [name for name in ARGUMENTS if name not in (*REQUIRED, "out", "cu_seqlens", *SCALES.values())]
+REPLAY = (*RINGS, *CURSOR)
+OPTIONAL = [name for name in ARGUMENTS if name not in (*REQUIRED, "out", "cu_seqlens", *SCALES.values(), *REPLAY)]
 DTYPES = sorted({dtype for argument in ARGUMENTS.values() for dtype in argument.dtypes} | {"float64", "uint16"})
 SEED_DTYPES = {"": "int64", "1": "int64", "2": "uint32"}
 LAYOUTS = ["dense", "gaps", "repeated", "transposed", "reversed", "shifted", "any of one entry"]
@@ -111,7 +114,7 @@ def drawn(draw, alike):
     names -= {"intermediate_states"} if "dst_state_batch_indices" in names else set()
     names -= {"intermediate_state_indices"} if "intermediate_states" not in names else set()
     names |= {"state_batch_indices"} if "num_accepted_tokens" in names else set()
-    dtypes = {name: draw.choice(ARGUMENTS[name].dtypes) for name in ARGUMENTS}
+    dtypes = {name: draw.choice(ARGUMENTS[name].dtypes) for name in ARGUMENTS if name not in REPLAY}
     dtypes |= {"out": dtypes["x"], "intermediate_states": dtypes["state"]}
     names -= {"rand_seed"} if dtypes["state"] not in ROUNDABLE else set()
     names |= {SCALES[name] for name in SCALES if name in names and dtypes[name] in QUANTIZED}

@@ -27,7 +27,7 @@ def test_a_repeated_call_describes_and_chooses_nothing(monkeypatch):
 def test_a_repeated_call_computes_what_a_first_one_does(case):
     results = []
     for _ in range(2):
-        given = arguments(case.arrays(seed=3), "numpy", np.array)
+        given = arguments(case.arrays(seed=3), "numpy", np.array, case.window)
         try:
             # Rows that belong to no sequence are left as they are.
             result = ssu_bridge.update(**given, **case.flags, out=np.zeros_like(given["x"]))

@@ -6,6 +6,7 @@ from modes import address, bits, framework, step, to_host, to_mode
 
 import ssu_bridge
 from ssu_bridge.api import explain
+from ssu_bridge.core.arguments import RINGS
 from ssu_bridge.core.quantized import SCALES, unpaired
 from ssu_bridge.testing.check import judge, results_by_name
 
@@ -15,7 +16,7 @@ def assert_step(case, arrays, mode, backend, **flags):
 
     A step that the backend refuses has to raise, and then nothing must have changed.
     """
-    given = to_mode(arrays, mode)
+    given = to_mode(arrays, mode, case.window)
     flags = {**case.flags, **flags, "backend": backend}
     choice = explain(**given, **flags).choices[0]
     if choice.backend is None:
@@ -40,7 +41,7 @@ def assert_step(case, arrays, mode, backend, **flags):
 
 def assert_in_place(given, addresses, results, mode, backend):
     """Assert that each array which the step writes is where it was, and no other is gone."""
-    for name in (n for pair in SCALES.items() for n in pair if n in given):
+    for name in (n for n in (*SCALES, *SCALES.values(), *RINGS) if n in given):
         if framework(mode) != "jax":
             assert results[name] is given[name]
         elif backend != "reference":

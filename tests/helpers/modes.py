@@ -59,10 +59,10 @@ def framework(mode):
     return {**MODES, **GPU_MODES}[mode][0]
 
 
-def to_mode(arrays, mode):
-    """Put a case's NumPy arrays into the framework of a mode, as arguments of ``update``."""
+def to_mode(arrays, mode, window=0):
+    """Put a case's NumPy arrays into the framework of a mode, as arguments of ``update``; ``window`` is the case's."""
     like = torch.empty(0, device="cuda") if mode == "torch.cuda" else None
-    return arguments(arrays, framework(mode), lambda array: frontend(framework(mode)).from_host(array, like))
+    return arguments(arrays, framework(mode), lambda array: frontend(framework(mode)).from_host(array, like), window)
 
 
 def convert(given, mode):

@@ -223,7 +223,8 @@ def _algorithm(problem: Problem) -> str:
 
 
 def _lacks(problem: Problem) -> str | None:
-    return cannot(problem, Feature.TREES, Feature.FRESH, Feature.STRIDE, Feature.ROUND_EACH) or lacks_form(problem)
+    lacking = (Feature.TREES, Feature.FRESH, Feature.STRIDE, Feature.ROUND_EACH, Feature.REPLAY)
+    return cannot(problem, *lacking) or lacks_form(problem)
 
 
 def _wrong_sizes(problem: Problem) -> str | None:

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
 from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import (
@@ -46,7 +46,7 @@ def refusal(problem: Problem) -> str | None:
         return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
-    return forms.refusal(problem)
+    return cannot(problem, Feature.REPLAY) or forms.refusal(problem)
 
 
 def load(problem: Problem) -> DeviceKernel:

@@ -12,9 +12,9 @@ from ssu_bridge.backends.triton.tiles import Tile, is_plain
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
     BOOLS,
+    ELEMENTWISE,
     FLOATS,
     SEED_BYTES,
-    TABLES,
     TIED_AXES,
     TOKENWISE,
     VECTOR_BYTES,
@@ -255,7 +255,7 @@ def _divisor(specialisation: Specialisation, name: str) -> int:
     """Return of how many bytes an array's address is a multiple."""
     if name == "rand_seed":
         return SEED_BYTES
-    single = name in (*specialisation.tied, *specialisation.unaligned) or name in TABLES
+    single = name in (*specialisation.tied, *specialisation.unaligned) or name in ELEMENTWISE
     return 1 if single else VECTOR_BYTES
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE, TOKENWISE
+from ssu_bridge.core.arguments import TOKENWISE
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.core.slots import slots
 
@@ -30,8 +30,8 @@ def row_owners(problem: Problem, arrays: dict[str, Any]) -> Owners:
     rows = jnp.arange(problem.tokens)[:, None]
     edges = jnp.clip(arrays["cu_seqlens"], 0, problem.tokens)
     starts, ends = edges[:-1], edges[1:]
-    if "parent_tokens" in arrays:
-        ends = jnp.minimum(ends, starts + MOST_TOKENS_OF_A_TREE)
+    if problem.longest is not problem.tokens:
+        ends = jnp.minimum(ends, starts + problem.longest)
     owned = (starts <= rows) & (rows < ends)
     sequence = jnp.argmax(owned, axis=1)
     # Of a sequence that shares no row, all; no more than there are rows, however sequences share them.

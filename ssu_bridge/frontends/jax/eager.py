@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ssu_bridge.core.arguments import ARGUMENTS, STATE, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.core.replay import ReplayState
 from ssu_bridge.dispatch import program_options
 from ssu_bridge.errors import NotInPlaceError
 from ssu_bridge.frontends.base import SEED, Arrays, Launch, require_one_framework
@@ -77,6 +78,8 @@ def launcher(state_type: type, options: Options) -> Launch:
         if not donates_state:
             return with_given(arrays, results)
         new_state = results[1]
+        if type(new_state) is ReplayState:
+            new_state = new_state.checkpoint
         if type(new_state) is QuantizedState:
             new_state = new_state.values
         if state.is_deleted() if before is None else address(new_state) == before:

@@ -87,6 +87,7 @@ def _spell(names: tuple[str, ...], options: Options, used: Collection[str]) -> s
         "each": int(config.round_each_token) or "" if "round_each_token" in used else "",
         "algorithm": config.algorithm if "algorithm" in used and config.algorithm != "auto" else "",
         "tile": ",".join(map(str, config.triton_tile or ())) if "triton_tile" in used else "",
+        "replay": f"{options.replay_window},{options.replay_tokens}" if options.replay_window else "",
     }
     return ";".join(f"{name}={value}" for name, value in fields.items() if value != "")
 
@@ -124,7 +125,8 @@ def parse(target: str) -> Call | None:
             triton_tile=tuple(map(int, fields["tile"].split(","))) if "tile" in fields else None,  # type: ignore[arg-type]
         )
         flags = (fields["softplus"] == "1", int(fields["pad"]), fields["update"] == "0", True, False)
-        options = options_of(*flags, int(fields.get("stride", 1)), None, None, None, config)
+        replay = map(int, fields.get("replay", "0,0").split(","))
+        options = options_of(*flags, int(fields.get("stride", 1)), None, None, None, config, *replay)
         call = Call(kernel, tuple(fields["arrays"].split(",")), options)
     except (KeyError, TypeError, ValueError):
         return None

@@ -11,6 +11,7 @@ from ssu_bridge.config import Backend
 from ssu_bridge.core.arguments import STATE
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.core.replay import ReplayState
 from ssu_bridge.dispatch import choose, load
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 from ssu_bridge.frontends.base import Arrays, named, require_one_framework, returned
@@ -104,6 +105,6 @@ def with_given(arrays: Arrays, results: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_given(result: Any, array: Any) -> Any:
-    if isinstance(result, QuantizedState):
-        return QuantizedState(*map(_with_given, result, array))
+    if isinstance(result, QuantizedState | ReplayState):
+        return type(result)(*map(_with_given, result, array))
     return array if result is None else result

@@ -47,6 +47,8 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         config.triton_tile or (),
         config.stochastic_rounding,
         config.round_each_token,
+        options.replay_window,
+        options.replay_tokens,
     )
     return returned(named(arrays, result))
 
@@ -59,7 +61,8 @@ def _spell(place: int, name: str) -> str:
 
 _FLAGS = "bool dt_softplus, SymInt pad_slot_id, bool disable_state_update, SymInt intermediate_stride"
 _CONFIG = "str backend, str algorithm, SymInt philox_rounds, SymInt[] triton_tile"
-_LATER = "bool stochastic_rounding=False, bool round_each_token=False"
+_LATER = "bool stochastic_rounding=False, bool round_each_token=False, SymInt replay_window=0, SymInt replay_tokens=0"
+_LATER_DEFAULTS: tuple[Any, ...] = (False, False, 0, 0)
 _SCHEMA = f"({', '.join(_spell(*argument) for argument in enumerate(ARGUMENTS))}, {_FLAGS}, {_CONFIG}, {_LATER}) -> ()"
 
 
@@ -68,9 +71,9 @@ def _step(*arguments: Any) -> None:
     *arrays, out = arguments[: len(ARGUMENTS)]
     # Torch leaves out what is as it is by default.
     dt_softplus, pad, keeps_state, stride, backend, algorithm, rounds, tile, *later = arguments[len(ARGUMENTS) :]
-    stochastic, round_each = (*later, False, False)[:2]
+    stochastic, round_each, window, most = (*later, *_LATER_DEFAULTS[len(later) :])
     config = SSUConfig(
         backend, algorithm, stochastic, rounds, triton_tile=tuple(tile) or None, round_each_token=round_each
     )
-    options = Options(dt_softplus, pad, keeps_state, True, False, stride, config)
+    options = Options(dt_softplus, pad, keeps_state, True, False, stride, config, window, most)
     launcher_of(tuple(arrays), out, options)(tuple(arrays), out)

@@ -59,6 +59,7 @@ def layer(dtype="float32", other="bfloat16", **changes):
     return Case("layer", dtypes={"state": dtype, "*": other, "A": "float32"}, **{**fields, **changes})
 
 
+PLAIN = [case for case in CASES if not case.window]
 TABLE = ((0, 1, 2, 3),)
 # What only the kernel for many tokens does, for a layer: a float state, then a quantised one, with each kind of store.
 FEATURES = {
@@ -86,7 +87,7 @@ MANY = {
     if not rounded or dtype not in ("float32", "int16")
 }
 CLASSES = (
-    {case.name: case for case in CASES if case.sequences}
+    {case.name: case for case in PLAIN if case.sequences}
     | MANY
     | {
         "layer, bfloat16": layer("bfloat16"),
@@ -295,7 +296,7 @@ def test_no_tile_at_all(tile):
 
 
 def test_the_target_tells_everything_that_is_compiled_in():
-    problems = [problem_of(case) for case in CASES]
+    problems = [problem_of(case) for case in PLAIN]
     problems += [problem_of(CASES[0], (8, 0)), problem_of(dataclasses.replace(CASES[0], slots=60, sequences=3))]
     specialisations = {specialise(problem, tiles.tile(problem)) for problem in problems}
     assert len({s.target for s in specialisations}) == len(specialisations)
@@ -352,7 +353,7 @@ def interpreted_cases(first):
     """Run in a process of its own, because Triton decides at its import whether it interprets."""
     multiply_bfloat16()
     seen = set()
-    for case in CASES:
+    for case in PLAIN:
         arrays = case.arrays(seed=len(case.name))
         # The interpreter cuts bfloat16 off where a GPU rounds: what is stored in it is tested on a GPU.
         cut_off = arrays["x"].dtype.name == "bfloat16" or (arrays["state"].dtype.name == "bfloat16" and not case.seed)

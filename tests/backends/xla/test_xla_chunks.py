@@ -37,7 +37,7 @@ LONG = (
 
 def forms(case):
     """Say what explain does of a case."""
-    said = explain(**to_mode(case.arrays(1), "jax"), **case.flags, backend="xla", algorithm="matrix")
+    said = explain(**to_mode(case.arrays(1), "jax", case.window), **case.flags, backend="xla", algorithm="matrix")
     return said.choices[0].answers[0]
 
 

@@ -145,7 +145,7 @@ def test_a_program_for_another_gpu_is_refused():
 def test_every_kernel_is_found_by_its_name(case):
     arrays = case.arrays(seed=3)
     with int64_as_it_is(arrays):
-        skip_if_refused(explain(**to_mode(arrays, "jax"), **case.flags, backend="cpu"))
+        skip_if_refused(explain(**to_mode(arrays, "jax", case.window), **case.flags, backend="cpu"))
         targets = ssu_bridge.prepare(exported_step(case, backend="cpu"))
     assert len(targets) == 1
     assert targets[0] in registered()

@@ -55,8 +55,8 @@ def as_jax(arrays):
     return unpaired(to_mode(arrays, "jax"))
 
 
-def call(flags, arrays):
-    return ssu_bridge.update(**paired(arrays), **flags)
+def call(flags, arrays, window=0):
+    return ssu_bridge.update(**paired(arrays, window), **flags)
 
 
 def stacked(calls, mapped):
@@ -72,28 +72,28 @@ def assert_loop(case, calls, mapped, transform=lambda f: f, vmap=jax.vmap, **fla
     together = stacked(calls, mapped)
     axes = {name: mapped.get(name) for name in together}
     alone = [{n: c[n] if n in mapped else calls[0][n] for n in c} for c in calls]
-    backend = explain(**paired(alone[0]), **flags).backend
-    run = transform(vmap(functools.partial(call, flags), in_axes=(axes,)))
+    backend = explain(**paired(alone[0], case.window), **flags).backend
+    run = transform(vmap(functools.partial(call, flags, window=case.window), in_axes=(axes,)))
     if backend is None:
         with pytest.raises(ssu_bridge.UnsupportedError):
             run(together)
         return
     results = [np.array(result) for result in jax.tree.leaves(run(together))]
     for j, one in enumerate(alone):
-        expected = jax.tree.leaves(call({**flags, "donate": False}, one))
+        expected = jax.tree.leaves(call({**flags, "donate": False}, one, case.window))
         for number, (got, array) in enumerate(zip(results, expected, strict=True)):
             assert got.dtype == array.dtype
             # The output's rows that belong to no sequence may hold anything.
-            rows = owned(one) if number == 0 and "cu_seqlens" in one else slice(None)
+            rows = owned(case, one) if number == 0 and "cu_seqlens" in one else slice(None)
             assert_close(got[j][rows], np.array(array)[rows], exact=backend in EXACT)
     assert not any(array.is_deleted() for array in jax.tree.leaves((together, calls)))
 
 
-def owned(arrays):
+def owned(case, arrays):
     """Return which rows of a packed call belong to a sequence."""
     rows = np.arange(len(arrays["x"]))
     edges = np.clip(np.array(arrays["cu_seqlens"]), 0, len(rows))
-    most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else len(rows)
+    most = MOST_TOKENS_OF_A_TREE if "parent_tokens" in arrays else case.most if case.window else len(rows)
     ends = np.minimum(edges[1:], edges[:-1] + most)
     return np.array([((edges[:-1] <= row) & (row < ends)).any() for row in rows], bool)
 

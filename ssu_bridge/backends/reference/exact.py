@@ -1,21 +1,14 @@
-"""The reference backend: the step in NumPy and float64, the exact results that others are compared with."""
+"""The step in NumPy and float64: exact results, with the error bounds of a computation in float32."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssu_bridge.backends.base import HostKernel, no_settings, nothing_missing
 from ssu_bridge.core import rounding
+from ssu_bridge.core.arguments import RINGS
 from ssu_bridge.core.problem import Problem
-from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.slots import routes
-
-PLATFORM = None
-CONFIG_FIELDS = ("philox_rounds", "round_each_token")
-missing = nothing_missing
-settings = no_settings
 
 # Bounds are in units of 2**-24, of which a comparison allows several: this many of them are a step of a grid.
 _STEP_BOUNDS = 2.0**20
@@ -25,8 +18,9 @@ class Store(NamedTuple):
     """The states that go to one array, before they are rounded to its dtype.
 
     Attributes:
-        places: an index array for each leading axis of the array; of two stores to one place the later one counts.
-        states: (n, H, P, N), float64.
+        places: an index array for each leading axis of the array, of a ring as :func:`places_first` has it; of two
+            stores to one place the later one counts.
+        states: (n, H, P, N), float64; of a ring what a row has.
         bounds: the same shape, as ``out_bounds`` in :class:`Exact`.
         words: the same shape, the random words of stochastic rounding; None for rounding to nearest.
     """
@@ -55,51 +49,25 @@ class Exact(NamedTuple):
     stores: dict[str, Store]
 
 
-def refusal(problem: Problem) -> str | None:
-    """Refuse traced arrays, which have no values to copy."""
-    return "it computes on the host and so cannot be traced by JAX" if problem.traced else None
-
-
-def load(problem: Problem) -> HostKernel:
-    """Return a function that runs the step on NumPy arrays."""
-    return HostKernel(functools.partial(_run, problem))
-
-
-def _run(problem: Problem, arrays: dict[str, np.ndarray], out: np.ndarray) -> None:
-    exact = compute(problem, arrays)
-    rows = out.reshape(-1, *exact.out.shape[1:])
-    rows[exact.rows] = rounding.rounded(single(exact.out[exact.rows]), out.dtype.name)
-    out[...] = rows.reshape(out.shape)
-    for name, store in exact.stores.items():
-        for number in range(len(store.states)):  # one after another, so that the last one counts
-            place = tuple(index[number] for index in store.places)
-            words = None if store.words is None else store.words[number]
-            numbers, scales = rounding.stored(single(store.states[number]), arrays[name].dtype.name, words)
-            arrays[name][place] = numbers.reshape(arrays[name][place].shape)
-            if scales is not None:
-                arrays[SCALES[name]][place] = scales.reshape(arrays[SCALES[name]][place].shape)
-
-
 def single(values: np.ndarray) -> np.ndarray:
     """Return values rounded to float32; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
 
-def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: bool = False) -> Exact:
-    """Compute a call in float64, with the state rounded between the tokens of a sequence.
+def places_first(name: str, array: np.ndarray) -> np.ndarray:
+    """Return a view of an array whose leading axes are those of a place in it: of a ring, slots and rows."""
+    return np.moveaxis(array, 2, 1) if name in RINGS else array
+
+
+def by_token(problem: Problem, arrays: Mapping[str, Any], step: "Step") -> Exact:
+    """Compute a call token by token, with the state rounded between the tokens of a sequence.
 
     It is rounded to float32, or with ``round_each_token`` to what it is stored in.
-
-    Args:
-        problem: the description of the call.
-        arrays: NumPy arrays by name, as ``problem.names`` lists them. They are only read.
-        coarse_softplus: the bounds are for a softplus that is rounded as numbers near 1 are, small as it may be.
     """
-    step = _Step(problem, arrays, coarse_softplus)
     b, shape = problem.sequences, (problem.nheads, problem.headdim, problem.dstate)
     plan = routes(problem, arrays)
-    count = _row_count(problem)
+    count = row_count(problem)
     out, out_bounds, rows = np.zeros((count, *shape[:2])), np.zeros((count, *shape[:2])), np.zeros(count, bool)
     kept: dict[str, list[Any]] = {"state": [], "intermediate_states": []}
     for sequence in range(b):
@@ -121,30 +89,39 @@ def compute(problem: Problem, arrays: Mapping[str, Any], *, coarse_softplus: boo
                 entry_words = words if problem.rounds_each_token else step.words(entry, token, 1)
                 kept["intermediate_states"].append(((entry, plan.steps[token]), state, bounds, entry_words))
             after[token] = step.rounded(state, bounds, words)
-    stores = {name: _stacked(kept[name], name, shape) for name in kept if name in problem.results}
+    stores = {
+        name: stacked(kept[name], axes, shape)
+        for name, axes in (("state", 1), ("intermediate_states", 2))
+        if name in problem.results
+    }
     return Exact(out, out_bounds, rows, stores)
 
 
-def _row_count(problem: Problem) -> int:
+def row_count(problem: Problem) -> int:
+    """Return how many rows of tokens a call has."""
     return problem.tokens if problem.layout == "packed" else problem.sequences * problem.tokens
 
 
-def _stacked(kept: list[Any], name: str, shape: tuple[int, ...]) -> Store:
-    axes = 2 if name == "intermediate_states" else 1
+def stacked(kept: list[Any], axes: int, shape: tuple[int, ...]) -> Store:
+    """Make a Store of what is kept: place, state of this shape, bounds and random words."""
     places = np.array([place for place, *_ in kept], np.int64).reshape(-1, axes)
     states, bounds = (np.array([k[i] for k in kept]).reshape(-1, *shape) for i in (1, 2))
     words = np.array([k[3] for k in kept]) if kept and kept[0][3] is not None else None
     return Store(tuple(places.T), states, bounds, words)
 
 
-class _Step:
-    """The recurrence for one token of one sequence, with the arrays widened to float64 once."""
+class Step:
+    """The recurrence for one token of one sequence, with the arrays widened to float64 once.
+
+    Attributes:
+        x, B: those of each row, (H, P, 1) and (H, 1, N).
+    """
 
     def __init__(self, problem: Problem, arrays: Mapping[str, Any], coarse_softplus: bool = False):
         self.problem, self.arrays = problem, arrays
         self.least_dt_bound = 1.0 if coarse_softplus and problem.options.dt_softplus else 0.0
         H, P, N = problem.nheads, problem.headdim, problem.dstate
-        rows = _row_count(problem)
+        rows = row_count(problem)
 
         def rowwise(name: str, *axes: int) -> Any:
             return arrays[name].astype(np.float64).reshape(rows, *axes)
@@ -175,28 +152,38 @@ class _Step:
 
     def token(self, row: int, old: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the output for a row, its bounds, the new state and its bounds."""
-        x, dt, B, C = self.x[row], self.dt[row], self.B[row], self.C[row]
-        dt_bounds = np.abs(dt)
-        if self.dt_bias is not None:
-            dt, dt_bounds = dt + self.dt_bias, dt_bounds + np.abs(self.dt_bias)
-        if self.problem.options.dt_softplus:
-            # A change of dt changes softplus by at most the sigmoid's share of it.
-            dt_bounds = dt_bounds / (1 + np.exp(-dt))
-            dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
-        dt_bounds = np.maximum(dt_bounds, np.abs(dt)) + self.least_dt_bound
-        decay = np.exp(self.A * dt)
-        state = old * decay + dt * x * B
-        # What the tokens before left, and what this one adds.
-        bounds = bounds * decay + np.abs(old) * decay * (1 + np.abs(self.A) * dt_bounds) + dt_bounds * np.abs(x * B)
+        state, bounds = self.advanced(old, bounds, self.x[row], self.B[row], *self.step_size(row))
+        C = self.C[row]
         out, out_bounds = (state * C).sum(-1), (bounds * np.abs(C)).sum(-1)
         if self.D is not None:
-            skip = (self.D * x)[..., 0]
+            skip = (self.D * self.x[row])[..., 0]
             out, out_bounds = out + skip, out_bounds + np.abs(skip)
         if self.z is not None:
             z = self.z[row]
             gate = z * np.exp(-np.logaddexp(0, -z))
             out, out_bounds = out * gate, out_bounds * np.abs(gate) * (1 + np.abs(z))
         return out, out_bounds, state, bounds
+
+    def step_size(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return dt of a row, with bias and softplus, and its bounds."""
+        dt, dt_bounds = self.dt[row], np.abs(self.dt[row])
+        if self.dt_bias is not None:
+            dt, dt_bounds = dt + self.dt_bias, dt_bounds + np.abs(self.dt_bias)
+        if self.problem.options.dt_softplus:
+            # A change of dt changes softplus by at most the sigmoid's share of it.
+            dt_bounds = dt_bounds / (1 + np.exp(-dt))
+            dt = np.where(dt > 20, dt, np.log1p(np.exp(np.minimum(dt, 20))))
+        return dt, np.maximum(dt_bounds, np.abs(dt)) + self.least_dt_bound
+
+    def advanced(
+        self, old: np.ndarray, bounds: np.ndarray, x: Any, B: Any, dt: Any, dt_bounds: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a state after a token, and its bounds."""
+        decay = np.exp(self.A * dt)
+        state = old * decay + dt * x * B
+        # What the tokens before left, and what this one adds.
+        bounds = bounds * decay + np.abs(old) * decay * (1 + np.abs(self.A) * dt_bounds) + dt_bounds * np.abs(x * B)
+        return state, bounds
 
     def rounded(self, state: np.ndarray, bounds: np.ndarray, words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the state that the next token continues, and its bounds."""
