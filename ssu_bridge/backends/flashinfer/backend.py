@@ -21,8 +21,6 @@ from ssu_bridge.native import library
 PLATFORM = "cuda"
 CONFIG_FIELDS = ("philox_rounds", "algorithm")
 
-# It does not compile for other heads up to 64, and drops rows of those above 128.
-_HEADDIMS = (64, 128)
 _DSTATES = range(64, 257, 32)
 # An int16 row is kept in registers, 64 elements at a time.
 _INT16_STEP = 64
@@ -229,8 +227,8 @@ def _lacks(problem: Problem) -> str | None:
 
 def _wrong_sizes(problem: Problem) -> str | None:
     heads, N = problem.nheads, problem.dstate
-    if problem.headdim not in _HEADDIMS:
-        return f"it supports headdim 64 or 128, and this is {problem.headdim}"
+    if problem.headdim not in (headdims := module.headdims()):
+        return f"it supports headdim {', '.join(map(str, headdims))}, and this is {problem.headdim}"
     if N not in _DSTATES or ("state_scale" in problem.names and N % _INT16_STEP):
         step = _INT16_STEP if "state_scale" in problem.names else _DSTATES.step
         return f"it supports dstate from 64 to 256 in multiples of {step}, and this is {N}"

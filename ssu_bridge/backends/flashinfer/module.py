@@ -19,6 +19,8 @@ from ssu_bridge.progress import compiling
 _OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.7.4"
 # The first version whose stochastic rounding in software is right for subnormal numbers, infinities and NaN.
 _ROUNDS_SUBNORMALS = (0, 7, 4)
+# Versions before compile no code for other headdims below 128, and drop rows of those above.
+_HEADDIMS, _HEADDIMS_SINCE = (64, 128), {(0, 7, 4): (64, 128, 256)}
 _INSTALL = "pip install 'flashinfer-python>=0.6.11'"
 _SOURCE = "mamba/selective_state_update.py"
 
@@ -78,6 +80,12 @@ def missing() -> str | None:
 def rounds_subnormals() -> bool:
     """Return whether the installed version rounds stochastically to subnormal numbers too."""
     return _numbers(_version()) >= _ROUNDS_SUBNORMALS
+
+
+def headdims() -> tuple[int, ...]:
+    """Return the headdims that the installed version computes right."""
+    version = _numbers(_version())
+    return next((sizes for since, sizes in _HEADDIMS_SINCE.items() if version >= since), _HEADDIMS)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -44,15 +44,18 @@ def trusted(case):
     return True
 
 
+MIXED = {"state": "bfloat16", "*": "bfloat16", "A": "float32"}
+# Sizes that later versions compute right.
+WIDE = sized(name="wide", headdim=256, dstate=128, dtypes=MIXED)
+LATER = {"headdim 256": WIDE, "headdim 256, tokens": tokens(WIDE, 4)} if 256 in flashinfer_module.headdims() else {}
 # The contract's cases with sizes that FlashInfer takes.
 SIZED = [
     case if case.headdim == 64 else sized(case, headdim=64, dstate=64)
     for case in CASES
     if case.nheads and not case.window
 ]
-TAKEN = [case for case in SIZED if flashinfer.refusal(problem_of(case)) is None and trusted(case)]
+TAKEN = [case for case in (*SIZED, *LATER.values()) if flashinfer.refusal(problem_of(case)) is None and trusted(case)]
 
-MIXED = {"state": "bfloat16", "*": "bfloat16", "A": "float32"}
 BRAIN = sized(dstate=128, dtypes=MIXED)
 HALF = sized(dstate=128, dtypes={**MIXED, "state": "float16"}, seed=2**40 + 7)
 ROOMY = sized(slots=20)
@@ -78,6 +81,7 @@ BITWISE = {
     "int16, intermediate states": tokens(quantized(intermediates(BRAIN)), 4),
     "rounded stochastically": HALF,
     "rounded stochastically, tokens": tokens(HALF, 4),
+    **LATER,
 }
 
 

@@ -191,3 +191,12 @@ def test_explain_knows_how_a_version_rounds(installed, version, expected):
     assert flashinfer.missing("torch") is None
     described = problem_of(sized(headdim=64, dstate=128, dtypes={"state": "float16"}, seed=5))
     assert flashinfer.settings(described).split("; ")[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"), [("0.6.18.post1", False), ("0.7.2", False), ("0.7.4", True), ("0.10.0", True)]
+)
+def test_headdim_256_is_supported_from_the_version_on_that_computes_it_right(installed, version, supported):
+    installed(version)
+    expected = None if supported else "it supports headdim 64, 128, and this is 256"
+    assert flashinfer.refusal(problem_of(sized(headdim=256, dstate=128))) == expected
