@@ -147,6 +147,22 @@ def check(case, mesh, specs, eager=False):
         same(decode_eagerly(case, put(drawn(case), mesh, specs)), expected)
 
 
+def check_shard_map(case, mesh, specs):
+    """Assert that a step that is mapped over shards by hand has the bits of one on one device, and stays in place."""
+    expected = step(case, {n: jnp.array(a) for n, a in drawn(case).items()})
+    changed, rest = parted(put(drawn(case), mesh, specs))
+    places = {name: addresses(array) for name, array in changed.items()}
+    into = tuple({n: specs.get(n, P()) for n in arrays} for arrays in (changed, rest))
+    run = jax.shard_map(
+        lambda changed, rest: decode(case, 1, changed, rest), mesh=mesh, in_specs=into, out_specs=(into[0], specs["x"])
+    )
+    compiled = jax.jit(run, donate_argnums=0).lower(changed, rest).compile()
+    assert not re.search(COLLECTIVE, compiled.as_text()), compiled.as_text()
+    after, out = compiled(changed, rest)
+    assert {name: addresses(array) for name, array in after.items()} == places
+    same({**after, "out": out}, expected)
+
+
 def check_mapped(case, mesh, spec):
     """Assert that mapped steps, their states and x sharded so, have the bits of a loop over them, and stay in place."""
     calls = [drawn(case, seed) for seed in range(4)]

@@ -14,6 +14,7 @@ from sharded import (
     check,
     check_mapped,
     check_reference,
+    check_shard_map,
     decode_eagerly,
     decode_in_place,
     drawn,
@@ -119,6 +120,59 @@ def test_intermediate_states_with_indices(kind):
         for dtype in ("float32", "int8"):
             drafts = case("drafts", tokens=3, steps=4, entries=(5, 1, 6), spare_entries=2, dtypes={"state": dtype})
             check(drafts, mesh, heads(2), eager=True)
+
+
+# --- Calls of several tokens, in the matrix form and in the loop ---
+
+layer = functools.partial(Case, nheads=16, headdim=64, dstate=128, ngroups=4)
+MIXED = {"*": "bfloat16", "A": "float32"}
+FORMS = {"bfloat16": ("matrix", "loop"), "float32": ("matrix", "loop"), "int8": ("matrix", "loop")}
+TREES = ((-1, 0, 0, 1, 1), (-1, 0, 1, 2, 0), (-1, -1, 0, 0, 3))
+
+
+def check_everywhere(of, token_axes):
+    """Assert it over heads, with and without their groups, under automatic and explicit axes and in shard_map."""
+    rows = P(*[None] * token_axes, "h")
+    groups = {"B": rows, "C": rows, **dict.fromkeys(("A", "D", "dt_bias"), P("h"))}
+    check(of, mesh_of(h=2), heads(token_axes), eager=True)
+    check(of, mesh_of(h=2), {**heads(token_axes), **groups})
+    explicit = mesh_of(AxisType.Explicit, h=2)
+    with jax.set_mesh(explicit):
+        check(of, explicit, heads(token_axes))
+    check_shard_map(of, mesh_of(h=2), {**heads(token_axes), **groups})
+
+
+@pytest.mark.parametrize(("state", "form"), [(state, form) for state, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize("count", (4, 16))
+def test_verification(count, state, form):
+    dtypes = {**MIXED, "state": state}
+    with ssu_bridge.using(algorithm=form):
+        check_everywhere(layer("tokens", tokens=count, dtypes=dtypes), 2)
+        lengths = (0, count, count, 2 * count + 1)
+        check_everywhere(layer("packed", tokens=lengths[-1], cu_seqlens=lengths, dtypes=dtypes), 1)
+        many = layer("sequences", sequences=4, slots=4, indices=None, tokens=count, dtypes=dtypes)
+        check(many, mesh_of(s=2), sequences(), eager=True)
+
+
+@pytest.mark.parametrize("state", ("float32", "bfloat16"))
+def test_prompts(state):
+    of = functools.partial(layer, dtypes={**MIXED, "state": state})
+    check_everywhere(of("one", sequences=1, slots=3, indices=(2,), tokens=2048), 2)
+    check_everywhere(of("packed", sequences=2, slots=3, indices=(2, 0), tokens=2048, cu_seqlens=(0, 1500, 2048)), 1)
+    fresh = {"has_initial_state": (False, True), "steps": 4, "intermediate_stride": 256}
+    check_everywhere(of("fresh", sequences=2, slots=3, indices=(2, 0), tokens=1024, **fresh), 2)
+
+
+@pytest.mark.parametrize("state", ("float32", "bfloat16", "int8"))
+def test_trees(state):
+    nodes = ((6, 7, 8, 9, 10), (11, 12, 13, -1, 5), (14, 15, 1, 3, 0))
+    of = layer("tree", tokens=5, slots=16, destinations=nodes, parents=TREES, dtypes={**MIXED, "state": state})
+    check_everywhere(of, 2)
+
+
+@pytest.mark.parametrize("state", ("int8", "float8_e4m3fn", "int16"))
+def test_one_token_of_a_quantised_state(state):
+    check_everywhere(layer("quantised", dtypes={**MIXED, "state": state}), 1)
 
 
 # Of the sizes that FlashInfer takes.
