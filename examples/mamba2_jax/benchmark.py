@@ -3,17 +3,21 @@
     python -m mamba2_jax.benchmark
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 64 --dtype bfloat16 --state-dtype bfloat16
     python -m mamba2_jax.benchmark --prompt 512
+    python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
-The first is mamba2-130m with one sequence in float32. ``--prompt`` measures how prompts are read instead.
+The first is mamba2-130m with one sequence in float32. ``--prompt`` measures how prompts are read instead, ``--devices``
+how much faster several devices decode that share the heads and the weights.
 """
 
 import argparse
 import dataclasses
+import functools
 
 import jax
+from jax.sharding import AxisType
 
 import ssu_bridge
-from mamba2_jax import measure, model
+from mamba2_jax import distributed, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
 
@@ -90,6 +94,30 @@ def compare_prompts(
         print(f"  by steps    {backend:<12}{1e3 * time:9.2f} ms, {time / times[backend]:.1f} times one pass")
 
 
+def compare_devices(
+    config: Mamba2Config,
+    weights: model.Weights,
+    *,
+    devices: int,
+    batch: int,
+    tokens: int,
+    rounds: int,
+    state_dtype: str = "float32",
+) -> None:
+    """Print how fast one device decodes, and several with heads and weights sharded over them."""
+    mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
+    places = {"one device": lambda tree: tree, f"{devices} devices": functools.partial(distributed.place, mesh=mesh)}
+    backend = measure.backends_present(measure.example_step(config, weights, batch, state_dtype))[0]
+    whole = functools.partial(measure.whole_tokens, config, weights, batch, state_dtype, tokens=tokens, backend=backend)
+    times = measure.seconds({name: whole(place=place)[0] for name, place in places.items()}, rounds)
+    one = times["one device"]
+    for name, time in times.items():
+        rate = batch * tokens / time
+        print(
+            f"  {name:<12}{backend:<12}{1e3 * time / tokens:9.2f} ms{rate:10.1f} tokens/s  {one / time:.2f} times one"
+        )
+
+
 def _print_speeds(what: str, seconds: dict[str, float], scale: float, unit: str, tokens: int = 0) -> None:
     for backend, time in seconds.items():
         rate = f"{tokens / time:10.1f} tokens/s" if tokens else ""
@@ -104,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each sequence in a run")
     parser.add_argument("--prompt", type=int, metavar="LENGTH", help="measure prompts of so many tokens instead")
+    parser.add_argument("--devices", type=int, metavar="COUNT", help="measure heads and weights sharded over so many")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
@@ -117,6 +146,9 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in ("batch", "rounds", "state_dtype")}
     if arguments.prompt:
         compare_prompts(config, weights, length=arguments.prompt, **options)
+        return
+    if arguments.devices:
+        compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
         return
     passed = compare(config, weights, tokens=arguments.tokens, **options)
     raise SystemExit(0 if passed else 1)

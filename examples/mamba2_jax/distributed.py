@@ -24,7 +24,7 @@ from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 
 # The axis of each array that goes with the heads. XLA moves what a layer computes from one to the next.
-_BY_HEADS = {"in_proj": 0, "in_proj_bias": 0, "A_log": 0, "D": 0, "dt_bias": 0, "out_proj": 1, "ssm": 1}
+_BY_HEADS = {"in_proj": 0, "in_proj_bias": 0, "A_log": 0, "D": 0, "dt_bias": 0, "out_proj": 1, "ssm": 1, "conv": 2}
 
 
 def place(tree: Any, mesh: Mesh) -> Any:

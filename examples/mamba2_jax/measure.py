@@ -84,11 +84,21 @@ def ssm_steps(weights: model.Weights, step: dict[str, Any], *, tokens: int, back
 
 
 def whole_tokens(
-    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, tokens: int, backend: str
+    config: Mamba2Config,
+    weights: model.Weights,
+    batch: int,
+    state_dtype: str,
+    *,
+    tokens: int,
+    backend: str,
+    place: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[Run, Any]:
-    """Return a run that decodes so many tokens greedily, and the compiled program."""
+    """Return a run that decodes so many tokens greedily, and the compiled program.
+
+    ``place`` puts weights and states where they are to be.
+    """
     dtype = weights.embedding.dtype.name
-    states = model.zero_states(config, batch + _SPARE_SLOTS, dtype, state_dtype)
+    weights, states = place(weights), place(model.zero_states(config, batch + _SPARE_SLOTS, dtype, state_dtype))
     progress = Progress(states, jnp.zeros((batch, config.vocab_size), jnp.float32), jnp.zeros((), jnp.int32))
     slots, keys = _slots(batch), jax.random.split(jax.random.key(0), batch)
     compiled = decode.lower(

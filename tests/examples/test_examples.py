@@ -162,7 +162,7 @@ def test_the_package_mamba2_jax_with_its_step_replaced():
 
 
 @pytest.mark.nightly  # each process compiles the whole model
-def test_a_model_over_two_processes():
+def test_a_model_over_two_devices_and_two_processes():
     prompt, count = "In the beginning", 24
     config, weights = checkpoint.load(KJV)
     tokenizer = tokenizer_of(KJV, config)
@@ -170,5 +170,8 @@ def test_a_model_over_two_processes():
     read = tokenizer.reader()
     expected = prompt + "".join(map(read, tokens))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "SSU_BRIDGE_NUM_THREADS": "1"}
+    small = ["--layers", "1", "--tokens", "2", "--rounds", "1", "--devices", "2"]
+    times = run("-m", "mamba2_jax.benchmark", *small, **flags)
+    assert re.search(r"one device +cpu .* tokens/s  1.00 times one\n  2 devices +cpu .* tokens/s  [\d.]+ times", times)
     shown = run("-m", "mamba2_jax.distributed", "--hosts", "2", "--tokens", str(count), **flags)
     assert shown.endswith(f"4 devices of 2 hosts\n{expected}\n")  # after what gloo says

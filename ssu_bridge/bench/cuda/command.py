@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> Figures | None:
         metavar="FOLDER",
         help="with --tokens: measure mamba_ssm's SSD on the prompts, too, from a folder with its ssd_combined.py",
     )
-    parser.add_argument("--devices", type=_positive, help="measure steps that are sharded over so many GPUs, bfloat16")
+    parser.add_argument("--devices", type=_positive, help="measure calls that are sharded over so many GPUs")
     parser.add_argument("--batches", type=_positive, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""One step on several GPUs of a host, their heads sharded, against one GPU."""
+"""Calls on several GPUs of a host, their heads sharded, against one GPU."""
 
 import functools
 from collections.abc import Sequence
@@ -9,30 +9,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ssu_bridge.bench.cuda import jax_loops
+from ssu_bridge.bench.cuda.jax_loops import Work
+from ssu_bridge.bench.cuda.steps import Sizes
 from ssu_bridge.bench.timing import microseconds
 
 _BY_HEAD = dict.fromkeys(("A", "D", "dt_bias"), ("h",))
-_BY_ROW = dict.fromkeys(("state", "x", "dt", "B", "C"), (None, "h"))
+_BY_ROW = ("x", "dt", "B", "C")
+_VERIFIED = 8
+_PROMPT = Work(1, 8192, Sizes(128, 64, 128, 8), "float32")
 
 
 def main(devices: int, batches: Sequence[int]) -> None:
-    """Print the time of a step in a jitted loop on one GPU and on several."""
+    """Print the times of a token, of several and of a prompt in jitted loops, on one GPU and on several."""
     there = jax.devices("gpu")
     if len(there) < devices:
         raise SystemExit(f"expected {devices} GPUs, found {len(there)}")
     mesh = Mesh(np.array(there[:devices]), ("h",))
-    print("one bfloat16 step inside jax.jit and lax.fori_loop, heads and groups sharded, us: median (quartiles)")
-    print(f"{'batch':<8}{'one GPU':<26}{f'{devices} GPUs':<26}{'times the calls per second':>26}")
-    for batch in batches:
-        caches = jax_loops.cold_caches(batch)
-        loops = [jax_loops.loop(batch, caches, "triton", place) for place in (dict, functools.partial(_sharded, mesh))]
-        one, several = jax_loops.in_turn(loops)
+    print("one call inside jax.jit and lax.fori_loop, heads and groups sharded, us: median (quartiles)")
+    print(f"{'':<44}{'one GPU':<26}{f'{devices} GPUs':<28}{'times the calls per second':>26}")
+    for work in (*map(Work, batches), *(Work(batch, _VERIFIED) for batch in batches), _PROMPT):
+        caches = jax_loops.cold_caches(work)
+        places = (dict, functools.partial(_sharded, mesh, bool(work.tokens)))
+        one, several = jax_loops.in_turn([jax_loops.loop(work, caches, "triton", place) for place in places])
         ratio = one.median / several.median
-        print(f"{batch:<8}{microseconds(one):<26}{microseconds(several):<26}{ratio:>26.3f}", flush=True)
+        print(f"{work!s:<44}{microseconds(one):<26}{microseconds(several):<28}{ratio:>26.3f}", flush=True)
 
 
-def _sharded(mesh: Mesh, arrays: dict[str, Any]) -> dict[str, Any]:
-    axes: dict[str, Any] = {**_BY_HEAD, **_BY_ROW}
+def _sharded(mesh: Mesh, token_axis: bool, arrays: dict[str, Any]) -> dict[str, Any]:
+    rows = (None, None, "h") if token_axis else (None, "h")
+    axes: dict[str, Any] = {**_BY_HEAD, **dict.fromkeys(_BY_ROW, rows), "state": (None, "h")}
 
     def put(name: str, array: Any) -> Any:
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes.get(name, ()))))  # type: ignore[no-untyped-call]

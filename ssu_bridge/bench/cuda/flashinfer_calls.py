@@ -66,7 +66,8 @@ def _print_loops() -> None:
         alone = graph_times({"auto": steps.flashinfer("auto")})["auto"]
         del steps
         torch.cuda.empty_cache()
-        (loop,) = jax_loops.in_turn([jax_loops.loop(batch, jax_loops.cold_caches(batch), "flashinfer")])
+        work = jax_loops.Work(batch)
+        (loop,) = jax_loops.in_turn([jax_loops.loop(work, jax_loops.cold_caches(work), "flashinfer")])
         print(
             f"  {batch:<6}{microseconds(loop):<26}{microseconds(alone):<26}{loop.median / alone.median:.3f}", flush=True
         )

@@ -3,21 +3,33 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ssu_bridge import update
-from ssu_bridge.bench.cuda.steps import LAYER
+from ssu_bridge.bench.cuda.steps import LAYER, Sizes
 from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, microseconds, summary
 
-_H, _P, _N, _G = LAYER
 _LAYERS = 16
 _ITERATIONS = 30
 # The states of the caches are together about this large, so that none is found in the GPU's cache.
 _COLD_BYTES = 500 * 2**20
+
+
+class Work(NamedTuple):
+    """What a call of the loop computes: one token of each sequence, or several on an axis of their own."""
+
+    batch: int
+    tokens: int = 0
+    sizes: Sizes = LAYER
+    state: str = "bfloat16"
+
+    def __str__(self) -> str:
+        tokens = f"{self.tokens} tokens" if self.tokens else "one token"
+        return f"{self.batch}, {tokens}, H {self.sizes.nheads}, {self.state} state"
 
 
 def print_loops(batches: list[int]) -> None:
@@ -27,50 +39,53 @@ def print_loops(batches: list[int]) -> None:
     print(f"{'':<34}{'triton':<26}{'xla':<28}{'ratio':>6}")
     _print_loop("1, all layers on one slot", 1, 1)
     for batch in batches:
-        caches = cold_caches(batch)
+        caches = cold_caches(Work(batch))
         _print_loop(f"{batch}, {caches} caches in turn", batch, caches)
     print()
 
 
 def _print_loop(label: str, batch: int, caches: int) -> None:
-    ours, xla = in_turn([loop(batch, caches, backend) for backend in ("triton", "xla")])
+    ours, xla = in_turn([loop(Work(batch), caches, backend) for backend in ("triton", "xla")])
     print(f"{label:<34}{microseconds(ours):<26}{microseconds(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
 
 
-def _arguments(batch: int, calls: int) -> dict[str, jax.Array]:
+def _arguments(work: Work, calls: int) -> dict[str, jax.Array]:
     """Return the arrays of a step, and the slots of each call."""
     keys = iter(jax.random.split(jax.random.key(0), 10))
+    H, P, N, G = work.sizes
+    batch, rows = work.batch, (work.batch, work.tokens) if work.tokens else (work.batch,)
 
     def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
         return jax.random.normal(next(keys), shape, dtype)
 
     slots = jax.random.permutation(next(keys), batch * calls).astype("int32").reshape(calls, batch)
     return {
-        "state": normal(batch * calls, _H, _P, _N),
-        "x": normal(batch, _H, _P),
-        "dt": normal(batch, _H),
-        "A": -jnp.exp(normal(_H, dtype=jnp.float32)),
-        "B": normal(batch, _G, _N),
-        "C": normal(batch, _G, _N),
-        "D": normal(_H),
-        "dt_bias": normal(_H),
+        "state": normal(batch * calls, H, P, N, dtype=work.state),
+        "x": normal(*rows, H, P),
+        "dt": normal(*rows, H),
+        "A": -jnp.exp(normal(H, dtype=jnp.float32)),
+        "B": normal(*rows, G, N),
+        "C": normal(*rows, G, N),
+        "D": normal(H),
+        "dt_bias": normal(H),
         "state_batch_indices": slots,
     }
 
 
-def cold_caches(batch: int) -> int:
+def cold_caches(work: Work) -> int:
     """Return how many caches of so many sequences to go through for none to be found in the GPU's cache."""
-    return min(_LAYERS, max(2, -(-_COLD_BYTES // (batch * _H * _P * _N * 2))))
+    H, P, N, _ = work.sizes
+    return min(_LAYERS, max(2, -(-_COLD_BYTES // (work.batch * H * P * N * jnp.dtype(work.state).itemsize))))
 
 
 def loop(
-    batch: int, caches: int, backend: str, place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+    work: Work, caches: int, backend: str, place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
 ) -> Callable[[], float]:
     """Return a function that runs a jitted loop over steps, on so many caches in turn, and returns the time of a step.
 
     ``place`` puts the arrays where they are to be.
     """
-    arrays = place(_arguments(batch, caches))
+    arrays = place(_arguments(work, caches))
     carry = arrays.pop("state"), arrays.pop("x")
     slots = arrays.pop("state_batch_indices")
 
@@ -103,7 +118,7 @@ def in_turn(loops: Sequence[Callable[[], float]], rounds: int = 9) -> list[Timin
 
 def print_host() -> None:
     """Print the host time of an eager call and of a trivial jitted function with as many arguments."""
-    arrays = _arguments(1, 1)
+    arrays = _arguments(Work(1), 1)
     calls, states = eager_calls({**arrays, "state_batch_indices": arrays["state_batch_indices"][0]})
     times = _host_times(calls, states)
     print("host time of an eager JAX call, batch 1, nine arrays, state donated")
