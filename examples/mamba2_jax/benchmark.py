@@ -106,7 +106,10 @@ def compare_devices(
 ) -> None:
     """Print how fast one device decodes, and several with heads and weights sharded over them."""
     mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
-    places = {"one device": lambda tree: tree, f"{devices} devices": functools.partial(distributed.place, mesh=mesh)}
+    places: dict[str, measure.Place] = {
+        "one device": lambda tree: tree,
+        f"{devices} devices": functools.partial(distributed.place, mesh=mesh),
+    }
     backend = measure.backends_present(measure.example_step(config, weights, batch, state_dtype))[0]
     whole = functools.partial(measure.whole_tokens, config, weights, batch, state_dtype, tokens=tokens, backend=backend)
     times = measure.seconds({name: whole(place=place)[0] for name, place in places.items()}, rounds)

@@ -16,6 +16,7 @@ from mamba2_jax.generate import Progress, decode, prefill
 from mamba2_jax.sampling import Sampling
 
 Run = Callable[[], None]
+Place = Callable[[Any], Any]
 _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
 # The operations of XLA that hand a buffer on as it is.
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
@@ -91,7 +92,7 @@ def whole_tokens(
     *,
     tokens: int,
     backend: str,
-    place: Callable[[Any], Any] = lambda tree: tree,
+    place: Place = lambda tree: tree,
 ) -> tuple[Run, Any]:
     """Return a run that decodes so many tokens greedily, and the compiled program.
 
