@@ -16,7 +16,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse arrays of other frameworks, quantised states and stochastic rounding, among others."""
     if problem.framework != "jax":
         return f"it runs on JAX arrays only, and these are {problem.framework} arrays"
-    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC, Feature.REPLAY) or forms.refusal(problem)
+    return cannot(problem, Feature.QUANTIZED, Feature.STOCHASTIC) or forms.refusal(problem)
 
 
 def load(problem: Problem) -> TracedKernel:

@@ -38,7 +38,7 @@ def _multi(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: A
         written = {name: storage.store(array, places[name], states) for name, array in written.items()}
         return (states, written), y
 
-    tokens = jax.tree.map(functools.partial(_cut, chunking), _tokens(problem, arrays))
+    tokens = jax.tree.map(functools.partial(_cut, chunking), tokens_of(problem, arrays))
     last = _last_tokens(chunking, tokens.x.shape[0], problem.tokens)
     places = storage.places(problem, arrays, read, jnp.arange(problem.sequences)[None], last, True)
     carry = storage.load(problem, arrays, read), storage.stored_each_token(problem, arrays)
@@ -76,7 +76,7 @@ def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: 
         return (states, written), y[0]
 
     # A row that is not the chunk's is zeros: it adds nothing to a state, and does not decay it.
-    tokens = jax.tree.map(lambda a: a.at[table.rows].get(mode="fill", fill_value=0), _tokens(problem, arrays))
+    tokens = jax.tree.map(lambda a: a.at[table.rows].get(mode="fill", fill_value=0), tokens_of(problem, arrays))
     carry = jnp.zeros_like(start[:1]), written
     (_, written), y = jax.lax.scan(body, carry, (tokens, places, table.sequence, table.begins))
     y = jnp.where(owners.is_owned[:, None, None], y[_chunk_of_rows(chunking, owners, table.first)], 0)
@@ -85,8 +85,11 @@ def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: 
 
 # --- One chunk ---
 
+# Float32 as it is: for a GPU the default is fewer bits.
+product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-class _Tokens(NamedTuple):
+
+class Tokens(NamedTuple):
     """What a chunk needs of its tokens, each with the same leading axes."""
 
     x: Any
@@ -95,13 +98,14 @@ class _Tokens(NamedTuple):
     C: Any
 
 
-def _tokens(problem: Problem, arrays: dict[str, Any]) -> _Tokens:
+def tokens_of(problem: Problem, arrays: dict[str, Any]) -> Tokens:
+    """Return the tokens of a call, with the leading axes of its x."""
     x, B, C = (arrays[name] for name in ("x", "B", "C"))
     groups = (*x.shape[:-2], problem.ngroups, problem.dstate)
-    return _Tokens(x, arithmetic.step_sizes(problem, arrays)[..., 0], B.reshape(groups), C.reshape(groups))
+    return Tokens(x, arithmetic.step_sizes(problem, arrays)[..., 0], B.reshape(groups), C.reshape(groups))
 
 
-def _chunk(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[Any, Any]:
+def _chunk(problem: Problem, A: Any, states: Any, tokens: Tokens) -> tuple[Any, Any]:
     """Return the states (b, H, P, N) after a chunk of tokens (b, t, ...), and what y has of the states, (b, t, H, P).
 
     What lies between them is computed anew for a gradient, because it is larger than they are.
@@ -111,14 +115,12 @@ def _chunk(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[Any,
     return after
 
 
-def _advanced(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[Any, Any]:
-    # Float32 as it is: for a GPU the default is fewer bits.
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+def _advanced(problem: Problem, A: Any, states: Any, tokens: Tokens) -> tuple[Any, Any]:
     x, dt, B, C = (array.astype(jnp.float32) for array in tokens)
     sequences, length = x.shape[:2]
     groups = (problem.ngroups, problem.nheads // problem.ngroups)
     rows = groups[1] * problem.headdim
-    from_start, between, to_end = _decays(A.astype(jnp.float32).reshape(-1) * dt)
+    from_start, between, to_end = decays(A.astype(jnp.float32).reshape(-1) * dt)
     added = dt[..., None] * x
 
     # Axes: b sequences, t and s tokens, g groups, r heads of a group, p of headdim, n of dstate, q = r p.
@@ -132,7 +134,7 @@ def _advanced(problem: Problem, A: Any, states: Any, tokens: _Tokens) -> tuple[A
     return states, y.reshape(x.shape) + of_start * from_start[..., None]
 
 
-def _decays(exponents: Any) -> tuple[Any, Any, Any]:
+def decays(exponents: Any) -> tuple[Any, Any, Any]:
     """Return how much of a state is left, from the exponents of each token (b, t, H).
 
     That is from a chunk's start to after each token, (b, t, H); from after one to after another, (b, H, t, t), 0 where

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from ssu_bridge.backends.base import lacks_form
 from ssu_bridge.core.problem import Problem
 
 # The most tokens of a chunk. Longer ones compare more pairs of tokens; shorter ones read and write the state more,
@@ -29,7 +30,9 @@ class Chunking(NamedTuple):
 
 
 def refusal(problem: Problem) -> str | None:
-    """Say why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
+    """Say why the selected form cannot run a problem; or None. The loop runs all but replay."""
+    if problem.replays:
+        return lacks_form(problem, "matrix")
     if problem.options.config.algorithm == "matrix" and not _is_one_token(problem):
         return _matrix_refusal(problem)
     return None
@@ -37,6 +40,8 @@ def refusal(problem: Problem) -> str | None:
 
 def settings(problem: Problem) -> str:
     """Return which form is taken and why, in words; "" for one token, which is none."""
+    if problem.replays:
+        return "matrix form of the tokens since the checkpoint and the new ones"
     if _is_one_token(problem):
         return ""
     taken = chunking(problem)
