@@ -9,11 +9,11 @@ figures from that model and from random weights of mamba2-130m's sizes.
 import argparse
 import dataclasses
 import time
-from pathlib import Path
 
 import jax
 
 import ssu_bridge
+from command_line import mistakes_in_one_line, new_file, positive
 from mamba2_jax import checkpoint
 from mamba2_jax.benchmark import SIZES, compare
 from mamba2_jax.generate import KJV, print_text
@@ -21,17 +21,23 @@ from mamba2_jax.initial import random_weights
 
 
 def main() -> None:
-    """Show it."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="And God said, ", help="what the text begins with")
-    parser.add_argument("--tokens", type=int, default=400, help="bytes of text")
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement")
-    parser.add_argument("--layers", type=int, default=24, help="of the model with random weights")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the latency of a token over the batch")
+    parser.add_argument("--tokens", type=positive, default=400, help="bytes of text")
+    parser.add_argument("--rounds", type=positive, default=5, help="of each measurement")
+    parser.add_argument("--layers", type=positive, default=24, help="of the model with random weights")
+    parser.add_argument("--plot", type=new_file, metavar="PNG", help="also draw the latency of a token over the batch")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    with mistakes_in_one_line(parser):
+        passed = show(arguments)
+    raise SystemExit(0 if passed else 1)
 
+
+def show(arguments: argparse.Namespace) -> bool:
+    """Print text, figures and verdicts; return whether all checks passed."""
     started = time.perf_counter()
     print_text(KJV, arguments.prompt, arguments.tokens)
     print(f"({arguments.tokens} bytes in {time.perf_counter() - started:.1f} s, with loading and compiling)\n")
@@ -47,8 +53,8 @@ def main() -> None:
 
     config = dataclasses.replace(SIZES["mamba2-130m"], num_hidden_layers=arguments.layers)
     print(f"\nRandom weights of mamba2-130m's sizes, {arguments.layers} layers, one sequence:")
-    passed &= compare(config, random_weights(config, jax.random.key(0)), batch=1, tokens=8, rounds=arguments.rounds)
-    raise SystemExit(0 if passed else 1)
+    weights = random_weights(config, jax.random.key(0))
+    return compare(config, weights, batch=1, tokens=8, rounds=arguments.rounds) and passed
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import ssu_bridge
+from command_line import mistakes_in_one_line, positive
 from ssu_bridge.testing.cases import Case
 
 # Makes the inputs of a step from a seed: three sequences in a cache of six slots.
@@ -45,27 +46,32 @@ def in_torch(state: jax.Array, seeds: range) -> jax.Array:
 
 
 def main() -> None:
-    """Pass a state back and forth, and compare it with the same steps in one framework."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="how often the state goes to and fro")
+    parser.add_argument("--rounds", type=positive, default=3, help="how often the state goes to and fro")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     # An error, rather than a warning, where a step of JAX would move the state.
     config = ssu_bridge.SSUConfig.from_args(arguments)
     ssu_bridge.set_config(dataclasses.replace(config, strict_in_place=True))
+    with mistakes_in_one_line(parser):
+        show(arguments.rounds)
 
+
+def show(rounds: int) -> None:
+    """Pass a state back and forth, and compare it with the same steps in one framework."""
     state = jnp.array(CASE.arrays(0)["state"])
     alone = jnp.copy(state)
     place = state.unsafe_buffer_pointer()
-    for number in range(arguments.rounds):
+    for number in range(rounds):
         first = 8 * number
         state = in_torch(state, range(first, first + 4))
         state = in_jax(state, range(first + 4, first + 8))
         assert state.unsafe_buffer_pointer() == place, "JAX moved the state: this backend does not work in place"
         print(f"round {number}: four tokens in Torch, four in JAX, in the memory at {place:#x}")
-    alone = in_jax(alone, range(8 * arguments.rounds))
+    alone = in_jax(alone, range(8 * rounds))
     assert np.array_equal(alone, state), "the bits must not depend on who took which step"
-    print(f"the state has the bits of {8 * arguments.rounds} steps in JAX alone")
+    print(f"the state has the bits of {8 * rounds} steps in JAX alone")
 
 
 if __name__ == "__main__":

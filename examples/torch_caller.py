@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 import ssu_bridge
+from command_line import mistakes_in_one_line, positive
 
 BATCH, SLOTS, HIDDEN, NHEADS, HEADDIM, DSTATE, NGROUPS = 4, 6, 256, 8, 64, 128, 1
 INNER, SHARED = NHEADS * HEADDIM, NGROUPS * DSTATE
@@ -85,15 +86,20 @@ def steps(layer: Layer, token: torch.Tensor, slots: torch.Tensor) -> dict[str, C
     return ways
 
 
-@torch.inference_mode()
 def main() -> None:
-    """Decode in each way from the same state, and compare."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32, help="how many to decode")
+    parser.add_argument("--tokens", type=positive, default=32, help="how many to decode")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    with mistakes_in_one_line(parser):
+        compare(arguments.tokens)
 
+
+@torch.inference_mode()
+def compare(count: int) -> None:
+    """Decode in each way from the same state, and compare."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = Layer(device)
@@ -103,13 +109,13 @@ def main() -> None:
     results = {}
     for name, step in steps(layer, token, slots).items():
         layer.state.zero_()
-        results[name] = decode(step, token, arguments.tokens), layer.state.clone()
+        results[name] = decode(step, token, count), layer.state.clone()
     for name, (out, state) in results.items():
         # The step has the same bits in all of them; torch.compile may add and multiply around it in another order.
         torch.testing.assert_close(out, results["eager"][0])
         torch.testing.assert_close(state, results["eager"][1])
         assert not state[[1, 4]].any(), "slots that were not named must stay as they are"
-        print(f"{name:<14}{arguments.tokens} tokens on {device}, as eager")
+        print(f"{name:<14}{count} tokens on {device}, as eager")
 
 
 if __name__ == "__main__":

@@ -133,9 +133,13 @@ def _checked_tile(tile: Any) -> tuple[int, int]:
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that serving engines use for this step; ``SSUConfig.from_args`` reads them.
 
-    Their defaults are those of the configuration in force when this is called.
+    Their defaults are those of the configuration in force when this is called. An environment variable with a wrong
+    value ends the program as a wrong argument does, with status 2.
     """
-    default = get_config()
+    try:
+        default = get_config()
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     group = add_flags(parser, [backend.value for backend in Backend], default)
     group.add_argument(
         "--mamba-round-each-token",

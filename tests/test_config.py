@@ -13,7 +13,7 @@ import threading
 import pytest
 
 import ssu_bridge
-from ssu_bridge import Backend, SSUConfig, get_config, set_config, using
+from ssu_bridge import Backend, SSUConfig, config, get_config, set_config, using
 from ssu_bridge.testing.cases import Case
 
 CASE = Case("config", headdim=4, dstate=8)
@@ -161,6 +161,19 @@ def test_an_unknown_name_on_the_command_line_lists_the_valid_ones(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--mamba-backend", "cuda"])
     assert "(choose from 'auto', 'triton', 'flashinfer', 'cpu', 'xla', 'reference')" in capsys.readouterr().err
+
+
+def test_a_wrong_environment_variable_ends_a_program_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(config, "_process_config", None)
+    monkeypatch.setenv("SSU_BRIDGE_ALGORITHM", "nope")
+    with pytest.raises(SystemExit) as ended:
+        ssu_bridge.add_cli_args(argparse.ArgumentParser("server"))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "server: error: environment variable SSU_BRIDGE_ALGORITHM: algorithm: expected one of auto, "
+    )
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("rounds", ["-1", "ten", "1.5"])

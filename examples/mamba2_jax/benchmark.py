@@ -17,6 +17,7 @@ import jax
 from jax.sharding import AxisType
 
 import ssu_bridge
+from command_line import mistakes_in_one_line, positive
 from mamba2_jax import distributed, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
@@ -39,10 +40,7 @@ def compare(
 ) -> bool:
     """Print who runs and why, the speed of each backend present, that no state is copied, the checker's verdict."""
     step = measure.example_step(config, weights, batch, state_dtype)
-    explanation = ssu_bridge.explain(**step)
-    print(f"which backend runs, and why:\n{explanation}")
-    if explanation.backend is None:
-        return False
+    print(f"which backend runs, and why:\n{ssu_bridge.warm_up(**step)}")
     backends = measure.backends_present(step)
     steps = {b: measure.ssm_steps(weights, step, tokens=tokens, backend=b) for b in backends}
     _print_speeds("SSM step", measure.seconds(steps, rounds), 1e6 / (tokens * config.num_hidden_layers), "us")
@@ -131,12 +129,14 @@ def main() -> None:
     """Compare the backends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", choices=SIZES, default="mamba2-130m", help="of which model")
-    parser.add_argument("--layers", type=int, help="so many instead of all")
-    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of each sequence in a run")
-    parser.add_argument("--prompt", type=int, metavar="LENGTH", help="measure prompts of so many tokens instead")
-    parser.add_argument("--devices", type=int, metavar="COUNT", help="measure heads and weights sharded over so many")
-    parser.add_argument("--rounds", type=int, default=5, help="of each measurement; medians are shown")
+    parser.add_argument("--layers", type=positive, help="so many instead of all")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences decoded together")
+    parser.add_argument("--tokens", type=positive, default=32, help="tokens of each sequence in a run")
+    parser.add_argument("--prompt", type=positive, metavar="LENGTH", help="measure prompts of so many tokens instead")
+    parser.add_argument(
+        "--devices", type=positive, metavar="COUNT", help="measure heads and weights sharded over so many"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     ssu_bridge.add_cli_args(parser)
@@ -147,13 +147,14 @@ def main() -> None:
     weights = random_weights(config, jax.random.key(0), arguments.dtype)
     print(f"{arguments.sizes}, {arguments.dtype} weights, batch {arguments.batch}, {arguments.state_dtype} states")
     options = {name: getattr(arguments, name) for name in ("batch", "rounds", "state_dtype")}
-    if arguments.prompt:
-        compare_prompts(config, weights, length=arguments.prompt, **options)
-        return
-    if arguments.devices:
-        compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
-        return
-    passed = compare(config, weights, tokens=arguments.tokens, **options)
+    passed = True
+    with mistakes_in_one_line(parser):
+        if arguments.prompt:
+            compare_prompts(config, weights, length=arguments.prompt, **options)
+        elif arguments.devices:
+            compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
+        else:
+            passed = compare(config, weights, tokens=arguments.tokens, **options)
     raise SystemExit(0 if passed else 1)
 
 

@@ -64,7 +64,7 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[Mamba2Config, Weig
     config = Mamba2Config.load(folder)
     expected = _by_key(template(config, dtype))
     tensors: dict[str, Any] = {}
-    for path in _files(folder):
+    for path in files(folder):
         tensors |= _read(path)
     _drop_tied_head(config, tensors)
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -88,7 +88,27 @@ def save(folder: str | Path, config: Mamba2Config, weights: Weights, dtype: str)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint that hold weights, all of which are there.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index of shards is none.
+    """
+    paths = _shards(folder)
+    for path in paths:
+        if not path.exists():
+            others = sorted(file.name for file in path.parent.glob("*.bin"))
+            instead = (
+                f"got {', '.join(others)}; load that with transformers and save it again with save_pretrained"
+                if others
+                else "got none; download it"
+            )
+            raise FileNotFoundError(f"{path}: expected weights in the safetensors format, {instead}")
+    return paths
+
+
+def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -99,14 +119,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        others = sorted(file.name for file in path.parent.glob("*.bin"))
-        instead = (
-            f"got {', '.join(others)}; load that with transformers and save it again with save_pretrained"
-            if others
-            else "got none; download it"
-        )
-        raise FileNotFoundError(f"{path}: expected weights in the safetensors format, {instead}")
     try:
         with safe_open(path, framework="flax") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import ssu_bridge
+from command_line import mistakes_in_one_line, positive
 from mamba2_jax import checkpoint, model
+from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, decode, prefill
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
@@ -60,6 +63,12 @@ def decoded(folder: Path, prompt: str, count: int) -> str:
     return "".join(map(read, np.asarray(tokens.addressable_data(0))[0].tolist())) + read.rest()
 
 
+def check_files(folder: Path) -> None:
+    """Raise what loading would for a missing file: before hosts wait for each other, and without JAX's devices."""
+    tokenizer_of(folder, Mamba2Config.load(folder))
+    checkpoint.files(folder)
+
+
 def on_this_machine(arguments: list[str], hosts: int) -> int:
     """Run the program once for each host, on this machine."""
     with socket.socket() as probe:
@@ -73,17 +82,23 @@ def on_this_machine(arguments: list[str], hosts: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Start a process for each host, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2, help="how many there are")
+    parser.add_argument("--hosts", type=positive, default=2, help="how many there are")
     parser.add_argument("--host", type=int, help="which one this is, from 0")
     parser.add_argument("--coordinator", help="HOST:PORT of the first one")
     parser.add_argument("--checkpoint", type=Path, default=KJV, help="a folder in the Hugging Face layout")
     parser.add_argument("--prompt", default="In the beginning")
-    parser.add_argument("--tokens", type=int, default=64, help="how many to generate")
+    parser.add_argument("--tokens", type=positive, default=64, help="how many to generate")
+    ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args(argv)
-    if arguments.host is None:
-        return on_this_machine(sys.argv[1:] if argv is None else argv, arguments.hosts)
-    jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
-    text = decoded(arguments.checkpoint, arguments.prompt, arguments.tokens)
+    if arguments.host is not None and not (arguments.coordinator and 0 <= arguments.host < arguments.hosts):
+        parser.error("--host: expected a number from 0 to less than --hosts, with --coordinator")
+    ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    with mistakes_in_one_line(parser):
+        check_files(arguments.checkpoint)
+        if arguments.host is None:
+            return on_this_machine(sys.argv[1:] if argv is None else argv, arguments.hosts)
+        jax.distributed.initialize(arguments.coordinator, arguments.hosts, arguments.host)
+        text = decoded(arguments.checkpoint, arguments.prompt, arguments.tokens)
     if arguments.host == 0:
         print(f"{len(jax.devices())} devices of {arguments.hosts} hosts")
         print(arguments.prompt + text, flush=True)

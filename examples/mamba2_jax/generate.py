@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ssu_bridge
+from command_line import mistakes_in_one_line
 from mamba2_jax import checkpoint, convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.sampling import DEFAULT, Sampling, sample
@@ -200,12 +201,10 @@ def main() -> None:
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
-    try:
+    with mistakes_in_one_line(parser):
         sampling = Sampling(arguments.temperature, arguments.top_p)
         options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
         print_text(arguments.checkpoint, arguments.prompt, arguments.tokens, **options)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"generate: {error}") from None
 
 
 if __name__ == "__main__":

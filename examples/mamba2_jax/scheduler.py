@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ssu_bridge
+from command_line import mistakes_in_one_line
 from mamba2_jax import checkpoint, convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, check_request
@@ -322,7 +323,7 @@ def _drawn(carry: _Carry, seeds: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def main() -> None:
-    """Decode more prompts than there are places, and show who comes and goes."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=3, help="places of the batch")
     parser.add_argument("--rows", type=int, default=64, help="tokens of a step in which prompts are read")
@@ -330,15 +331,18 @@ def main() -> None:
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    with mistakes_in_one_line(parser):
+        show(arguments.width, arguments.rows, arguments.tokens)
+
+
+def show(width: int, rows: int, count: int) -> None:
+    """Decode six prompts, each with more tokens than the one before, and print who joins and leaves."""
     config, weights = checkpoint.load(KJV)
     tokenizer = tokenizer_of(KJV, config)
     prompts = ["In the beginning", "And Moses said", "Blessed are", "And it came to pass", "The LORD is", "Thou shalt"]
-    try:
-        scheduler = Scheduler(config, weights, width=arguments.width, slots=arguments.width + 2, rows=arguments.rows)
-        for i, prompt in enumerate(prompts):
-            scheduler.submit(Sequence(tokenizer.encode(prompt), arguments.tokens + 20 * i, seed=i))
-    except ValueError as error:
-        raise SystemExit(f"scheduler: {error}") from None
+    scheduler = Scheduler(config, weights, width=width, slots=width + 2, rows=rows)
+    for i, prompt in enumerate(prompts):
+        scheduler.submit(Sequence(tokenizer.encode(prompt), count + 20 * i, seed=i))
     read_so_far: collections.Counter[int] = collections.Counter()
     for sequence, _ in scheduler.run():
         read_so_far[sequence.seed] += 1

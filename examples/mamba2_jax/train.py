@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from command_line import mistakes_in_one_line, positive, positive_number
 from mamba2_jax import checkpoint, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
@@ -39,8 +40,15 @@ class Training(NamedTuple):
 
 
 def main() -> None:
+    """Run the command."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    with mistakes_in_one_line(parser):
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Train and write a checkpoint in the Hugging Face layout."""
-    arguments = _parser().parse_args()
     config = Mamba2Config(
         vocab_size=256,
         hidden_size=arguments.hidden_size,
@@ -52,13 +60,14 @@ def main() -> None:
     try:
         config.expand  # noqa: B018  (else saving would fail, after the training)
     except ValueError as error:
-        raise SystemExit(f"--hidden-size, --head-dim: {error}") from None
+        raise ValueError(f"--hidden-size, --head-dim: {error}") from None
     text = np.frombuffer(Path(arguments.text).read_bytes(), np.uint8)
+    arguments.folder.mkdir(parents=True, exist_ok=True)  # the same
     text, held_out = np.split(text, [round(len(text) * (1 - _HELD_OUT))])
     weights = train(config, text, arguments)
     checkpoint.save(arguments.folder, config, weights, "bfloat16")
     config, weights = checkpoint.load(arguments.folder)  # as it will be used
-    size = (Path(arguments.folder) / "model.safetensors").stat().st_size
+    size = (arguments.folder / "model.safetensors").stat().st_size
     print(f"{size / 1e6:.2f} MB; held-out text: {bits_per_byte(config, weights, held_out):.3f} bits a byte")
 
 
@@ -75,7 +84,7 @@ def train(config: Mamba2Config, text: np.ndarray, arguments: argparse.Namespace)
     streams = jnp.asarray(text[: len(text) // arguments.batch * arguments.batch].reshape(arguments.batch, -1))
     windows = (streams.shape[1] - 1) // arguments.length
     if windows < 1:
-        raise SystemExit(f"the text is too short for {arguments.batch} streams of {arguments.length} bytes and more")
+        raise ValueError(f"the text is too short for {arguments.batch} streams of {arguments.length} bytes and more")
     started, losses = time.perf_counter(), []
     for i in range(arguments.steps):
         elapsed = time.perf_counter() - started
@@ -161,16 +170,16 @@ def bits_per_byte(config: Mamba2Config, weights: model.Weights, text: np.ndarray
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="the file to train on")
-    parser.add_argument("folder", help="where the checkpoint goes")
-    parser.add_argument("--steps", type=int, default=2000, help="at most so many windows of each stream")
-    parser.add_argument("--minutes", type=float, default=60.0, help="at most so long")
-    parser.add_argument("--batch", type=int, default=64, help="streams")
-    parser.add_argument("--length", type=int, default=256, help="bytes of a window")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak")
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--state-size", type=int, default=64)
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    parser.add_argument("--steps", type=positive, default=2000, help="at most so many windows of each stream")
+    parser.add_argument("--minutes", type=positive_number, default=60.0, help="at most so long")
+    parser.add_argument("--batch", type=positive, default=64, help="streams")
+    parser.add_argument("--length", type=positive, default=256, help="bytes of a window")
+    parser.add_argument("--learning-rate", type=positive_number, default=3e-3, help="at its peak")
+    parser.add_argument("--hidden-size", type=positive, default=192)
+    parser.add_argument("--layers", type=positive, default=7)
+    parser.add_argument("--head-dim", type=positive, default=32)
+    parser.add_argument("--state-size", type=positive, default=64)
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

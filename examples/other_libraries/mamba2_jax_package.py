@@ -50,13 +50,25 @@ def decoded(model, prompt, count):
 
 
 def main():
-    """Decode with the package's own step and with the replaced one."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
+    ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
+    if min(arguments.hidden_size, arguments.layers, arguments.batch, arguments.tokens - 1) < 1:
+        parser.error("expected sizes of at least 1, and at least 2 tokens")
+    ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    try:
+        compare(arguments)
+    except (ValueError, ssu_bridge.UnsupportedError, ssu_bridge.BackendNotAvailableError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+
+
+def compare(arguments):
+    """Decode with the package's own step and with the replaced one."""
     config = mamba2_jax.Mamba2Config(
         vocab_size=512, hidden_size=arguments.hidden_size, num_hidden_layers=arguments.layers
     )

@@ -146,23 +146,6 @@ def test_text_is_printed_as_it_is_drawn(monkeypatch, capsys):
     assert capsys.readouterr().out == "c\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--temperature", "-1"], "temperature: expected a number of 0 or more, got -1.0"),
-        (["--top-p", "2"], "top_p: expected a number from 0 to 1, got 2.0"),
-        (["--tokens", "-1"], "count: expected an int of 0 or more, got -1"),
-        (["--seed", "-1"], r"seed: expected an int from 0 to 2\*\*32 - 1, got -1"),
-        (["--prompt", ""], "prompt: expected at least one token"),
-        (["--checkpoint", "nowhere"], r"nowhere/config\.json: no such file"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(monkeypatch, options, message):
-    monkeypatch.setattr("sys.argv", ["generate", *options])
-    with pytest.raises(SystemExit, match=f"^generate: {message}[^\n]*$"):
-        generate.main()
-
-
 def test_transformers_reads_what_it_saves(tmp_path):
     config = Mamba2Config(**SIZES, n_groups=4, use_bias=True, tie_word_embeddings=False)
     weights = random_weights(config, jax.random.key(1))
