@@ -59,12 +59,12 @@ def update(
 
     This is the recurrence of Mamba-2 (arXiv:2405.21060), and of Mamba-1 (arXiv:2312.00752) where the arrays have no
     axis of heads. Sizes: b sequences, T tokens, H nheads, P headdim, N dstate, G ngroups (a divisor of H; head h reads
-    group h // (H/G)), S slots. The arrays are all of JAX (concrete or traced), all of Torch, or all of NumPy; NumPy
-    arrays may be passed along with JAX arrays, except for the state. Each float array is float32, bfloat16 or float16;
-    tables are int32 or int64.
+    group h // (H/G)), and ``slots`` slots of the state cache. The arrays are all of JAX (concrete or traced), all of
+    Torch, or all of NumPy; NumPy arrays may be passed along with JAX arrays, except for the state. Each float array is
+    float32, bfloat16 or float16; tables are int32 or int64.
 
     Args:
-        state: (S, H, P, N), or (S, P, N) for Mamba-1. The slots of the state cache, updated in place. A
+        state: (slots, H, P, N), or (slots, P, N) for Mamba-1. The state cache, updated in place. A
             ``QuantizedState`` for a state stored in few bits. A ``ReplayState``, with ``replay``, for one that most
             calls only read.
         x: (b, H, P), or (b, P) for Mamba-1; (b, T, H, P) for several tokens; (rows, H, P) with ``cu_seqlens``. The
@@ -76,7 +76,7 @@ def update(
         z: as x. Optional.
         dt_softplus: apply softplus to dt + dt_bias.
         state_batch_indices: (b,), the slot of each sequence, or (b, at least T), of which ``num_accepted_tokens``
-            selects a column. None: sequence i has slot i. An index that is ``pad_slot_id`` or outside 0..S-1 is a
+            selects a column. None: sequence i has slot i. An index that is ``pad_slot_id`` or outside 0..slots-1 is a
             padding index: that sequence starts from zeros and stores nothing.
         dst_state_batch_indices: (b,), the slot that the final state goes to, if it is another, or (b, at least T), the
             slot that the state after each token goes to; nothing is stored for a padding index.
@@ -247,9 +247,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
 def warm_up(*args: Any, **kwargs: Any) -> Explanation:
     """Compile and load what ``update`` needs for these arguments, ahead of the first call; run nothing.
 
-    Triton compiles a kernel in about a second; loading one from the disk cache takes a fraction of that. Afterwards a
-    call can be captured in a CUDA graph or traced by ``torch.compile``. JAX's own compilation of a program is not
-    included.
+    Triton compiles a kernel in about a second, FlashInfer in 25 to 70; loading one from disk takes a fraction of that.
+    A CUDA graph can capture a call after it, or after a first call; ``torch.compile`` needs neither. JAX's own
+    compilation of a program is not included.
 
     Args:
         *args, **kwargs: those of ``update``. None of them is changed or donated.
@@ -267,8 +267,7 @@ def warm_up(*args: Any, **kwargs: Any) -> Explanation:
     for choice in able:
         load(choice.problem)
     arrays, out, flags, static = _bound(*args, **kwargs)
-    # So that the first call finds it: torch.compile cannot trace how it is made.
-    _launcher(arrays, out, *(*flags, static))
+    _launcher(arrays, out, *(*flags, static))  # so that the first call finds it
     return explanation
 
 

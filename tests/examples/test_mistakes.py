@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 import torch
 
@@ -139,4 +140,5 @@ def test_a_wrong_variable_of_the_example_about_a_package(mistake, package_exampl
 def test_a_backend_that_cannot_run_here(mistake, monkeypatch, module):
     small = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8)
     monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", small)
+    jax.clear_caches()  # of programs that another test compiled for another backend
     assert mistake(module, "--mamba-backend", "triton").startswith("backend triton: ")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tvm_ffi.libinfo import find_include_path
 
+from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
+
 NATIVE = Path(__file__).parents[2] / "ssu_bridge" / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = {
@@ -57,3 +59,7 @@ def test_a_step_shares_no_function_with_the_rest_of_the_library(isa, tmp_path):
     symbols = subprocess.run(["nm", "--demangle", compiled], check=True, capture_output=True, text=True).stdout
     functions = [line.split(" ", 2)[2] for line in symbols.splitlines() if re.match(r"[0-9a-f]+ [TW] ", line)]
     assert [symbol.split("(")[0] for symbol in functions] == [f"ssu_bridge::step_{isa}"]
+
+
+def test_the_most_tokens_of_a_tree_are_those_of_the_table():
+    assert f"kMaxTreeTokens = {MOST_TOKENS_OF_A_TREE};" in (NATIVE / "cpu" / "step_arguments.h").read_text()

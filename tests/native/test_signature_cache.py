@@ -5,12 +5,13 @@ import threading
 import pytest
 import torch
 
+from ssu_bridge.core.arguments import VECTOR_BYTES
 from ssu_bridge.native import library
 
 
 def cache(written=(), limit=8):
     """Return the cache's two functions, and the list of the arguments that kernels were called with."""
-    run, add, _ = library().signature_cache(list(written), limit)
+    run, add, _ = library().signature_cache(list(written), limit, VECTOR_BYTES)
     return run, add, []
 
 
@@ -65,9 +66,12 @@ def test_written_arguments_come_again_where_they_are_there():
 
 def test_wrong_numbers():
     with pytest.raises(ValueError, match="expected places of arguments from 1 on, got 0"):
-        library().signature_cache([0], 8)
+        library().signature_cache([0], 8, VECTOR_BYTES)
     with pytest.raises(ValueError, match="expected a limit of at least 1, got 0"):
-        library().signature_cache([], 0)
+        library().signature_cache([], 0, VECTOR_BYTES)
+    for size in (0, -16, 24):
+        with pytest.raises(ValueError, match=f"expected vectors of a power of two bytes, got {size}"):
+            library().signature_cache([], 1, size)
     run, add, _ = cache()
     with pytest.raises(ValueError, match="expected 1 to 32 arguments, got 0"):
         run()

@@ -14,7 +14,7 @@ from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.backends.flashinfer.module import Module
 from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.config import FLASHINFER_ALGORITHMS
-from ssu_bridge.core.arguments import SLOT_TABLES, TIED_AXES
+from ssu_bridge.core.arguments import SLOT_TABLES, TIED_AXES, VECTOR_BYTES
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 
@@ -267,7 +267,8 @@ def _wrong_layout(problem: Problem) -> str | None:
     vectors = (*_VECTORS, "out") if _by_token(problem) else _VECTORS
     if unaligned := [name for name in vectors if name in problem.unaligned]:
         return (
-            f"it requires {', '.join(unaligned)} at addresses that are multiples of 16 bytes, and some entries are not"
+            f"it requires {', '.join(unaligned)} at addresses that are multiples of {VECTOR_BYTES} bytes, and some "
+            "entries are not"
         )
     dense = _DENSE if _by_token(problem) else (*_DENSE, "out")
     if strided := [name for name in dense if name in problem.strided]:

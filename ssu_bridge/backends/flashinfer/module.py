@@ -1,6 +1,6 @@
 """FlashInfer's private entry point: the parameters of a module and its loading. No other file touches it.
 
-It compiles one for each set of dtypes and sizes, with nvcc and in about half a minute, and keeps it on disk.
+It compiles one for each set of dtypes and sizes, with nvcc and in 25 to 70 s, and keeps it on disk.
 """
 
 import ast
@@ -112,7 +112,7 @@ def load(module: Module) -> Any:
         import torch
 
         values = (getattr(torch, str(v)) if n.endswith("dtype") and v else v for n, v in module._asdict().items())
-        with compiling("FlashInfer's kernels with nvcc", "about half a minute; they are kept on disk"):
+        with compiling("FlashInfer's kernels with nvcc", "25 to 70 s; they are kept on disk"):
             return source._get_module(*values).selective_state_update
     except Exception as error:
         raise BackendNotAvailableError(

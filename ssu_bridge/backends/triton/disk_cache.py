@@ -90,7 +90,8 @@ def _key(specialisation: Specialisation) -> str:
 @functools.cache
 def _source_hash() -> str:
     package = resources.files("ssu_bridge.backends.triton")
-    files = [*package.joinpath("kernels").iterdir(), package.joinpath("compile.py")]
+    table = resources.files("ssu_bridge.core").joinpath("arguments.py")  # whose constants are compiled in
+    files = [*package.joinpath("kernels").iterdir(), package.joinpath("compile.py"), table]
     sources = sorted((file.name, file.read_bytes()) for file in files if file.name.endswith(".py"))
     return hashlib.sha256(repr((sources, metadata.version("triton"))).encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._C import _increment_version
 
-from ssu_bridge.core.arguments import ARGUMENTS, STATE, WRITTEN
+from ssu_bridge.core.arguments import ARGUMENTS, STATE, VECTOR_BYTES, WRITTEN
 from ssu_bridge.core.problem import Options
 from ssu_bridge.frontends.base import SEED, Arrays, named, returned
 from ssu_bridge.frontends.torch import transforms
@@ -76,7 +76,7 @@ class SignatureCache:
         """Keep a kernel function for calls that look like this one, which was checked."""
         if self._add is None:
             self._run, self._add, self._knows = library().signature_cache(
-                [place + 1 for place in self._written], _LIMIT
+                [place + 1 for place in self._written], _LIMIT, VECTOR_BYTES
             )
         self._add(kernel, out, *arrays)
 

@@ -66,7 +66,7 @@ struct FlagTable {
   int64_t stride = 0;
 };
 
-// The most tokens of a sequence that are a tree.
+// The most tokens of a sequence that are a tree: MOST_TOKENS_OF_A_TREE in core/arguments.py.
 constexpr int64_t kMaxTreeTokens = 64;
 
 // States that a call may read and write: the slots, or the entries of the intermediate states, which hold a state for

@@ -4,6 +4,7 @@
 #include <tvm/ffi/error.h>
 
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -52,15 +53,17 @@ constexpr Parameter kParameters[] = {
     {"num_accepted_tokens", "="},
 };
 constexpr int kParameterCount = sizeof(kParameters) / sizeof(Parameter);
-// Their places in the table.
-constexpr int kState = 0, kX = 1, kDt = 2, kB = 4, kD = 6, kIntermediateStates = 13, kSequenceEnds = 17;
 
-int place_of(const std::string& name) {
+// Returns the place of an array in the table, which has any order; -1 for one that is not there.
+constexpr int place_of(std::string_view name) {
   for (int i = 0; i < kParameterCount; ++i)
     if (name == kParameters[i].name) return i;
-  TVM_FFI_THROW(ValueError) << "FlashInfer takes no array " << name;
   return -1;
 }
+
+constexpr int kState = place_of("state"), kX = place_of("x"), kDt = place_of("dt"), kB = place_of("B"),
+              kD = place_of("D"), kIntermediateStates = place_of("intermediate_states"),
+              kSequenceEnds = place_of("cu_seqlens");
 
 // Where each of its arguments stands, arrays and others.
 class Positions {
@@ -160,7 +163,10 @@ class FlashInferKernel {
         algorithm_(algorithm),
         longest_(longest) {
     if (algorithm < kAuto || algorithm > kHorizontal) TVM_FFI_THROW(ValueError) << "algorithm: expected 0 to 3";
-    for (const ffi::String& name : names) order_.push_back(place_of(name));
+    for (const ffi::String& name : names) {
+      order_.push_back(place_of(std::string_view(name.data(), name.size())));
+      if (order_.back() < 0) TVM_FFI_THROW(ValueError) << "FlashInfer takes no array " << name;
+    }
   }
 
   void operator()(ffi::PackedArgs given, ffi::Any*) const {

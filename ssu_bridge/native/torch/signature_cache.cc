@@ -18,16 +18,14 @@ namespace {
 namespace ffi = tvm::ffi;
 
 constexpr int kMaxArguments = 32;
-// Kernels for other devices tell addresses apart by whether they are multiples of this.
-constexpr uint64_t kVectorBytes = 16;
-
-// Passes over the words of a tensor's signature; `take` says whether to go on.
+// Passes over the words of a tensor's signature; `take` says whether to go on. Kernels for other devices than the CPU
+// tell addresses apart by whether they are multiples of `vector_bytes`.
 template <typename Take>
-bool describe_tensor(const DLTensor& tensor, Take take) {
+bool describe_tensor(const DLTensor& tensor, uint64_t vector_bytes, Take take) {
   uint64_t address = reinterpret_cast<uint64_t>(tensor.data) + tensor.byte_offset;
   int64_t type = tensor.dtype.code | tensor.dtype.bits << 8 | tensor.dtype.lanes << 16;
   bool in_host_memory = tensor.device.device_type == kDLCPU;
-  int64_t misalignment = in_host_memory ? 0 : static_cast<int64_t>(address % kVectorBytes);
+  int64_t misalignment = in_host_memory ? 0 : static_cast<int64_t>(address & (vector_bytes - 1));
   bool more = take(tensor.ndim + 1) && take(type) && take(tensor.device.device_type) && take(tensor.device.device_id) &&
               take(misalignment) && take(tensor.strides != nullptr);
   for (int i = 0; more && i < tensor.ndim; ++i)
@@ -36,9 +34,10 @@ bool describe_tensor(const DLTensor& tensor, Take take) {
 }
 
 template <typename Take>
-bool describe(ffi::PackedArgs arguments, Take take) {
+bool describe(ffi::PackedArgs arguments, uint64_t vector_bytes, Take take) {
   for (int i = 0; i < arguments.size(); ++i) {
-    bool more = arguments[i] == nullptr ? take(0) : describe_tensor(*arguments[i].cast<DLTensor*>(), take);
+    bool more =
+        arguments[i] == nullptr ? take(0) : describe_tensor(*arguments[i].cast<DLTensor*>(), vector_bytes, take);
     if (!more) return false;
   }
   return true;
@@ -70,9 +69,9 @@ bool describe_overlaps(ffi::PackedArgs arguments, const std::vector<int64_t>& wr
 }
 
 // Without the overlaps: calls that differ in those alone are few.
-uint64_t hash_of(ffi::PackedArgs arguments) {
+uint64_t hash_of(ffi::PackedArgs arguments, uint64_t vector_bytes) {
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a, a word at a time, with its high bits mixed in
-  describe(arguments, [&](int64_t word) {
+  describe(arguments, vector_bytes, [&](int64_t word) {
     hash = (hash ^ static_cast<uint64_t>(word)) * 0x100000001b3u;
     hash ^= hash >> 29;
     return true;
@@ -82,8 +81,10 @@ uint64_t hash_of(ffi::PackedArgs arguments) {
 
 class SignatureCache {
  public:
-  SignatureCache(const ffi::Array<int64_t>& written, int64_t limit)
-      : written_(written.begin(), written.end()), limit_(static_cast<size_t>(limit)) {}
+  SignatureCache(const ffi::Array<int64_t>& written, int64_t limit, int64_t vector_bytes)
+      : written_(written.begin(), written.end()),
+        limit_(static_cast<size_t>(limit)),
+        vector_bytes_(static_cast<uint64_t>(vector_bytes)) {}
 
   bool run(ffi::PackedArgs arguments) {
     check_count(arguments);
@@ -104,12 +105,12 @@ class SignatureCache {
       signature.push_back(word);
       return true;
     };
-    describe(arguments, append);
+    describe(arguments, vector_bytes_, append);
     describe_overlaps(arguments, written_, append);
     std::lock_guard<std::mutex> lock(mutex_);
     if (find_locked(arguments) != entries_.end()) return;  // another thread was faster
     if (entries_.size() >= limit_) entries_.clear();
-    entries_.emplace(hash_of(arguments), Entry{std::move(signature), std::move(kernel)});
+    entries_.emplace(hash_of(arguments, vector_bytes_), Entry{std::move(signature), std::move(kernel)});
   }
 
  private:
@@ -132,7 +133,7 @@ class SignatureCache {
   }
 
   Entries::iterator find_locked(ffi::PackedArgs arguments) {
-    auto [first, last] = entries_.equal_range(hash_of(arguments));
+    auto [first, last] = entries_.equal_range(hash_of(arguments, vector_bytes_));
     for (; first != last; ++first)
       if (matches(first->second.signature, arguments)) return first;
     return entries_.end();
@@ -141,7 +142,8 @@ class SignatureCache {
   bool matches(const std::vector<int64_t>& signature, ffi::PackedArgs arguments) const {
     const int64_t *next = signature.data(), *end = next + signature.size();
     auto is_next = [&](int64_t word) { return next != end && *next++ == word; };
-    return describe(arguments, is_next) && describe_overlaps(arguments, written_, is_next) && next == end;
+    return describe(arguments, vector_bytes_, is_next) && describe_overlaps(arguments, written_, is_next) &&
+           next == end;
   }
 
   void launch(const ffi::Function& kernel, ffi::PackedArgs arguments) {
@@ -159,20 +161,23 @@ class SignatureCache {
 
   const std::vector<int64_t> written_;
   const size_t limit_;
+  const uint64_t vector_bytes_;
   std::mutex mutex_;
   Entries entries_;
 };
 
 }  // namespace
 
-ffi::Array<ffi::Function> make_signature_cache(ffi::Array<int64_t> written, int64_t limit) {
+ffi::Array<ffi::Function> make_signature_cache(ffi::Array<int64_t> written, int64_t limit, int64_t vector_bytes) {
   if (written.size() >= kMaxArguments)
     TVM_FFI_THROW(ValueError) << "expected fewer than " << kMaxArguments << " written arguments, got "
                               << written.size();
   for (int64_t place : written)
     if (place < 1) TVM_FFI_THROW(ValueError) << "expected places of arguments from 1 on, got " << place;
   if (limit < 1) TVM_FFI_THROW(ValueError) << "expected a limit of at least 1, got " << limit;
-  auto cache = std::make_shared<SignatureCache>(written, limit);
+  if (vector_bytes < 1 || vector_bytes & (vector_bytes - 1))
+    TVM_FFI_THROW(ValueError) << "expected vectors of a power of two bytes, got " << vector_bytes;
+  auto cache = std::make_shared<SignatureCache>(written, limit, vector_bytes);
   auto run = ffi::Function::FromPacked(
       [cache](ffi::PackedArgs arguments, ffi::Any* result) { *result = cache->run(arguments); });
   auto add = ffi::Function::FromPacked([cache](ffi::PackedArgs arguments, ffi::Any*) {

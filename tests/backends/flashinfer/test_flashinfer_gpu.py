@@ -87,7 +87,7 @@ BITWISE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _all_compiled():
-    """Compile FlashInfer's modules side by side: each takes its nvcc half a minute."""
+    """Compile FlashInfer's modules side by side: each takes its nvcc 25 to 70 s."""
     if reason := flashinfer.missing("jax"):
         pytest.skip(reason)
     modules = {flashinfer._module(problem_of(case)) for case in (*TAKEN, *BITWISE.values(), LARGE, OTHER)}

@@ -94,14 +94,15 @@ def test_what_the_user_tells_triton_is_in_the_key(monkeypatch):
 def test_the_source_of_every_kernel_is_hashed(monkeypatch, tmp_path):
     package = tmp_path / "package"
     (package / "kernels").mkdir(parents=True)
-    for file in ("compile.py", "kernels/a.py", "kernels/b.py"):
+    files = ("compile.py", "kernels/a.py", "kernels/b.py", "arguments.py")
+    for file in files:
         (package / file).write_text("pass\n")
     monkeypatch.setattr(disk_cache.resources, "files", lambda _: package)
     hashes = {disk_cache._source_hash.__wrapped__()}
-    for file in ("compile.py", "kernels/a.py", "kernels/b.py"):
+    for file in files:
         (package / file).write_text("changed\n")
         hashes.add(disk_cache._source_hash.__wrapped__())
-    assert len(hashes) == 4
+    assert len(hashes) == 5
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", "{}", "null", "3", "[" * 100_000, '{"cubin": "?"}'))

@@ -26,8 +26,9 @@ from ssu_bridge.backends.triton.kernels.rounding import (
     row_scale,
     widen,
 )
+from ssu_bridge.core import arguments
 
-MOST_TOKENS_OF_A_TREE = tl.constexpr(64)
+MOST_TOKENS_OF_A_TREE = tl.constexpr(arguments.MOST_TOKENS_OF_A_TREE)
 
 
 @triton.jit
