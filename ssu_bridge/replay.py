@@ -106,11 +106,13 @@ def materialize(
         pending = xp.minimum(pending, cast(_counts(xp, "tokens", tokens, pending, cursor.window), "int32"))
     states = _checkpoints(replay_state.checkpoint, places, cast)
     x, B, dt = (_pending_rows(xp, cast, ring, cursor, places, start) for ring in replay_state[1:])
-    count, heads, groups = x.shape[0], x.shape[1], B.shape[1]
+    heads, groups = x.shape[2], B.shape[2]
     decays = cast(_tied(A, heads), "float32").reshape(1, heads)
     for number in range(cursor.window):
-        added = (dt[:, :, number, None] * x[:, :, number]).reshape(count, groups, -1, 1) * B[:, :, number, None]
-        after = states * xp.exp(decays * dt[:, :, number])[:, :, None, None] + added.reshape(states.shape)
+        steps = dt[:, number]
+        added = (steps[..., None] * x[:, number]).reshape(-1, groups, heads // groups * x.shape[-1], 1)
+        added = (added * B[:, number, :, None]).reshape(states.shape)
+        after = states * xp.exp(decays * steps)[..., None, None] + added
         states = xp.where((number < pending)[:, None, None, None], after, states)
     return xp.where(valid[:, None, None, None], states, xp.zeros_like(states))
 
@@ -249,11 +251,15 @@ def _checkpoints(checkpoint: Any, places: Any, cast: Any) -> Any:
 
 
 def _pending_rows(xp: Any, cast: Any, ring: Any, cursor: ReplayCursor, places: Any, start: Any) -> Any:
-    """Return the rows of a ring from the first pending one on, as many as the window, in float32."""
-    rows = (start[:, None] + xp.arange(cursor.window, dtype=start.dtype, device=start.device)) % cursor.length
-    rows = cast(rows, "int64").reshape(-1, 1, cursor.window, *[1] * (ring.ndim - 3))
-    take = xp.take_along_dim if hasattr(xp, "take_along_dim") else xp.take_along_axis
-    return cast(take(ring[places], rows, 2), "float32")
+    """Return the rows of a ring from the first pending one on, as many as the window: (b, window, ...) float32."""
+
+    def numbers(count: int) -> Any:
+        return xp.arange(count, dtype=start.dtype, device=start.device)
+
+    index = numbers(start.shape[0]) if isinstance(places, slice) else places
+    rows = (start[:, None] + numbers(cursor.window)[None]) % cursor.length
+    # An index on either side of an axis puts its own axes first.
+    return cast(ring[index[:, None], :, rows], "float32")
 
 
 def _tied(A: Any, heads: int) -> Any:
