@@ -78,8 +78,8 @@ class ReplayCursor:
             window: the most tokens that may be pending. More of them make the checkpoint be written less often and the
                 rings longer.
             tokens: the most tokens of a sequence in one call, from 1 to ``window``; 1 without speculation.
-            like: an array of the framework and on the device that the cursor is for, such as the checkpoint; None:
-                NumPy, which a ``jax.jit`` takes as well.
+            like: an array of the framework and on the device that the cursor is for, such as the checkpoint. None:
+                NumPy, which JAX takes as well.
 
         Raises:
             TypeError, ValueError: a number is none of those.
