@@ -1,7 +1,6 @@
 """Replay under JAX's transforms: sharded over devices, mapped, exported."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,10 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from modes import to_mode
-from sharded import COLLECTIVE, mesh_of
+from sharded import mesh_of
+from sharded_replay import HEADS, OVER_HEADS, OVER_SEQUENCES, RINGS, check_sharded, decode, drawn
 
 import ssu_bridge
-from ssu_bridge.core.quantized import paired, unpaired
-from ssu_bridge.frontends.jax.metadata import address
 from ssu_bridge.testing.cases import Case
 
 SIZES = {"nheads": 8, "headdim": 8, "dstate": 16, "tokens": 2, "window": 5, "most": 3}
@@ -23,31 +20,6 @@ SLOTS = Case("slots", ngroups=4, starts=(0, 7, 6, 2, 1, 4), pending=(5, 2, 1, 3,
 ONE = Case("one group", ngroups=1, starts=SLOTS.starts, pending=SLOTS.pending, **SIZES)
 EIGHT = {"starts": (0, 1, 2, 3, 4, 5, 6, 7), "pending": (5, 4, 3, 2, 1, 0, 5, 5)}
 OWN = Case("own slots", sequences=8, slots=8, indices=None, ngroups=2, **EIGHT, **SIZES)
-ROWS, HEADS, OF_SEQUENCES = P(None, None, "h"), P(None, "h"), P("s")
-OVER_HEADS = {"x": ROWS, "z": ROWS, "dt": ROWS, "state": HEADS, "replay_x": HEADS, "replay_dt": HEADS}
-LEADING = ("x", "z", "dt", "B", "C", "state", "replay_x", "replay_B", "replay_dt", "replay_start", "replay_pending")
-RINGS = ("replay_x", "replay_B", "replay_dt")
-
-
-def drawn(case, seed=4):
-    return unpaired(to_mode(case.arrays(seed), "jax", case.window))
-
-
-def decode(case, backend, arrays, steps=3):
-    """Take steps of a model of one layer; return its last output, and what it has then by kernels' names."""
-    given = paired(arrays, case.window)
-    state, cursor = given.pop("state"), given.pop("replay")
-    for _ in range(steps):
-        out, state = ssu_bridge.update(state, **given, **case.flags, backend=backend, replay=cursor)
-        cursor = ssu_bridge.advance_replay(cursor, given.get("state_batch_indices"), tokens=case.tokens)
-    return {"out": out, **unpaired({"state": state, "replay": cursor})}
-
-
-def parted(results):
-    """Put what was donated first: XLA gives its memory to the first results of its size."""
-    return tuple(
-        {n: a for n, a in results.items() if (n in ("state", *RINGS)) == is_first} for is_first in (True, False)
-    )
 
 
 def close(got, expected):
@@ -58,7 +30,7 @@ def close(got, expected):
 SHARDED = {
     "heads of one group": (ONE, {"h": 4}, OVER_HEADS),
     "heads and groups": (SLOTS, {"h": 4}, OVER_HEADS | {"replay_B": HEADS}),
-    "sequences": (OWN, {"s": 4}, dict.fromkeys(LEADING, OF_SEQUENCES)),
+    "sequences": (OWN, {"s": 4}, OVER_SEQUENCES),
 }
 
 
@@ -66,22 +38,7 @@ SHARDED = {
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_state_stays_where_it_is(name, kind):
     case, sizes, specs = SHARDED[name]
-    expected = decode(case, "auto", drawn(case))
-    mesh = mesh_of(kind, **sizes)
-    with jax.set_mesh(mesh):
-        shardings = {n: NamedSharding(mesh, specs.get(n, P())) for n in drawn(case)}
-        arrays = jax.jit(functools.partial(jax.tree.map, jnp.copy), out_shardings=shardings)(drawn(case))
-        written = {n: arrays.pop(n) for n in ("state", *RINGS)}
-        places = {n: address(array) for n, array in written.items()}
-        run = jax.jit(lambda written, rest: parted(decode(case, "auto", {**rest, **written})), donate_argnums=0)
-        compiled = run.lower(written, arrays).compile()
-        assert not re.search(COLLECTIVE, compiled.as_text())
-        written, rest = compiled(written, arrays)
-        after = {**written, **rest}
-        close(after, expected)
-        for n, place in places.items():
-            assert address(after[n]) == place, n
-            assert after[n].sharding.is_equivalent_to(shardings[n], after[n].ndim), n
+    check_sharded(case, mesh_of(kind, **sizes), specs, close)
 
 
 def test_a_ring_of_groups_goes_with_the_heads():

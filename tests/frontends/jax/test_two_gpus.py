@@ -25,6 +25,7 @@ from sharded import (
     sequences,
     step,
 )
+from sharded_replay import HEADS, OVER_HEADS, OVER_SEQUENCES, check_sharded
 
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
@@ -173,6 +174,18 @@ def test_trees(state):
 @pytest.mark.parametrize("state", ("int8", "float8_e4m3fn", "int16"))
 def test_one_token_of_a_quantised_state(state):
     check_everywhere(layer("quantised", dtypes={**MIXED, "state": state}), 1)
+
+
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+@pytest.mark.parametrize("state", ("bfloat16", "float32", "int8"))
+@pytest.mark.parametrize("count", (1, 4))
+def test_replay(count, state, kind):
+    of = functools.partial(layer, tokens=count, window=16, most=count, dtypes={**MIXED, "state": state})
+    phases = {"starts": (0, 7, 15, 2, 16, 4), "pending": (16, 2, 15, 14, 9, 0)}
+    own = {"sequences": 6, "slots": 6, "indices": None}
+    check_sharded(of("groups", **phases), mesh_of(kind, h=2), OVER_HEADS | {"replay_B": HEADS}, same)
+    check_sharded(of("one group", ngroups=1, **phases), mesh_of(kind, h=2), OVER_HEADS, same)
+    check_sharded(of("sequences", **phases, **own), mesh_of(kind, s=2), OVER_SEQUENCES, same)
 
 
 # Of the sizes that FlashInfer takes.
