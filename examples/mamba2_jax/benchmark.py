@@ -3,10 +3,13 @@
     python -m mamba2_jax.benchmark
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 64 --dtype bfloat16 --state-dtype bfloat16
     python -m mamba2_jax.benchmark --prompt 512
+    python -m mamba2_jax.benchmark --verify 4
+    python -m mamba2_jax.benchmark --speculate 8
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
-The first is mamba2-130m with one sequence in float32. ``--prompt`` measures how prompts are read instead, ``--devices``
-how much faster several devices decode that share the heads and the weights.
+The first is mamba2-130m with one sequence in float32. Each of the others measures something else instead:
+how prompts are read, calls that verify several tokens, how much faster the trained model writes with drafts, and how
+much faster several devices decode that share the heads and the weights.
 """
 
 import argparse
@@ -18,9 +21,10 @@ from jax.sharding import AxisType
 
 import ssu_bridge
 from command_line import mistakes_in_one_line, positive
-from mamba2_jax import distributed, measure, model
+from mamba2_jax import distributed, drafts, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
+from mamba2_jax.speculate import Speculation
 
 SIZES = {
     "mamba2-130m": Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128),
@@ -136,12 +140,21 @@ def main() -> None:
     parser.add_argument(
         "--devices", type=positive, metavar="COUNT", help="measure heads and weights sharded over so many"
     )
+    parser.add_argument("--verify", type=positive, metavar="TOKENS", help="measure calls that verify so many instead")
+    parser.add_argument("--speculate", type=int, metavar="TOKENS", help="measure texts with drafts: see speculate.py")
+    parser.add_argument("--branches", type=int, default=1, help="continuations that are verified, with --speculate")
     parser.add_argument("--rounds", type=positive, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
+    if arguments.speculate is not None:
+        with mistakes_in_one_line(parser):
+            drafts.compare_texts(
+                Speculation(arguments.speculate, arguments.branches), tokens=arguments.tokens, rounds=arguments.rounds
+            )
+        return
     config = SIZES[arguments.sizes]
     config = dataclasses.replace(config, num_hidden_layers=arguments.layers or config.num_hidden_layers)
     weights = random_weights(config, jax.random.key(0), arguments.dtype)
@@ -151,6 +164,8 @@ def main() -> None:
     with mistakes_in_one_line(parser):
         if arguments.prompt:
             compare_prompts(config, weights, length=arguments.prompt, **options)
+        elif arguments.verify:
+            drafts.compare_calls(config, weights, length=arguments.verify, tokens=arguments.tokens, **options)
         elif arguments.devices:
             compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
         else:

@@ -2,7 +2,7 @@
 
 A cache (slots, length, channels) holds the last inputs of each sequence, the newest last; its length is at least the
 kernel's width less 1. It may be longer by so many inputs as can be taken back: after drafts are rejected, the next call
-says how many in ``rejected``, and goes on from before them.
+goes on from those that are ``kept``.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def histories(
     slots: jax.Array,
     *,
     has_initial_state: jax.Array | None = None,
-    rejected: jax.Array | None = None,
+    kept: jax.Array | None = None,
 ) -> jax.Array:
     """Return the last inputs of each sequence, (batch, length, channels); zeros for those that begin here.
 
@@ -48,27 +48,63 @@ def histories(
         cache: as above.
         slots: (batch,), where each sequence's inputs lie; negative for none.
         has_initial_state: (batch,) bool; False for a sequence that begins here, whatever its slot holds.
-        rejected: (batch,), how many of the newest inputs were drafts that are taken back.
+        kept: (first, length), for as many sequences, the first ones: which of their inputs in the cache stay, the
+            newest last, and negative for none. See ``after_rejected`` and ``after_path``.
     """
     length = cache.shape[1]
     begins = slots < 0 if has_initial_state is None else (slots < 0) | ~has_initial_state
     # A slot that does not exist reads as zeros, where -1 would wrap around to the last.
     places = jnp.where(begins, cache.shape[0], slots)
-    if rejected is None:
+    if kept is None:
         return cache.at[places].get(mode="fill", fill_value=0)
-    inputs = jnp.arange(length)[None] - rejected[:, None]
-    known = jnp.where(inputs < 0, length, inputs)
-    return cache.at[places[:, None], known].get(mode="fill", fill_value=0)
+    all_of_them = jnp.broadcast_to(jnp.arange(length), (len(slots) - len(kept), length))
+    inputs = jnp.concatenate([jnp.where(kept < 0, length, kept), all_of_them])
+    return cache.at[places[:, None], inputs].get(mode="fill", fill_value=0)
 
 
-def convolve(history: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def after_rejected(length: int, rejected: jax.Array) -> jax.Array:
+    """Return which of the last inputs are kept where the newest (batch,) so many were drafts that are taken back."""
+    return jnp.arange(length) - rejected[:, None]
+
+
+def after_path(length: int, width: int, parents: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Return which are kept after a tree of drafts: as many as a kernel of that width sees, on the path to a leaf.
+
+    ``parents`` (batch, tokens) are those of the call, ``leaf`` (batch,) the number of the token that it ends with.
+    """
+    path = [length + leaf[:, None]]
+    while len(path) < width - 1:
+        path.append(_before(path[-1], parents, length))
+    newest = jnp.concatenate(path[::-1], axis=1) - parents.shape[1]
+    return jnp.pad(newest, ((0, 0), (length - width + 1, 0)), constant_values=-1)
+
+
+def _before(places: jax.Array, parents: jax.Array, length: int) -> jax.Array:
+    """Return the place before each, where those from ``length`` on are tokens of a tree, and others of its history."""
+    token = jnp.maximum(places - length, 0)
+    parent = jnp.take_along_axis(parents, token, axis=1)
+    parent = jnp.where((parent < 0) | (parent >= token), -1, parent)
+    return jnp.where(places < length, places - 1, length + parent)
+
+
+def convolve(
+    history: jax.Array, x: jax.Array, weight: jax.Array, bias: jax.Array | None, *, parents: jax.Array | None = None
+) -> jax.Array:
     """Convolve the inputs (batch, tokens, channels) of sequences with what came before, and apply SiLU.
 
-    Each channel has its own kernel, in ``weight`` (channels, 1, width); ``bias`` is (channels,).
+    Each channel has its own kernel, in ``weight`` (channels, 1, width); ``bias`` is (channels,). With ``parents``
+    (batch, tokens) what came before a token is what came before in a tree: see ``update``'s parent_tokens.
     """
     width, tokens = weight.shape[-1], x.shape[1]
     window = jnp.concatenate([history[:, history.shape[1] - width + 1 :], x], axis=1)
-    taps = (window[:, i : i + tokens] * weight[None, None, :, 0, i] for i in range(width))
+    if parents is None:
+        inputs = [window[:, i : i + tokens] for i in range(width)]
+    else:
+        places = [jnp.broadcast_to(width - 1 + jnp.arange(tokens), parents.shape)]
+        while len(places) < width:
+            places.append(_before(places[-1], parents, width - 1))
+        inputs = [jnp.take_along_axis(window, p[..., None], axis=1) for p in reversed(places)]
+    taps = (own * weight[None, None, :, 0, i] for i, own in enumerate(inputs))
     return _activated(sum(taps, start=jnp.zeros((), x.dtype)), bias)
 
 

@@ -2,6 +2,7 @@
 
 python -m mamba2_jax.generate --prompt "In the beginning" --tokens 400
 python -m mamba2_jax.generate --checkpoint FOLDER --temperature 0
+python -m mamba2_jax.generate --speculate 8 --temperature 0
 """
 
 import argparse
@@ -179,13 +180,22 @@ def _stream(
 
 
 def print_text(folder: Path, prompt: str, count: int, **options: Any) -> None:
-    """Load a checkpoint and print a prompt and what follows, as it is generated."""
+    """Load a checkpoint and print a prompt and what follows, as it is generated; ``options`` are those of a stream."""
     config, weights = checkpoint.load(folder)
     tokenizer = tokenizer_of(folder, config)
     tokens, read = tokenizer.encode(prompt), tokenizer.reader()
-    for token in itertools.chain(tokens, stream(config, weights, tokens, count, **options)):
+    reports: list[Any] = []
+    if "speculation" in options:
+        from mamba2_jax import speculate  # which imports this module
+
+        drawn = speculate.stream(config, weights, tokens, count, **options, report=reports.append)
+    else:
+        drawn = stream(config, weights, tokens, count, **options)
+    for token in itertools.chain(tokens, drawn):
         print(read(token), end="", flush=True)
     print(read.rest())
+    for counts in reports:
+        print(counts)
 
 
 def main() -> None:
@@ -198,12 +208,18 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=DEFAULT.top_p)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--speculate", type=int, metavar="TOKENS", help="verify so many in a call: see speculate.py")
+    parser.add_argument("--branches", type=int, default=1, help="continuations that are verified together, as a tree")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
     with mistakes_in_one_line(parser):
         sampling = Sampling(arguments.temperature, arguments.top_p)
         options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
+        if arguments.speculate is not None:
+            from mamba2_jax.speculate import Speculation
+
+            options["speculation"] = Speculation(arguments.speculate, arguments.branches)
         print_text(arguments.checkpoint, arguments.prompt, arguments.tokens, **options)
 
 

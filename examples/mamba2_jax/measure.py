@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import ssu_bridge
-from mamba2_jax import model
+from mamba2_jax import model, speculate
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import Progress, decode, prefill
 from mamba2_jax.sampling import Sampling
@@ -109,6 +109,33 @@ def whole_tokens(
     def run() -> None:
         nonlocal progress
         _, progress = jax.block_until_ready(compiled(weights, progress, slots, keys))
+
+    return run, compiled
+
+
+def whole_verifications(
+    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, length: int, count: int, backend: str
+) -> tuple[Run, Any]:
+    """Return a run of so many calls that each verify ``length`` tokens of each sequence, and the compiled program."""
+    greedy, keys = Sampling(temperature=0), jax.random.split(jax.random.key(0), batch)
+    dtype = weights.embedding.dtype.name
+    states = model.zero_states(config, batch, dtype, state_dtype, tokens=length)
+    text = jnp.zeros((batch, 2), jnp.int32)  # nothing is looked up in it
+    progress = speculate.under_way(states, text, jnp.ones(batch, jnp.int32))
+    drafts = jnp.zeros((batch, 1, length - 1), jnp.int32)
+
+    def verify(weights: model.Weights, progress: speculate.Progress, drafts: jax.Array) -> speculate.Progress:
+        def call(progress: speculate.Progress, _: None) -> tuple[speculate.Progress, None]:
+            after = speculate.step(config, weights, keys, greedy, backend, progress, drafts)
+            return after._replace(text=progress.text.at[:, 0].set(after.text[:, 1]), lengths=progress.lengths), None
+
+        return jax.lax.scan(call, progress, None, length=count)[0]
+
+    compiled = jax.jit(verify, donate_argnums=1).lower(weights, progress, drafts).compile()
+
+    def run() -> None:
+        nonlocal progress
+        progress = jax.block_until_ready(compiled(weights, progress, drafts))
 
     return run, compiled
 

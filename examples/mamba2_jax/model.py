@@ -5,6 +5,8 @@ A call has one token of each sequence (``step``), several of each, or packed row
 Sizes are those of :class:`~mamba2_jax.config.Mamba2Config`. Weights have the shapes of their Hugging Face tensors.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +47,8 @@ class State(NamedTuple):
     """What one layer carries from token to token, by slot.
 
     ``conv`` (slots, conv_kernel - 1, conv_size) has the last inputs of the convolution, ``ssm`` (slots, num_heads,
-    head_dim, state_size) the states.
+    head_dim, state_size) the states. Where calls of up to T tokens are verified, ``conv`` has T - 1 inputs more, and
+    ``ssm`` T states for each slot, one after each token of the last such call.
     """
 
     conv: jax.Array
@@ -64,13 +67,32 @@ class Snapshots(NamedTuple):
     stride: int
 
 
-def zero_states(config: Mamba2Config, slots: int, conv_dtype: str, ssm_dtype: str) -> tuple[State, ...]:
-    """Return the states of all layers for sequences that have not begun.
+class Drafts(NamedTuple):
+    """That the tokens of a call are to be verified: the next one may go on after any of them.
+
+    A State then has room for T tokens; a call has up to so many of each sequence.
+
+    Attributes:
+        start: (batch,), the number of tokens up to the one of the last call that this one goes on after; 1 after a
+            call without Drafts.
+        kept: (batch, length), which inputs in the convolution's cache led there: see ``convolution.kept``.
+        parents: (batch, tokens), for a tree of drafts: the token of this call that each continues, or -1.
+    """
+
+    start: jax.Array
+    kept: jax.Array
+    parents: jax.Array | None = None
+
+
+def zero_states(
+    config: Mamba2Config, slots: int, conv_dtype: str, ssm_dtype: str, *, tokens: int = 1
+) -> tuple[State, ...]:
+    """Return the states of all layers for sequences that have not begun; ``tokens`` of a call can be verified.
 
     A tuple, for the layers to be unrolled over: a scan over *stacked* layer states would copy them.
     """
-    conv = (slots, config.conv_kernel - 1, config.conv_size)
-    ssm = (slots, config.num_heads, config.head_dim, config.state_size)
+    conv = (slots, config.conv_kernel - 1 + tokens - 1, config.conv_size)
+    ssm = (slots * tokens, config.num_heads, config.head_dim, config.state_size)
     return tuple(State(jnp.zeros(conv, conv_dtype), jnp.zeros(ssm, ssm_dtype)) for _ in range(config.num_hidden_layers))
 
 
@@ -107,6 +129,7 @@ def forward(
     *,
     rows: Rows | None = None,
     has_initial_state: jax.Array | None = None,
+    drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, tuple[State, ...], tuple[State, ...] | None]:
@@ -117,14 +140,15 @@ def forward(
         tokens: (batch,), (batch, length), or with ``rows`` (rows,).
         rows: the sequences of packed rows.
         has_initial_state: (batch,) bool; False for a sequence that begins here, whatever its slot holds.
-        snapshots: for packed rows.
+        drafts: for as many sequences as it names, the first ones. Others, whose rows come after theirs, are read.
+        snapshots: of packed rows, for sequences that are read.
 
     Returns:
         What the last layer makes of the tokens, for :func:`logits`, with their axes; the new states; and the
         snapshots' states, if there are some.
     """
     x = embed(config, weights, tokens)
-    call = _Call(slots, rows, has_initial_state, snapshots, backend)
+    call = _Call(slots, rows, has_initial_state, drafts, snapshots, backend)
     new_states, new_snapshots = [], []
     for i, (layer, state) in enumerate(zip(weights.layers, states, strict=True)):
         x, state, kept = _layer(config, layer, state, x, call, snapshots and snapshots.states[i])
@@ -139,8 +163,14 @@ class _Call(NamedTuple):
     slots: jax.Array
     rows: Rows | None
     has_initial_state: jax.Array | None
+    drafts: Drafts | None
     snapshots: Snapshots | None
     backend: str | None
+
+    @property
+    def verified(self) -> int:
+        """How many sequences are verified."""
+        return 0 if self.drafts is None else len(self.drafts.start)
 
 
 def _layer(
@@ -149,36 +179,72 @@ def _layer(
     """Take the residual stream of the tokens, (..., hidden_size), through one layer."""
     z, xBC, dt = project(config, layer, x)
     convolved, conv, kept_conv = _convolve(layer, state, xBC, call, kept)
-    heads, B, C = split_heads(config, convolved)
-    dt, dt_options = step_sizes(config, layer, dt)
-    y, ssm, *kept_ssm = ssu_bridge.update(
-        state.ssm,
-        heads,
-        dt,
-        -jnp.exp(layer.A_log),
-        B,
-        C,
-        layer.D,
-        **dt_options,
-        state_batch_indices=call.slots,
-        has_initial_state=call.has_initial_state,
-        cu_seqlens=call.rows and call.rows.cu_seqlens,
-        **_snapshot_arguments(call, kept),
-        backend=call.backend,
-    )
-    new = None if kept_conv is None else State(kept_conv, kept_ssm[0])
+    y, ssm, kept_ssm = _advance(config, layer, state, convolved, dt, call, kept)
+    new = None if kept_conv is None or kept_ssm is None else State(kept_conv, kept_ssm)
     return finish(config, layer, x, y, z), State(conv, ssm), new
+
+
+def _advance(
+    config: Mamba2Config, layer: Layer, state: State, xBC: jax.Array, dt: jax.Array, call: _Call, kept: State | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return what the SSM makes of the convolved tokens, its states after them, and those of the snapshots."""
+    heads, B, C = split_heads(config, xBC)
+    dt, options = step_sizes(config, layer, dt)
+    tokens = heads, dt, -jnp.exp(layer.A_log), B, C, layer.D
+    step: Callable[..., Any] = functools.partial(ssu_bridge.update, **options, backend=call.backend)
+    places, first, edges = _places(state, call.slots), call.verified, call.rows and call.rows.cu_seqlens
+    if call.drafts is None:
+        y, ssm, *kept_ssm = step(state.ssm, *tokens, **_read_arguments(call, places, kept))
+        return y, ssm, kept_ssm[0] if kept_ssm else None
+    verified_y, ssm = step(
+        state.ssm,
+        *tokens,
+        state_batch_indices=places[:first],
+        dst_state_batch_indices=places[:first],
+        num_accepted_tokens=call.drafts.start,
+        parent_tokens=call.drafts.parents,
+        cu_seqlens=None if edges is None else edges[: first + 1],
+    )
+    if edges is None or first == len(places):
+        return verified_y, ssm, None
+    y, ssm, *kept_ssm = step(ssm, *tokens, **_read_arguments(call, places, kept))
+    is_read = jnp.arange(len(y)) >= edges[first]
+    return jnp.where(is_read[:, None, None], y, verified_y), ssm, kept_ssm[0] if kept_ssm else None
+
+
+def _places(state: State, slots: jax.Array) -> jax.Array:
+    """Return where the states of sequences lie, (batch, those of a slot)."""
+    of_a_slot = state.ssm.shape[0] // state.conv.shape[0]
+    return jnp.where(slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype))
+
+
+def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[str, Any]:
+    """Return the arguments of ``update`` for the sequences that are read, whose rows come after the verified ones."""
+    first = call.verified
+    arguments: dict[str, Any] = {"state_batch_indices": places[first:, 0]}
+    if call.has_initial_state is not None:
+        arguments["has_initial_state"] = call.has_initial_state[first:]
+    if call.rows is not None:
+        arguments["cu_seqlens"] = call.rows.cu_seqlens[first:]
+    if kept is not None and call.snapshots is not None:
+        arguments["intermediate_states"] = kept.ssm
+        arguments["intermediate_state_indices"] = call.snapshots.entries[first:]
+        arguments["intermediate_stride"] = call.snapshots.stride
+    return arguments
 
 
 def _convolve(
     layer: Layer, state: State, xBC: jax.Array, call: _Call, kept: State | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
-    history = convolution.histories(state.conv, call.slots, has_initial_state=call.has_initial_state)
-    weights = layer.conv, layer.conv_bias
+    drafts, weights = call.drafts, (layer.conv, layer.conv_bias)
+    history = convolution.histories(
+        state.conv, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
+    )
     if call.rows is None:
         inputs = xBC if xBC.ndim == 3 else xBC[:, None]
-        convolved = convolution.convolve(history, inputs, *weights).reshape(xBC.shape)
+        parents = None if drafts is None else drafts.parents
+        convolved = convolution.convolve(history, inputs, *weights, parents=parents).reshape(xBC.shape)
         last = jnp.concatenate([history, inputs], axis=1)[:, inputs.shape[1] :]
         return convolved, convolution.stored(state.conv, call.slots, last), None
     convolved = convolution.convolve_packed(history, xBC, call.rows, *weights)
@@ -194,16 +260,6 @@ def _convolve(
     entries = jnp.where(there, call.snapshots.entries[:, None], kept.conv.shape[0])
     inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.conv.dtype)
     return convolved, conv, kept.conv.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
-
-
-def _snapshot_arguments(call: _Call, kept: State | None) -> dict[str, Any]:
-    if kept is None or call.snapshots is None:
-        return {}
-    return {
-        "intermediate_states": kept.ssm,
-        "intermediate_state_indices": call.snapshots.entries,
-        "intermediate_stride": call.snapshots.stride,
-    }
 
 
 # --- The parts of a layer; they take any number of axes before the last, so that training has them too ---

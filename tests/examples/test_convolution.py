@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba2_jax.convolution import Rows, convolve, convolve_packed, histories, last_inputs, stored
+from mamba2_jax.convolution import (
+    Rows,
+    after_path,
+    after_rejected,
+    convolve,
+    convolve_packed,
+    histories,
+    last_inputs,
+    stored,
+)
 
 CHANNELS, WIDTH = 3, 4
 
@@ -65,18 +74,18 @@ def test_rejected_drafts_are_taken_back(layer, rng):
     drafts, accepted = 4, [1, 4, 2]
     texts = drawn(rng, 8, 8, 8)
     cache, slots = jnp.zeros((3, WIDTH - 1 + drafts, CHANNELS)), jnp.array([2, 0, 1])
-    lengths, rejected = [3, 3, 3], None
+    lengths, kept = [3, 3, 3], None
     for step in range(3):
         wrong = drawn(rng, *[drafts] * 3)
         pieces = [t[n : n + drafts] for t, n in zip(texts, lengths, strict=True)] if step else [t[:3] for t in texts]
         if step == 1:  # of the drafts, only the accepted ones are the text's
             pieces = [np.concatenate([p[:a], w[a:]]) for p, w, a in zip(pieces, wrong, accepted, strict=True)]
         x, rows = packed(pieces)
-        history = histories(cache, slots, has_initial_state=jnp.full(3, step > 0), rejected=rejected)
+        history = histories(cache, slots, has_initial_state=jnp.full(3, step > 0), kept=kept)
         y = convolve_packed(history, x, rows, *layer)
         cache = stored(cache, slots, last_inputs(history, x, rows, rows.lengths))
         if step == 1:
-            rejected = jnp.array([drafts - a for a in accepted])
+            kept = after_rejected(cache.shape[1], jnp.array([drafts - a for a in accepted]))
             lengths = [n + a for n, a in zip(lengths, accepted, strict=True)]
         if step == 2:
             for i, (text, n) in enumerate(zip(texts, lengths, strict=True)):
@@ -93,3 +102,38 @@ def test_inputs_before_tokens_on_the_way(layer, rng):
         whole = np.concatenate([old[i], sequence])
         for j, end in enumerate(np.array(ends[i])):
             np.testing.assert_array_equal(found[i, j], whole[end : end + 3])
+
+
+def test_trees_of_drafts(layer, rng):
+    """Each token goes on after its parent, and the next call after any leaf; a chain is a tree."""
+    parents = np.array([[-1, 0, 1, 0, 3, 4], [-1, 0, 1, 2, 3, 4]])
+    tokens, leaves = parents.shape[1], jnp.array([5, 3])
+    before = drawn(rng, 5, 2)
+    cache = jnp.zeros((2, WIDTH - 1 + tokens - 1, CHANNELS))
+    x, rows = packed(before)
+    begun = last_inputs(histories(cache, jnp.arange(2), has_initial_state=jnp.zeros(2, bool)), x, rows, rows.lengths)
+    cache = stored(cache, jnp.arange(2), begun)
+    inputs = np.stack(drawn(rng, tokens, tokens))
+    history = histories(cache, jnp.arange(2))
+    y = convolve(history, jnp.array(inputs), *layer, parents=jnp.array(parents))
+    chain = convolve(history, jnp.array(inputs), *layer)
+    np.testing.assert_array_equal(y[1], chain[1])
+    cache = stored(cache, jnp.arange(2), jnp.concatenate([history, jnp.array(inputs)], axis=1)[:, tokens:])
+    kept = after_path(cache.shape[1], WIDTH, jnp.array(parents), leaves)
+    after = histories(cache, jnp.arange(2), kept=kept)
+    for i in range(2):
+        for token in range(tokens):
+            path = [token]
+            while path[0] > 0:
+                path.insert(0, parents[i, path[0]])
+            text = np.concatenate([before[i], inputs[i, path]])
+            np.testing.assert_allclose(y[i, token], exact(text, *layer)[-1], rtol=1e-5, atol=1e-6)
+            if token == leaves[i]:
+                np.testing.assert_array_equal(after[i, -(WIDTH - 1) :], text[-(WIDTH - 1) :])
+
+
+def test_what_is_kept_of_some_sequences_leaves_others_as_they_are(rng):
+    cache = jnp.array(rng.standard_normal((3, 6, CHANNELS)), jnp.float32)
+    found = histories(cache, jnp.array([2, 0]), kept=after_rejected(6, jnp.array([2])))
+    np.testing.assert_array_equal(found[0], np.concatenate([np.zeros((2, CHANNELS)), cache[2, :4]]))
+    np.testing.assert_array_equal(found[1], cache[0])

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import demo
-from mamba2_jax import benchmark, checkpoint, generate, plot
+from mamba2_jax import benchmark, checkpoint, drafts, generate, plot
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
 from mamba2_jax.initial import random_weights
@@ -100,6 +100,38 @@ def test_the_benchmark_of_prompts(run_here, tiny):
         for backend in ("cpu", "xla"):
             assert re.search(rf"^ +{what}{backend} +[\d.]+ [um]s .*[\d.]+ times xla$", shown, re.MULTILINE)
     assert re.search(r"by steps +cpu +[\d.]+ ms, [\d.]+ times one pass", shown)
+
+
+def test_the_benchmark_of_verification(run_here, tiny):
+    shown = run_here(benchmark, *SMALL, "--layers", "1", "--batch", "2", "--verify", "3")
+    for backend in ("cpu", "xla"):
+        for what in ("one token", "3 tokens, a slot for each"):
+            assert re.search(rf"^ +{backend} +{what} +[\d.]+ ms +[\d.]+ times one token$", shown, re.MULTILINE)
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, TINY, random_weights(TINY, jax.random.key(0)), "float32")
+    return tmp_path
+
+
+def test_the_benchmark_of_drafts(run_here, small_checkpoint, monkeypatch):
+    (small_checkpoint / "prompts.txt").write_text("Moses\nIn the beginning\n")
+    monkeypatch.setattr(drafts, "KJV", small_checkpoint)
+    shown = run_here(benchmark, "--speculate", 3, "--tokens", 40, "--rounds", 1).splitlines()
+    counts = r"\d+ of \d+ drafts accepted \(\d+ %\), [\d.]+ tokens a call"
+    for line, prompt in zip(shown[:2], ("Moses", "In the beginning"), strict=True):
+        assert re.fullmatch(rf"  {prompt} +plain \d+ tokens/s, drafts \d+ tokens/s, [\d.]+ times; {counts}", line)
+    assert re.fullmatch(rf"median of 2 prompts: [\d.]+ times the tokens per second; {counts}", shown[2])
+
+
+def test_generating_with_drafts(run_here, small_checkpoint):
+    of_a_text = ["--checkpoint", small_checkpoint, "--prompt", "Moses", "--tokens", 40, "--temperature", 0]
+    plain = run_here(generate, *of_a_text)
+    for options in (["--speculate", 3], ["--speculate", 3, "--branches", 2]):
+        *text, counts = run_here(generate, *of_a_text, *options).splitlines(keepends=True)
+        assert "".join(text) == plain
+        assert re.fullmatch(r"\d+ of \d+ drafts accepted .*\n", counts)
 
 
 # On a CPU the one of a small model takes the same options.
