@@ -40,7 +40,7 @@ def advance_replay(
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was changed.
     """
-    xp, cast = _namespace(cursor)
+    cursor, xp, cast = _with_namespace(cursor, slots, tokens, cu_seqlens, num_accepted)
     if (tokens is None) == (cu_seqlens is None):
         raise TypeError("tokens: expected either tokens or cu_seqlens, the lengths of the step's sequences")
     places, valid = _places(xp, cursor, slots, pad_slot_id)
@@ -73,7 +73,7 @@ def reset_replay(cursor: ReplayCursor, slots: Any, *, pad_slot_id: int = -1) -> 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was changed.
     """
-    xp, _ = _namespace(cursor)
+    cursor, xp, _ = _with_namespace(cursor, slots)
     places, valid = _places(xp, cursor, slots, pad_slot_id)
     zero = xp.zeros_like(cursor.start[places])
     return _stored(xp, cursor, places, valid, zero, zero)
@@ -98,7 +98,7 @@ def materialize(
     Raises:
         TypeError, ValueError: an argument is wrong.
     """
-    xp, cast = _namespace(cursor)
+    cursor, xp, cast = _with_namespace(cursor, slots, tokens, *_require_rings(replay_state))
     _require_own(replay_state, cursor)
     places, valid = _places(xp, cursor, slots, pad_slot_id)
     start, pending = phase(xp, cursor, places)
@@ -151,8 +151,14 @@ def to_replay(
     )
 
 
-def _namespace(cursor: Any) -> tuple[Any, Any]:
-    """Return the module that computes with the arrays of a cursor, and what casts an array to a dtype by name."""
+def _with_namespace(cursor: Any, *others: Any) -> tuple[ReplayCursor, Any, Any]:
+    """Return a cursor, the module that computes with its arrays, and what casts an array to a dtype by name.
+
+    A cursor of NumPy arrays becomes one of JAX alongside arrays of that.
+
+    Raises:
+        TypeError, ValueError: it is no cursor.
+    """
     if not isinstance(cursor, ReplayCursor):
         raise TypeError(f"cursor: expected a ReplayCursor, got {type(cursor).__name__}")
     framework, shape = framework_of(cursor.start), tuple(getattr(cursor.start, "shape", ()))
@@ -164,7 +170,12 @@ def _namespace(cursor: Any) -> tuple[Any, Any]:
             raise ValueError(
                 f"cursor.{name}: expected shape (slots,) and int32, got {dtype} of shape {tuple(array.shape)}"
             )
-    return namespace(cursor.start)
+    of_jax = next((array for array in others if framework == "numpy" and framework_of(array) == "jax"), None)
+    xp, cast = namespace(cursor.start if of_jax is None else of_jax)
+    if of_jax is not None:
+        start, pending = xp.asarray(cursor.start), xp.asarray(cursor.pending)
+        cursor = ReplayCursor(start, pending, cursor.window, cursor.tokens)
+    return cursor, xp, cast
 
 
 def _places(xp: Any, cursor: ReplayCursor, slots: Any, pad_slot_id: int) -> tuple[Any, Any]:
@@ -230,10 +241,15 @@ def _put(xp: Any, array: Any, values: Any, places: Any, valid: Any) -> Any:
     return longer[:-1]
 
 
-def _require_own(replay_state: Any, cursor: ReplayCursor) -> None:
-    """Check that a state is one that a cursor is for."""
+def _require_rings(replay_state: Any) -> tuple[Any, ...]:
+    """Return the rings of a ReplayState."""
     if not isinstance(replay_state, ReplayState):
         raise TypeError(f"replay_state: expected a ReplayState, got {type(replay_state).__name__}")
+    return replay_state[1:]
+
+
+def _require_own(replay_state: ReplayState, cursor: ReplayCursor) -> None:
+    """Check that a state is one that a cursor is for."""
     slots, length = cursor.start.shape[0], cursor.length
     for name, shape in ((name, getattr(replay_state, name).shape) for name in ("x", "B", "dt")):
         if shape[0] != slots or shape[2] != length:

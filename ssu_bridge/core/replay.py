@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 import sys
 import threading
@@ -77,8 +78,8 @@ class ReplayCursor:
             window: the most tokens that may be pending. More of them make the checkpoint be written less often and the
                 rings longer.
             tokens: the most tokens of a sequence in one call, from 1 to ``window``; 1 without speculation.
-            like: an array of the framework and on the device that the cursor is for, such as the checkpoint; None:
-                NumPy, which a ``jax.jit`` takes as well.
+            like: an array of the framework and on the device that the cursor is for, such as the checkpoint. None:
+                NumPy, which JAX takes as well.
 
         Raises:
             TypeError, ValueError: a number is none of those.
@@ -115,19 +116,29 @@ def zeros(shape: tuple[int, ...], dtype: str, like: Any, axes: tuple[int | None,
     if framework == "torch":
         return like.new_zeros(shape, dtype=getattr(sys.modules["torch"], dtype))
     if framework == "jax":
-        return sys.modules["jax"].numpy.zeros(shape, dtype, device=_sharding(like, axes))
+        return sys.modules["jax"].numpy.zeros(shape, dtype, device=_sharding(shape, like, axes))
     return np.zeros(shape, dtype)
 
 
-def _sharding(like: Any, axes: tuple[int | None, ...]) -> Any:
-    """Return where an array of JAX lies that is sharded along these axes of another; None where JAX decides it."""
+def _sharding(shape: tuple[int, ...], like: Any, axes: tuple[int | None, ...]) -> Any:
+    """Return where an array of JAX lies that is sharded along these axes of another; None where JAX decides it.
+
+    An axis that does not divide evenly is not sharded.
+    """
     jax = sys.modules["jax"]
     sharding = None if isinstance(like, jax.core.Tracer | jax.Ref) else like.sharding
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding if isinstance(sharding, jax.sharding.SingleDeviceSharding) else None
     spec = (*sharding.spec, *[None] * (like.ndim - len(sharding.spec)))
-    places = (None if axis is None else spec[axis] for axis in axes)
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*places))
+    places = [None if axis is None else spec[axis] for axis in axes]
+    sizes = [_shards(place, sharding.mesh.shape) for place in places]
+    even = (place if n % size == 0 else None for place, n, size in zip(places, shape, sizes, strict=True))
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*even))
+
+
+def _shards(place: Any, mesh: Any) -> int:
+    """Return over how many devices an axis is sharded."""
+    return math.prod(mesh[name] for name in (place if isinstance(place, tuple) else (place,)) if name is not None)
 
 
 def phase(xp: Any, cursor: ReplayCursor, slots: Any) -> tuple[Any, Any]:

@@ -177,6 +177,15 @@ def test_a_cursor_of_another_state_materializes_nothing():
 # --- The cursor ---
 
 
+def test_a_cursor_of_numpy_becomes_one_of_jax():
+    moved = ssu_bridge.advance_replay(cursor_of(), jnp.array([1, 2]), tokens=3)
+    assert isinstance(moved.start, jax.Array)
+    assert moved.pending.tolist() == [0, 3, 3, 0, 0, 0]
+    given = call("jax")
+    states = ssu_bridge.materialize(given["state"], cursor_of(), None, given["A"])
+    np.testing.assert_array_equal(states, given["state"].checkpoint)
+
+
 @pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
 def test_the_cursor_moves_by_what_stays(mode):
     start, pending = INT32([0, 7, 6, 2, 1, 4]), INT32([5, 2, 1, 3, 4, 0])

@@ -228,7 +228,8 @@ def _lacks(problem: Problem) -> str | None:
 def _wrong_sizes(problem: Problem) -> str | None:
     heads, N = problem.nheads, problem.dstate
     if problem.headdim not in (headdims := module.headdims()):
-        return f"it supports headdim {', '.join(map(str, headdims))}, and this is {problem.headdim}"
+        known = f"from 32 to 256 in multiples of {headdims.step}" if isinstance(headdims, range) else "64 or 128"
+        return f"it supports headdim {known}, and this is {problem.headdim}"
     if N not in _DSTATES or ("state_scale" in problem.names and N % _INT16_STEP):
         step = _INT16_STEP if "state_scale" in problem.names else _DSTATES.step
         return f"it supports dstate from 64 to 256 in multiples of {step}, and this is {N}"
@@ -317,6 +318,10 @@ def _wrong_algorithm(problem: Problem) -> str | None:
         return f"its {requested} kernel runs from compute capability 9.0 on"
     if requested == "horizontal" and "state_scale" in problem.names:
         return "its horizontal kernel does not support int16 states"
+    if requested == "horizontal" and problem.headdim % 64:
+        return f"its horizontal kernel supports headdim in multiples of 64, and this is {problem.headdim}"
+    if requested == "vertical" and problem.headdim < 48:
+        return f"its vertical kernel supports headdim from 48 on, and this is {problem.headdim}"
     if requested == "horizontal" and problem.nheads // problem.ngroups not in _HEADS_IN_A_GROUP:
         return "its horizontal kernel supports 1, 2, 4, 8, 16, 32 or 64 heads in a group"
     return None

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from ssu_bridge.progress import compiling
 _OLDEST, _KNOWN = (0, 6, 11), "0.6.11 to 0.7.4"
 # The first version whose stochastic rounding in software is right for subnormal numbers, infinities and NaN.
 _ROUNDS_SUBNORMALS = (0, 7, 4)
-# Versions before compile no code for other headdims below 128, and drop rows of those above.
-_HEADDIMS, _HEADDIMS_SINCE = (64, 128), {(0, 7, 4): (64, 128, 256)}
+# The first that compiles only the kernels that fit a headdim. Those before drop rows of headdims above 128.
+_FITS_HEADDIMS = (0, 7, 4)
 _INSTALL = "pip install 'flashinfer-python>=0.6.11'"
 _SOURCE = "mamba/selective_state_update.py"
 
@@ -82,10 +83,9 @@ def rounds_subnormals() -> bool:
     return _numbers(_version()) >= _ROUNDS_SUBNORMALS
 
 
-def headdims() -> tuple[int, ...]:
+def headdims() -> Sequence[int]:
     """Return the headdims that the installed version computes right."""
-    version = _numbers(_version())
-    return next((sizes for since, sizes in _HEADDIMS_SINCE.items() if version >= since), _HEADDIMS)
+    return range(32, 257, 16) if _numbers(_version()) >= _FITS_HEADDIMS else (64, 128)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -50,9 +50,9 @@ REFUSED = {
         f"the {form} form": (tokens(), with_algorithm(form), f"does not support the {form} form of several tokens")
         for form in ("loop", "matrix")
     },
-    "small heads": (sized(headdim=16), None, "headdim 64, 128.*, and this is 16"),
-    "odd heads": (sized(headdim=80), None, "headdim 64, 128.*, and this is 80"),
-    "large heads": (sized(headdim=512), None, "and this is 512"),
+    "small heads": (sized(headdim=16), None, "it supports headdim .*, and this is 16"),
+    "odd heads": (sized(headdim=72), None, "it supports headdim .*, and this is 72"),
+    "large heads": (sized(headdim=512), None, "it supports headdim .*, and this is 512"),
     "small dstate": (sized(dstate=32), None, "dstate from 64 to 256 in multiples of 32, and this is 32"),
     "odd dstate": (sized(dstate=72), None, "dstate .* and this is 72"),
     "large dstate": (sized(dstate=512), None, "dstate .* and this is 512"),
@@ -148,7 +148,7 @@ def test_what_is_refused_goes_to_triton_under_auto(monkeypatch):
         choice = dispatch.consider_problem(under_auto(problem_of(case)))
         assert choice.backend == taken
         assert [answer.backend for answer in choice.answers[:2]] == ["flashinfer", "triton"]
-    assert "flashinfer  not supported: it supports headdim 64, 128" in str(dispatch.Explanation((choice,)))
+    assert "flashinfer  not supported: it supports headdim " in str(dispatch.Explanation((choice,)))
 
 
 @pytest.mark.usefixtures("both_there")
@@ -157,7 +157,7 @@ def test_asked_for_by_name_it_raises_with_the_reason_and_who_can():
     config = dataclasses.replace(problem.options.config, backend="flashinfer")
     problem = dataclasses.replace(problem, options=dataclasses.replace(problem.options, config=config))
     with pytest.raises(
-        ssu_bridge.UnsupportedError, match=r"flashinfer: it supports headdim 64.*supported by backend='triton'"
+        ssu_bridge.UnsupportedError, match=r"flashinfer: it supports headdim .*supported by backend='triton'"
     ):
         dispatch.load(problem)
 

@@ -45,9 +45,19 @@ def trusted(case):
 
 
 MIXED = {"state": "bfloat16", "*": "bfloat16", "A": "float32"}
-# Sizes that later versions compute right.
-WIDE = sized(name="wide", headdim=256, dstate=128, dtypes=MIXED)
-LATER = {"headdim 256": WIDE, "headdim 256, tokens": tokens(WIDE, 4)} if 256 in flashinfer_module.headdims() else {}
+# Headdims that later versions compute right.
+WIDE = sized(name="headdim 256", headdim=256, dstate=128, dtypes=MIXED)
+SMALL = sized(name="headdim 32", headdim=32, dstate=128, dtypes=MIXED)
+LATER = {
+    "headdim 256": WIDE,
+    "headdim 256, tokens": sized(WIDE, name="headdim 256, tokens", tokens=4),
+    "headdim 256, float32": sized(WIDE, name="headdim 256, float32", dtypes={}),
+    "headdim 32": SMALL,
+    "headdim 32, tokens": sized(SMALL, name="headdim 32, tokens", tokens=4),
+    "headdim 80": sized(SMALL, name="headdim 80", headdim=80),
+    "headdim 80, int16": sized(SMALL, name="headdim 80, int16", headdim=80, dtypes={**MIXED, "state": "int16"}),
+}
+LATER = LATER if 256 in flashinfer_module.headdims() else {}
 # The contract's cases with sizes that FlashInfer takes.
 SIZED = [
     case if case.headdim == 64 else sized(case, headdim=64, dstate=64)

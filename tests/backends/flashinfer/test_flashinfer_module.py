@@ -193,10 +193,23 @@ def test_explain_knows_how_a_version_rounds(installed, version, expected):
     assert flashinfer.settings(described).split("; ")[-1] == expected
 
 
+@pytest.mark.parametrize("version", ["0.6.18.post1", "0.7.2", "0.7.4", "0.10.0"])
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.6.18.post1", False), ("0.7.2", False), ("0.7.4", True), ("0.10.0", True)]
+    ("headdim", "algorithm", "lacking"),
+    [
+        (64, "auto", None),
+        (256, "horizontal", None),
+        (80, "vertical", None),
+        (32, "simple", None),
+        (16, "auto", "it supports headdim from 32 to 256 in multiples of 16, and this is 16"),
+        (272, "auto", "it supports headdim from 32 to 256 in multiples of 16, and this is 272"),
+        (80, "horizontal", "its horizontal kernel supports headdim in multiples of 64, and this is 80"),
+        (32, "vertical", "its vertical kernel supports headdim from 48 on, and this is 32"),
+    ],
 )
-def test_headdim_256_is_supported_from_the_version_on_that_computes_it_right(installed, version, supported):
+def test_headdims_depend_on_the_version(installed, version, headdim, algorithm, lacking):
     installed(version)
-    expected = None if supported else "it supports headdim 64, 128, and this is 256"
-    assert flashinfer.refusal(problem_of(sized(headdim=256, dstate=128))) == expected
+    if version in ("0.6.18.post1", "0.7.2") and headdim != 64:
+        lacking = f"it supports headdim 64 or 128, and this is {headdim}"
+    with ssu_bridge.using(algorithm=algorithm):
+        assert flashinfer.refusal(problem_of(sized(headdim=headdim, dstate=128))) == lacking

@@ -25,6 +25,7 @@ from sharded import (
     sequences,
     step,
 )
+from sharded_replay import HEADS, OVER_HEADS, OVER_SEQUENCES, check_sharded
 
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
@@ -175,6 +176,18 @@ def test_one_token_of_a_quantised_state(state):
     check_everywhere(layer("quantised", dtypes={**MIXED, "state": state}), 1)
 
 
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit), ids=str)
+@pytest.mark.parametrize("state", ("bfloat16", "float32", "int8"))
+@pytest.mark.parametrize("count", (1, 4))
+def test_replay(count, state, kind):
+    of = functools.partial(layer, tokens=count, window=16, most=count, dtypes={**MIXED, "state": state})
+    phases = {"starts": (0, 7, 15, 2, 16, 4), "pending": (16, 2, 15, 14, 9, 0)}
+    own = {"sequences": 6, "slots": 6, "indices": None}
+    check_sharded(of("groups", **phases), mesh_of(kind, h=2), OVER_HEADS | {"replay_B": HEADS}, same)
+    check_sharded(of("one group", ngroups=1, **phases), mesh_of(kind, h=2), OVER_HEADS, same)
+    check_sharded(of("sequences", **phases, **own), mesh_of(kind, s=2), OVER_SEQUENCES, same)
+
+
 # Of the sizes that FlashInfer takes.
 sized = functools.partial(Case, nheads=8, headdim=64, dstate=64)
 
@@ -195,9 +208,9 @@ def test_flashinfer_over_sequences_and_explicit_axes():
 
 
 def test_flashinfer_refuses_shards_that_it_cannot_take():
-    case, mesh = sized("channels"), mesh_of(p=2)
+    case, mesh = sized("channels", headdim=48), mesh_of(p=2)
     with (
         ssu_bridge.using(backend="flashinfer"),
-        pytest.raises(jax.errors.JaxRuntimeError, match="headdim 64, 128.*, and this is 32"),
+        pytest.raises(jax.errors.JaxRuntimeError, match="headdim .*, and this is 24"),
     ):
         decode_in_place(case, put(drawn(case), mesh, channels()))

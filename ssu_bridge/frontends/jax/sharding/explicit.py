@@ -13,7 +13,7 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.frontends.jax.mapped_axes import Maps, axes_of, vmapped
 from ssu_bridge.frontends.jax.sharding.layout import Layout, Place, place_of, spec_of
-from ssu_bridge.frontends.jax.sharding.shards import localised
+from ssu_bridge.frontends.jax.sharding.shards import localised, shard_seed
 from ssu_bridge.frontends.jax.xla_errors import is_mapped_elsewhere
 
 
@@ -80,8 +80,14 @@ def _on_shards(
     given = {n: place_of(jax.typeof(a).sharding.spec, a.ndim) for n, a in arrays.items()}
     layout = Layout(problem, {n: a.shape for n, a in arrays.items()}, given, mesh.shape, maps)
 
+    # A ring of B that all shards of heads have is written alike by all of them, which JAX cannot infer.
+    inferred = not problem.replays
+
     def of_one_call(*shards: Any) -> Any:
-        return tuple(run(problem.options, localised(problem, layout, dict(zip(names, shards, strict=True)))))
+        given = localised(problem, layout, dict(zip(names, shards, strict=True)))
+        if "rand_seed" in given and not inferred:  # else it is where the call is traced that types say what varies
+            given["rand_seed"] = shard_seed(given["rand_seed"], layout.all)
+        return tuple(run(problem.options, given))
 
     # A result has the axes of all maps, and of its argument those of one call.
     symbols = {n: axes_of(problem, n, a.ndim, maps) for n, a in arrays.items()}
@@ -96,7 +102,9 @@ def _on_shards(
     placed = tuple(_put(array, mesh, spec) for array, spec in zip(arrays.values(), in_specs, strict=True))
     on_shard = vmapped(of_one_call, names, maps)
     try:
-        results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(*placed)
+        results = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=inferred)(
+            *placed
+        )
     except ValueError as error:
         if not is_mapped_elsewhere(error):
             raise

@@ -53,11 +53,14 @@ class Layout:
                     )
                 wanted["E"] = wanted["S"]
         self.places = {n: tuple(wanted.get(symbol, ()) for symbol in symbols[n]) for n in shapes}
-        for name in ("B", "C"):
+        divides = problem.ngroups % _count(wanted["H"], mesh) == 0
+        for name in ("B", "C", "replay_B"):
             # Groups may be sharded as the heads are, where no shard has a part of a group.
-            divides = problem.ngroups % _count(wanted["H"], mesh) == 0
-            if symbols[name][-2] == "G" and given[name][-2] == wanted["H"] and divides:
-                self.places[name] = (*self.places[name][:-2], wanted["H"], ())
+            axis = symbols[name].index("G") if "G" in symbols.get(name, ()) else None
+            if axis is not None and given[name][axis] == wanted["H"] and divides:
+                self.places[name] = (*self.places[name][:axis], wanted["H"], *self.places[name][axis + 1 :])
+            elif name == "replay_B" and axis is not None:
+                _check_groups(problem, wanted["H"], mesh)
         for name in shapes:
             # Where calls are XLA may have chosen itself, as for an array that is repeated for each.
             own, place = (_own(symbols[name], where[name]) for where in (self.places, given))
@@ -124,6 +127,16 @@ def _check(problem: Problem, symbol: str | int, size: int, axes: tuple[Any, ...]
         raise UnsupportedError(
             f"state: an axis of {size} is sharded over {_count(axes, mesh)} devices ({over}); expected a number that "
             "divides it"
+        )
+
+
+def _check_groups(problem: Problem, heads: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
+    """Check that a ring of B, whose groups are not sharded as the heads are, can be: each shard writes its own."""
+    if heads and problem.ngroups > 1:
+        count = _count(heads, mesh)
+        raise UnsupportedError(
+            f"replay_B: expected one group, or groups that are sharded over {' and '.join(map(repr, heads))} as the "
+            f"heads are, a multiple of {count}; got {problem.ngroups} groups elsewhere (to_replay shards them so)"
         )
 
 
