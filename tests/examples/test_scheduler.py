@@ -8,8 +8,10 @@ import pytest
 from mamba2_jax import checkpoint
 from mamba2_jax.generate import KJV, stream
 from mamba2_jax.prefix_cache import PrefixCache
+from mamba2_jax.requests import Sequence
 from mamba2_jax.sampling import Sampling
-from mamba2_jax.scheduler import Scheduler, Sequence
+from mamba2_jax.scheduler import Scheduler
+from mamba2_jax.speculate import Speculation
 
 WIDTH = 4
 PROMPTS = [b"In the beginning", b"And Moses said", b"Blessed are", b"T", b"The LORD is my", b"Behold, ", b"Who"]
@@ -56,7 +58,7 @@ def test_the_logits_of_a_sequence_are_those_of_the_sequence_alone(trained):
             batch.submit(other)
         while not request.done:
             batch.advance()
-            found[len(request.drawn)] = np.array(batch._carry.logits[0])
+            found[len(request.drawn)] = np.array(batch.batch.carry.logits[0])
         return np.stack([found[n] for n in sorted(found)])
 
     np.testing.assert_allclose(logits([]), logits(sequences()[:4] + sequences()[5:]), rtol=0, atol=1e-4)
@@ -82,6 +84,10 @@ def test_a_slot_s_next_owner_begins_from_zeros(trained):
         batch.submit(request)
     list(batch.run())
     assert again.drawn == once.drawn
+
+
+def test_a_prompt_may_be_read_a_row_a_step(trained):
+    assert decode(trained, sequences(), one_row=True) == decode(trained, sequences())
 
 
 @pytest.mark.parametrize("piece", [1, 5, 64])
@@ -199,9 +205,22 @@ def test_decoding_goes_on_while_a_prompt_is_read(trained):
         assert next(r.read for r in batch._places if r and r.request is long) == 8 * step
 
 
-def test_prompts_that_begin_alike_start_from_a_snapshot(trained):
+def test_each_sequence_is_verified_by_itself(trained):
+    """Beside pieces of prompts, with the same texts; drafts are taken back, and leave no trace in who comes next."""
+    batch, requests = scheduler(trained, rows=40, speculation=Speculation(6)), sequences()
+    for request in requests:
+        batch.submit(request)
+    list(batch.run())
+    assert {request.seed: request.drawn for request in requests} == decode(trained, sequences())
+    counts = batch.batch.counts
+    assert 0 < counts.accepted < counts.drafts
+    assert counts.calls + counts.accepted + len(requests) >= sum(len(request.drawn) for request in requests)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation(4)])
+def test_prompts_that_begin_alike_start_from_a_snapshot(trained, speculation):
     begin = list(b"And the LORD spake unto Moses, saying, ")
-    batch = scheduler(trained, width=2, rows=24, prefixes=3, prefix_stride=8)
+    batch = scheduler(trained, width=2, rows=24, prefixes=3, prefix_stride=8, speculation=speculation)
     plain = decode(trained, [Sequence([*begin, tail], 12, seed=tail) for tail in b"ABC"])
     read = []
     for tail in b"ABC":
@@ -243,6 +262,9 @@ def test_what_a_prefix_cache_gives_up():
         ({"rows": 3}, "rows: expected an int of 4 or more, got 3"),
         ({"rows": 10, "prefixes": 4, "prefix_stride": 8}, "rows: expected an int of 11 or more, got 10"),
         ({"prefixes": 2}, "prefixes: expected an int of 4 or more, got 2"),
+        ({"one_row": True, "prefixes": 4}, "one_row: expected neither prefixes nor speculation with it"),
+        ({"one_row": True, "speculation": Speculation()}, "one_row: expected neither prefixes nor speculation with it"),
+        ({"speculation": Speculation(7, 2)}, "speculation: expected one branch in packed rows, got 2"),
         ({"prefix_stride": 0}, "prefix_stride: expected an int of 1 or more, got 0"),
     ],
 )

@@ -9,8 +9,9 @@ import pytest
 
 from mamba2_jax import checkpoint, model
 from mamba2_jax.generate import KJV, prefill, stream
+from mamba2_jax.requests import Sequence
 from mamba2_jax.sampling import Sampling
-from mamba2_jax.scheduler import Scheduler, Sequence
+from mamba2_jax.scheduler import Scheduler
 
 TEXTS = {
     tuple(prompt.encode()): text.encode("latin-1")
