@@ -44,6 +44,8 @@ def advance_replay(
     if (tokens is None) == (cu_seqlens is None):
         raise TypeError("tokens: expected either tokens or cu_seqlens, the lengths of the step's sequences")
     places, valid = _places(xp, cursor, slots, pad_slot_id)
+    if not cursor.start.shape[0]:  # nothing is read of no slots
+        return cursor
     start, pending = phase(xp, cursor, places)
     if cu_seqlens is not None:
         edges = xp.clip(_numbers("cu_seqlens", cu_seqlens, pending, 1), 0, None)
@@ -75,6 +77,8 @@ def reset_replay(cursor: ReplayCursor, slots: Any, *, pad_slot_id: int = -1) -> 
     """
     cursor, xp, _ = _with_namespace(cursor, slots)
     places, valid = _places(xp, cursor, slots, pad_slot_id)
+    if not cursor.start.shape[0]:
+        return cursor
     zero = xp.zeros_like(cursor.start[places])
     return _stored(xp, cursor, places, valid, zero, zero)
 
@@ -101,6 +105,9 @@ def materialize(
     cursor, xp, cast = _with_namespace(cursor, slots, tokens, *_require_rings(replay_state))
     _require_own(replay_state, cursor)
     places, valid = _places(xp, cursor, slots, pad_slot_id)
+    if not cursor.start.shape[0]:
+        shape = (valid.shape[0], *replay_state.x.shape[1::2], replay_state.B.shape[3])
+        return zeros(shape, "float32", replay_state.dt, (None,) * 4)
     start, pending = phase(xp, cursor, places)
     if tokens is not None:
         pending = xp.minimum(pending, cast(_counts(xp, "tokens", tokens, pending, cursor.window), "int32"))

@@ -2,14 +2,16 @@
 
     python -m mamba2_jax.benchmark
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 64 --dtype bfloat16 --state-dtype bfloat16
+    python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --replay 16
     python -m mamba2_jax.benchmark --prompt 512
     python -m mamba2_jax.benchmark --verify 4
     python -m mamba2_jax.benchmark --speculate 8
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
-The first is mamba2-130m with one sequence in float32. Each of the others measures something else instead:
-how prompts are read, calls that verify several tokens, how much faster the trained model writes with drafts, and how
-much faster several devices decode that share the heads and the weights.
+The first is mamba2-130m with one sequence in float32. ``--replay`` measures whole tokens also with states that are
+written once in so many tokens. Each of the others measures something else instead: how prompts are read, calls that
+verify several tokens, how much faster the trained model writes with drafts, and how much faster several devices decode
+that share the heads and the weights.
 """
 
 import argparse
@@ -41,6 +43,7 @@ def compare(
     tokens: int,
     rounds: int,
     state_dtype: str = "float32",
+    replay: int | None = None,
 ) -> bool:
     """Print who runs and why, the speed of each backend present, that no state is copied, the checker's verdict."""
     step = measure.example_step(config, weights, batch, state_dtype)
@@ -53,6 +56,9 @@ def compare(
     sizes = config, weights, batch, state_dtype
     whole = {b: measure.whole_tokens(*sizes, tokens=tokens, backend=b) for b in backends}
     runs = {backend: run for backend, (run, _) in whole.items()}
+    windows = [(b, replay) for b in backends if replay and measure.replays(config, weights, step, replay, b)]
+    replayed = {f"{b}, replay": measure.whole_tokens(*sizes, tokens=tokens, backend=b, replay=w) for b, w in windows}
+    runs |= {name: run for name, (run, _) in replayed.items()}
     _print_speeds("whole token", measure.seconds(runs, rounds), 1e3 / tokens, "ms", tokens * batch)
     for backend, (_, compiled) in whole.items():
         if backend != "xla":  # whose arithmetic makes a new state before it is written to its slot
@@ -126,7 +132,7 @@ def compare_devices(
 def _print_speeds(what: str, seconds: dict[str, float], scale: float, unit: str, tokens: int = 0) -> None:
     for backend, time in seconds.items():
         rate = f"{tokens / time:10.1f} tokens/s" if tokens else ""
-        print(f"  {what:<12}{backend:<12}{time * scale:9.2f} {unit}{rate}  {seconds['xla'] / time:.2f} times xla")
+        print(f"  {what:<12}{backend:<20}{time * scale:9.2f} {unit}{rate}  {seconds['xla'] / time:.2f} times xla")
 
 
 def main() -> None:
@@ -136,6 +142,7 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, help="so many instead of all")
     parser.add_argument("--batch", type=positive, default=1, help="sequences decoded together")
     parser.add_argument("--tokens", type=positive, default=32, help="tokens of each sequence in a run")
+    parser.add_argument("--replay", type=positive, metavar="TOKENS", help="write states once in so many tokens, too")
     parser.add_argument("--prompt", type=positive, metavar="LENGTH", help="measure prompts of so many tokens instead")
     parser.add_argument(
         "--devices", type=positive, metavar="COUNT", help="measure heads and weights sharded over so many"
@@ -169,7 +176,7 @@ def main() -> None:
         elif arguments.devices:
             compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
         else:
-            passed = compare(config, weights, tokens=arguments.tokens, **options)
+            passed = compare(config, weights, tokens=arguments.tokens, replay=arguments.replay, **options)
     raise SystemExit(0 if passed else 1)
 
 

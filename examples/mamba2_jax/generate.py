@@ -3,6 +3,9 @@
 python -m mamba2_jax.generate --prompt "In the beginning" --tokens 400
 python -m mamba2_jax.generate --checkpoint FOLDER --temperature 0
 python -m mamba2_jax.generate --speculate 8 --temperature 0
+python -m mamba2_jax.generate --replay 16
+
+With --replay the states are written once in so many tokens and only read in the others.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ssu_bridge
-from command_line import mistakes_in_one_line
+from command_line import mistakes_in_one_line, positive
 from mamba2_jax import checkpoint, convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.sampling import DEFAULT, Sampling, sample
@@ -30,11 +33,20 @@ SHORTEST_PASS, LONGEST_PASS = 16, 2048
 
 
 class Progress(NamedTuple):
-    """Sequences under way: the states of all layers, the logits of the next token, and how many were drawn."""
+    """Sequences under way: the states of all layers, the logits of the next token, and how many were drawn.
+
+    ``cursor`` is that of states which are replayed.
+    """
 
     states: tuple[model.State, ...]
     logits: Any
     drawn: Any
+    cursor: ssu_bridge.ReplayCursor | None = None
+
+    def replayed(self, config: Mamba2Config, weights: model.Weights, window: int) -> "Progress":
+        """Return the same with states that are written once in so many tokens."""
+        states, cursor = model.with_replay(config, weights, self.states, window)
+        return self._replace(states=states, cursor=cursor)
 
 
 def prefill(
@@ -111,8 +123,11 @@ def decode(
     def token(progress: Progress, _: None) -> tuple[Progress, jax.Array]:
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, progress.drawn)
         tokens = sample(progress.logits, own, sampling)
-        logits, states = model.step(config, weights, progress.states, tokens, slots, backend)
-        return Progress(states, logits, progress.drawn + 1), tokens
+        cursor = progress.cursor
+        logits, states = model.step(config, weights, progress.states, tokens, slots, backend, cursor)
+        if cursor is not None:  # after all layers
+            cursor = ssu_bridge.advance_replay(cursor, slots, tokens=1)
+        return Progress(states, logits, progress.drawn + 1, cursor), tokens
 
     progress, tokens = jax.lax.scan(token, progress, None, length=count)
     return tokens.T, progress
@@ -127,14 +142,17 @@ def stream(
     sampling: Sampling = DEFAULT,
     seed: int = 0,
     state_dtype: str = "float32",
+    replay: int | None = None,
 ) -> Iterator[int]:
     """Yield so many tokens that follow a prompt, as they are decoded; no more after a token that ends the text.
+
+    With ``replay`` the states are written once in so many tokens; the text is the same.
 
     Raises:
         ValueError: the prompt is empty or has other tokens than the model, or an option is wrong; at once.
     """
     check_request(config, prompt, count, seed)
-    return _stream(config, weights, prompt, count, sampling, seed, state_dtype)
+    return _stream(config, weights, prompt, count, sampling, seed, state_dtype, replay)
 
 
 def check_request(config: Mamba2Config, prompt: Sequence[int], count: int, seed: int, least: int = 0) -> None:
@@ -166,10 +184,13 @@ def _stream(
     sampling: Sampling,
     seed: int,
     state_dtype: str,
+    replay: int | None,
 ) -> Iterator[int]:
     states = model.zero_states(config, 1, weights.embedding.dtype.name, state_dtype)
     slots, keys = jnp.zeros(1, jnp.int32), jax.random.key(np.uint32(seed))[None]
     progress = prefill(config, weights, states, [prompt], slots)
+    if replay is not None:
+        progress = progress.replayed(config, weights, replay)
     while count > 0:
         tokens, progress = decode(config, weights, progress, slots, keys, count=PIECE, sampling=sampling)
         for token in tokens[0, :count].tolist():
@@ -210,12 +231,17 @@ def main() -> None:
     parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--speculate", type=int, metavar="TOKENS", help="verify so many in a call: see speculate.py")
     parser.add_argument("--branches", type=int, default=1, help="continuations that are verified together, as a tree")
+    parser.add_argument("--replay", type=positive, metavar="TOKENS", help="write states once in so many tokens")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
     with mistakes_in_one_line(parser):
         sampling = Sampling(arguments.temperature, arguments.top_p)
         options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
+        if arguments.replay is not None:
+            if arguments.speculate is not None:
+                raise ValueError("--replay: expected none with --speculate, which stores a state after each token")
+            options["replay"] = arguments.replay
         if arguments.speculate is not None:
             from mamba2_jax.speculate import Speculation
 

@@ -58,6 +58,14 @@ def backends_present(step: dict[str, Any]) -> list[str]:
     return [str(b) for b in names if ssu_bridge.explain(**step, backend=b).backend is not None]
 
 
+def replays(config: Mamba2Config, weights: model.Weights, step: dict[str, Any], window: int, backend: str) -> bool:
+    """Return whether a backend can run a step with states that are replayed."""
+    dtype = weights.embedding.dtype
+    state = ssu_bridge.to_replay(step["state"], window, 1, config.n_groups, dtype, dtype)
+    cursor = ssu_bridge.ReplayCursor.empty(step["state"].shape[0], window, 1, like=step["state"])
+    return ssu_bridge.explain(**{**step, "state": state}, replay=cursor, backend=backend).backend is not None
+
+
 def ssm_steps(weights: model.Weights, step: dict[str, Any], *, tokens: int, backend: str) -> Run:
     """Return a run of so many SSM steps alone: each layer with its own state, its x the last one's y."""
     rest = {name: value for name, value in step.items() if name not in ("state", "x", "dt_softplus")}
@@ -92,15 +100,19 @@ def whole_tokens(
     *,
     tokens: int,
     backend: str,
+    replay: int | None = None,
     place: Place = lambda tree: tree,
 ) -> tuple[Run, Any]:
     """Return a run that decodes so many tokens greedily, and the compiled program.
 
-    ``place`` puts weights and states where they are to be.
+    With ``replay`` the states are written once in so many tokens. ``place`` puts weights and states where they are to
+    be.
     """
     dtype = weights.embedding.dtype.name
     weights, states = place(weights), place(model.zero_states(config, batch + _SPARE_SLOTS, dtype, state_dtype))
     progress = Progress(states, jnp.zeros((batch, config.vocab_size), jnp.float32), jnp.zeros((), jnp.int32))
+    if replay is not None:
+        progress = progress.replayed(config, weights, replay)
     slots, keys = _slots(batch), jax.random.split(jax.random.key(0), batch)
     compiled = decode.lower(
         config, weights, progress, slots, keys, count=tokens, sampling=Sampling(temperature=0), backend=backend

@@ -47,12 +47,12 @@ class State(NamedTuple):
     """What one layer carries from token to token, by slot.
 
     ``conv`` (slots, conv_kernel - 1, conv_size) has the last inputs of the convolution, ``ssm`` (slots, num_heads,
-    head_dim, state_size) the states. Where calls of up to T tokens are verified, ``conv`` has T - 1 inputs more, and
-    ``ssm`` T states for each slot, one after each token of the last such call.
+    head_dim, state_size) the states, or a ``ReplayState`` of them. Where calls of up to T tokens are verified, ``conv``
+    has T - 1 inputs more, and ``ssm`` T states for each slot, one after each token of the last such call.
     """
 
     conv: jax.Array
-    ssm: jax.Array
+    ssm: Any
 
 
 class Snapshots(NamedTuple):
@@ -96,6 +96,15 @@ def zero_states(
     return tuple(State(jnp.zeros(conv, conv_dtype), jnp.zeros(ssm, ssm_dtype)) for _ in range(config.num_hidden_layers))
 
 
+def with_replay(config: Mamba2Config, weights: Weights, states: tuple[State, ...], window: int) -> Any:
+    """Return states that are written once in so many single tokens, and the cursor that they share."""
+    dtype = weights.embedding.dtype
+    sizes = window, 1, config.n_groups, dtype, dtype
+    replayed = tuple(state._replace(ssm=ssu_bridge.to_replay(state.ssm, *sizes)) for state in states)
+    slots = states[0].conv.shape[0]
+    return replayed, ssu_bridge.ReplayCursor.empty(slots, window, 1, like=states[0].conv)
+
+
 def step(
     config: Mamba2Config,
     weights: Weights,
@@ -103,6 +112,7 @@ def step(
     tokens: jax.Array,
     slots: jax.Array,
     backend: str | None = None,
+    cursor: ssu_bridge.ReplayCursor | None = None,
 ) -> tuple[jax.Array, tuple[State, ...]]:
     """Take one token of each sequence.
 
@@ -112,11 +122,12 @@ def step(
         tokens: (batch,) integers.
         slots: (batch,) int32, where the state of each sequence lies; -1 is a place that stands empty.
         backend: who computes the SSM step; None: as configured while this is traced.
+        cursor: that of states which are replayed. It is only read: the caller moves it on after the step.
 
     Returns:
         The logits of the next token, (batch, vocab_size) in float32, and the new states.
     """
-    x, states, _ = forward(config, weights, states, tokens, slots, backend=backend)
+    x, states, _ = forward(config, weights, states, tokens, slots, backend=backend, cursor=cursor)
     return logits(config, weights, x), states
 
 
@@ -132,11 +143,12 @@ def forward(
     drafts: Drafts | None = None,
     snapshots: Snapshots | None = None,
     backend: str | None = None,
+    cursor: ssu_bridge.ReplayCursor | None = None,
 ) -> tuple[jax.Array, tuple[State, ...], tuple[State, ...] | None]:
     """Take tokens through all layers.
 
     Args:
-        config, weights, states, slots, backend: as in :func:`step`.
+        config, weights, states, slots, backend, cursor: as in :func:`step`.
         tokens: (batch,), (batch, length), or with ``rows`` (rows,).
         rows: the sequences of packed rows.
         has_initial_state: (batch,) bool; False for a sequence that begins here, whatever its slot holds.
@@ -148,7 +160,7 @@ def forward(
         snapshots' states, if there are some.
     """
     x = embed(config, weights, tokens)
-    call = _Call(slots, rows, has_initial_state, drafts, snapshots, backend)
+    call = _Call(slots, rows, has_initial_state, drafts, snapshots, backend, cursor)
     new_states, new_snapshots = [], []
     for i, (layer, state) in enumerate(zip(weights.layers, states, strict=True)):
         x, state, kept = _layer(config, layer, state, x, call, snapshots and snapshots.states[i])
@@ -166,6 +178,7 @@ class _Call(NamedTuple):
     drafts: Drafts | None
     snapshots: Snapshots | None
     backend: str | None
+    cursor: ssu_bridge.ReplayCursor | None
 
     @property
     def verified(self) -> int:
@@ -214,14 +227,15 @@ def _advance(
 
 def _places(state: State, slots: jax.Array) -> jax.Array:
     """Return where the states of sequences lie, (batch, those of a slot)."""
-    of_a_slot = state.ssm.shape[0] // state.conv.shape[0]
+    states = state.ssm.dt if isinstance(state.ssm, ssu_bridge.ReplayState) else state.ssm
+    of_a_slot = states.shape[0] // state.conv.shape[0]
     return jnp.where(slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype))
 
 
 def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[str, Any]:
     """Return the arguments of ``update`` for the sequences that are read, whose rows come after the verified ones."""
     first = call.verified
-    arguments: dict[str, Any] = {"state_batch_indices": places[first:, 0]}
+    arguments: dict[str, Any] = {"state_batch_indices": places[first:, 0], "replay": call.cursor}
     if call.has_initial_state is not None:
         arguments["has_initial_state"] = call.has_initial_state[first:]
     if call.rows is not None:

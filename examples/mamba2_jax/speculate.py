@@ -204,7 +204,7 @@ def begin(
     """Read prompts and draw the first token of each; sequence i has slot i. A text has room for ``capacity`` tokens."""
     batch, dtype = len(prompts), weights.embedding.dtype.name
     states = model.zero_states(config, batch, dtype, state_dtype, tokens=speculation.tokens)
-    states, logits, _ = prefill(config, weights, states, prompts, jnp.arange(batch, dtype=jnp.int32), backend)
+    states, logits = prefill(config, weights, states, prompts, jnp.arange(batch, dtype=jnp.int32), backend)[:2]
     text, lengths = np.zeros((batch, capacity), np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
     for own, prompt in zip(text, prompts, strict=True):
         own[: len(prompt)] = prompt

@@ -215,6 +215,17 @@ def test_the_cursor_moves_by_what_stays(mode):
 
 
 @pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
+def test_of_no_slots_nothing_is_read(mode):
+    state = ssu_bridge.to_replay(to_mode({"x": np.zeros((0, 2, 3, 4), "float32")}, mode)["x"], 3, 2, 1)
+    cursor = ssu_bridge.ReplayCursor.empty(0, 3, 2, like=state.checkpoint)
+    slots, A = to_mode({"x": INT32([1, -1]), "A": -ones(2)}, mode).values()
+    assert ssu_bridge.advance_replay(cursor, slots, tokens=1) is cursor
+    assert ssu_bridge.reset_replay(cursor, slots) is cursor
+    states = to_host({"x": ssu_bridge.materialize(state, cursor, slots, A)}, mode)["x"]
+    np.testing.assert_array_equal(states, np.zeros((2, 2, 3, 4), "float32"))
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch", "jax"])
 def test_a_sequence_without_tokens_leaves_its_cursor_alone(mode):
     wild = INT32([-(2**31), 2**31 - 1])
     arrays = (

@@ -91,7 +91,9 @@ SMALL = ["--layers", "2", "--tokens", "2", "--rounds", "1"]
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_benchmark_of_a_small_model(options, run_here, tiny):
-    assert_compared(run_here(benchmark, *SMALL, *options), options)
+    shown = run_here(benchmark, *SMALL, *options, "--replay", 3)
+    assert_compared(shown, options)
+    assert re.search(r"^ +whole token +xla, replay +[\d.]+ ms .*[\d.]+ times xla$", shown, re.MULTILINE)
 
 
 def test_the_benchmark_of_prompts(run_here, tiny):

@@ -132,6 +132,13 @@ def test_a_prompt_that_takes_several_passes(monkeypatch):
     np.testing.assert_allclose(several.logits, one.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [16, *(pytest.param(window, marks=pytest.mark.nightly) for window in (1, 5))])
+def test_a_text_is_the_same_with_replay(window):
+    config, weights = checkpoint.load(KJV)
+    expected = list(stream(config, weights, list(b"And "), 40, seed=3))
+    assert list(stream(config, weights, list(b"And "), 40, seed=3, replay=window)) == expected
+
+
 def test_text_is_printed_as_it_is_drawn(monkeypatch, capsys):
     printed = []
 
