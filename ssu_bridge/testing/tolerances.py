@@ -19,6 +19,9 @@ from ssu_bridge.core.quantized import SCALES
 _ROUNDINGS = 16
 _SMALLEST_NORMAL = 2.0**-126
 _TOLERANCE = f"rounding of what is within {_ROUNDINGS} * 2**-24 * sum of |terms|"
+# Four times the rounding of a bfloat16 number, for what is made of several that were rounded.
+_COARSER = 2.0**13
+_COARSE = f"rounding of what is within {_ROUNDINGS} * 2**-11 * sum of |terms|"
 # The shares of it that are tried.
 _SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 1)
 
@@ -54,6 +57,7 @@ def compare(
     after: Mapping[str, np.ndarray],
     *,
     coarse_rounding: bool = False,
+    coarse_products: bool = False,
 ) -> tuple[Row, ...]:
     """Compare the results of a call with the exact ones.
 
@@ -62,7 +66,11 @@ def compare(
         before: the call's arrays by name; "out" only if it was given.
         after: its results by name.
         coarse_rounding: what is rounded stochastically may be so by other random words, and small numbers to zero.
+        coarse_products: what is multiplied into outputs and states may be rounded to bfloat16 before.
     """
+    if coarse_products:
+        coarse = compare(_with_coarse_products(exact), before, after, coarse_rounding=coarse_rounding)
+        return tuple(row._replace(tolerance=row.tolerance.replace(_TOLERANCE, _COARSE)) for row in coarse)
     out, computed = after["out"].reshape(exact.out.shape), np.flatnonzero(exact.rows)
     rows = [_rounded_row("out", (computed,), out, exact.out[computed], exact.out_bounds[computed])]
     if "out" in before and not exact.rows.all():
@@ -78,6 +86,15 @@ def compare(
             rows += _stored(name, scale, store, after, coarse_rounding)
         rows.append(_rest(name, [(before[n], after[n]) for n in (name, scale) if n in before], untouched))
     return tuple(rows)
+
+
+def _with_coarse_products(exact: reference.Exact) -> reference.Exact:
+    """Return exact results with the bounds of products of bfloat16 numbers; what rings keep is not multiplied."""
+    stores = {
+        name: store if name in RINGS else store._replace(bounds=_COARSER * store.bounds)
+        for name, store in exact.stores.items()
+    }
+    return exact._replace(out_bounds=_COARSER * exact.out_bounds, stores=stores)
 
 
 def _last(store: reference.Store) -> reference.Store:

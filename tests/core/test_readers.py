@@ -23,6 +23,7 @@ import tvm_ffi
 
 from ssu_bridge.backends import cpu, flashinfer, triton
 from ssu_bridge.backends.flashinfer import backend as flashinfer_backend
+from ssu_bridge.backends.flashinfer import kernel as flashinfer_kernel
 from ssu_bridge.backends.triton import backend as triton_backend
 from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import launch_of, runtime_arguments, specialise
@@ -270,9 +271,9 @@ READERS = {
 def flashinfer_that_runs_nothing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flashinfer_backend.module, "load", lambda module: tvm_ffi.convert(lambda *_: None))
-        flashinfer_backend._kernel.cache_clear()
+        flashinfer_kernel.load.cache_clear()
         yield
-        flashinfer_backend._kernel.cache_clear()
+        flashinfer_kernel.load.cache_clear()
 
 
 def accepted_calls(examples, name, alike=False):

@@ -58,10 +58,11 @@ def tensors_of(call, mode="torch"):
     return unpaired(to_mode(arrays_of(call), mode))
 
 
-def problem_of(call, capability=(9, 0)):
-    """The Problem of a call, or of a case, on a GPU."""
-    call = draw(call) if isinstance(call, Case) else call
-    return ssu_bridge.explain(**paired(call), backend="reference").choices[0].problem.on("cuda", capability)
+def problem_of(call, capability=(9, 0), window=0):
+    """The Problem of a call, or of a case, on a GPU; ``window`` is that of the cursor of a call."""
+    if isinstance(call, Case):
+        call, window = draw(call), call.window
+    return ssu_bridge.explain(**paired(call, window), backend="reference").choices[0].problem.on("cuda", capability)
 
 
 def as_flashinfer_wants(tensors, one_token_axis=False):
@@ -73,6 +74,44 @@ def as_flashinfer_wants(tensors, one_token_axis=False):
     per_token = ("x", "z", "dt", "B", "C", "output")
     if one_token_axis:
         wanted |= {name: wanted[name].unsqueeze(1) for name in per_token if wanted[name] is not None}
+    wanted["A"] = wanted["A"][:, None, None].expand(H, P, N)
+    for name in ("dt", "D", "dt_bias"):
+        if wanted[name] is not None:
+            wanted[name] = wanted[name][..., None].expand(*wanted[name].shape, P)
+    return wanted
+
+
+# What checkpointing_ssu takes of the inputs of a call with a ReplayState.
+BRAIN = {"*": "bfloat16", "A": "float32"}
+WINDOW, MOST = 5, 3
+REPLAY = Case(
+    "replay",
+    headdim=64,
+    dstate=64,
+    window=WINDOW,
+    most=1,
+    starts=(0, 5, 4, 2, 1, 3),
+    pending=(5, 2, 1, 3, 4, 0),
+    dtypes={**BRAIN, "state": "bfloat16"},
+)
+REPLAY_TOKENS = sized(REPLAY, tokens=MOST, most=MOST, starts=(0, 7, 6, 2, 1, 4))
+REPLAY_PACKED = sized(REPLAY_TOKENS, tokens=6, cu_seqlens=(0, 3, 4, 6))
+
+
+def without_nan(arrays):
+    """The same with numbers in all rows of the rings, which FlashInfer multiplies with zeros."""
+    return {n: np.nan_to_num(array, nan=1.5) if n.startswith("replay") else array for n, array in arrays.items()}
+
+
+def as_checkpointing_wants(tensors, layout):
+    """The views that a caller of FlashInfer's checkpointing_ssu has to make, by the names of its arguments."""
+    _, H, P, N = tensors["state"].shape
+    ours = dict(zip(module.ReplayModule.PARAMETERS, module.REPLAY_ARGUMENTS.split(", "), strict=True))
+    wanted = dict.fromkeys(module.REPLAY_ARGUMENTS.split(", "))
+    wanted |= {ours[name]: tensor for name, tensor in tensors.items()}
+    for name in ("x", "dt", "B", "C", "z", "output"):
+        if wanted[name] is not None and layout != "multi":
+            wanted[name] = wanted[name].unsqueeze(1 if layout == "single" else 0)
     wanted["A"] = wanted["A"][:, None, None].expand(H, P, N)
     for name in ("dt", "D", "dt_bias"):
         if wanted[name] is not None:

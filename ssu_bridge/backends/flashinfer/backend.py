@@ -4,19 +4,13 @@ FlashInfer compiles them; the native library passes the arrays in the layout tha
 What they reject or compute wrong is refused here; docs/flashinfer.md records what was observed.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
-
 from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, lacks_form, missing_jax_ffi
-from ssu_bridge.backends.flashinfer import module
+from ssu_bridge.backends.flashinfer import module, replay
+from ssu_bridge.backends.flashinfer.kernel import AddedAxis, Specialisation, kernel_of
 from ssu_bridge.backends.flashinfer.module import Module
-from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.config import FLASHINFER_ALGORITHMS
-from ssu_bridge.core.arguments import SLOT_TABLES, TIED_AXES, VECTOR_BYTES
+from ssu_bridge.core.arguments import SLOT_TABLES, VECTOR_BYTES
 from ssu_bridge.core.problem import Problem
-from ssu_bridge.native import library
 
 PLATFORM = "cuda"
 CONFIG_FIELDS = ("philox_rounds", "algorithm")
@@ -40,26 +34,6 @@ ALIKE = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Specialisation:
-    """Everything that distinguishes one kernel from another."""
-
-    module: Module
-    names: tuple[str, ...]
-    one_token_axis: bool
-    dt_softplus: bool
-    pad_slot_id: int
-    disable_state_update: bool
-    algorithm: str
-    longest: int
-
-    @property
-    def target(self) -> str:
-        flags = f"softplus={self.dt_softplus:d};pad={self.pad_slot_id};keep={self.disable_state_update:d}"
-        form = f"axis={self.one_token_axis:d};longest={self.longest};algorithm={self.algorithm}"
-        return f"ssu_bridge.flashinfer({self.module};{','.join(self.names)};{flags};{form})"
-
-
 def missing(framework: str) -> str | None:
     """Return what is missing of a known FlashInfer, nvcc and, for JAX arrays, the FFI package."""
     return module.missing() or missing_jax_ffi(framework)
@@ -67,12 +41,16 @@ def missing(framework: str) -> str | None:
 
 def refusal(problem: Problem) -> str | None:
     """Refuse what FlashInfer rejects, and what it silently computes wrong."""
+    if problem.replays:
+        return replay.refusal(problem)
     rules = (cannot_run_there, _lacks, _wrong_sizes, _wrong_dtypes, _wrong_layout, _wrong_intermediates, _wrong_tokens)
     return next(filter(None, (rule(problem) for rule in (*rules, _wrong_algorithm))), None)
 
 
 def settings(problem: Problem) -> str:
     """Return which of FlashInfer's kernels run, and what they guarantee less than other backends."""
+    if problem.replays:
+        return replay.settings(problem)
     tokens = "multi-token" if _by_token(problem) else "single-token"
     said = [f"its {tokens} kernels, algorithm {_algorithm(problem)}"]
     if any(dtype.startswith("int") and name != "state" and name != "rand_seed" for name, dtype in problem.dtypes):
@@ -87,72 +65,23 @@ def settings(problem: Problem) -> str:
 
 def load(problem: Problem) -> DeviceKernel:
     """Return the kernel, which FlashInfer may have to compile."""
+    if problem.replays:
+        return replay.load(problem)
     options = problem.options
-    kernel = _kernel(
-        _Specialisation(
-            module=_module(problem),
-            names=(*problem.names, *problem.results),
-            one_token_axis=problem.layout == "single" and _by_token(problem),
-            dt_softplus=options.dt_softplus,
-            pad_slot_id=options.pad_slot_id,
-            disable_state_update=options.disable_state_update,
-            algorithm=_algorithm(problem),
-            longest=_longest(problem) if problem.layout == "packed" else 0,
-        )
+    scalars = {
+        "dt_softplus": options.dt_softplus,
+        "pad_slot_id": options.pad_slot_id,
+        "disable_state_update": options.disable_state_update,
+        "cache_steps": _longest(problem) if problem.layout == "packed" else 0,
+        "algorithm": ("auto", *FLASHINFER_ALGORITHMS).index(_algorithm(problem)),
+    }
+    specialisation = Specialisation(
+        module=_module(problem),
+        names=(*problem.names, *problem.results),
+        scalars=tuple(scalars.items()),
+        added_axis=AddedAxis.TOKEN if problem.layout == "single" and _by_token(problem) else AddedAxis.NONE,
     )
-    dtypes = tuple((name, dtype) for name, dtype in problem.dtypes if name != "out")
-    tokens = max(problem.tokens, 1)
-    reader = _reader(
-        dtypes,
-        problem.results,
-        problem.layout,
-        (problem.headdim, problem.dstate),
-        (tokens, tokens) if problem.layout == "multi" else ANY_TOKENS,
-    )
-    return kernel._replace(check=functools.partial(_check, reader, kernel.check))
-
-
-@functools.lru_cache(maxsize=256)
-def _reader(
-    dtypes: tuple[tuple[str, str], ...],
-    results: tuple[str, ...],
-    layout: str,
-    sizes: tuple[int, int],
-    tokens: tuple[int, int],
-) -> Callable[..., object]:
-    """Return the check that tensors are what a module was compiled for, tied as the adapter takes them."""
-    by_symbol = dict(zip("PN", sizes, strict=True))
-    return compiled_check(dtypes, results, tied=TIED_AXES, tables=None, layout=layout, sizes=by_symbol, tokens=tokens)
-
-
-def _check(reader: Callable[..., object], adapter: Callable[..., object], *tensors: Any) -> None:
-    reader(*tensors)
-    adapter(*tensors)
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(specialisation: _Specialisation) -> DeviceKernel:
-    import tvm_ffi
-
-    # Around a function that runs nothing, the adapter reads the tensors all the same. What FlashInfer's own launchers
-    # check is not known without a launch.
-    functions = (module.load(specialisation.module), tvm_ffi.convert(lambda *_: None))
-    return DeviceKernel(specialisation.target, *(_adapted(function, specialisation) for function in functions))
-
-
-def _adapted(function: Any, specialisation: _Specialisation) -> Any:
-    """Return a function of FlashInfer's as a kernel."""
-    return library().flashinfer_kernel(
-        function,
-        module.PARAMETERS,
-        specialisation.names,
-        specialisation.one_token_axis,
-        specialisation.dt_softplus,
-        specialisation.pad_slot_id,
-        specialisation.disable_state_update,
-        ("auto", *FLASHINFER_ALGORITHMS).index(specialisation.algorithm),
-        specialisation.longest,
-    )
+    return kernel_of(problem, specialisation, {"P": problem.headdim, "N": problem.dstate})
 
 
 def _module(problem: Problem) -> Module:
@@ -221,7 +150,7 @@ def _algorithm(problem: Problem) -> str:
 
 
 def _lacks(problem: Problem) -> str | None:
-    lacking = (Feature.TREES, Feature.FRESH, Feature.STRIDE, Feature.ROUND_EACH, Feature.REPLAY)
+    lacking = (Feature.TREES, Feature.FRESH, Feature.STRIDE, Feature.ROUND_EACH)
     return cannot(problem, *lacking) or lacks_form(problem)
 
 

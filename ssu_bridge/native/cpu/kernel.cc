@@ -270,8 +270,8 @@ ffi::Function make_compiled_check(ffi::Array<ArgumentRow> rows, bool updates_sta
   compiled_for.layout = static_cast<int>(layout);
   for (const SizeRow& row : sizes) {
     std::string symbol = row.get<0>();
-    if (symbol.size() != 1 || !std::strchr("HPNG", symbol[0]))
-      TVM_FFI_THROW(ValueError) << "sizes: expected those of H, P, N or G, got '" << symbol << "'";
+    if (symbol.size() != 1 || !std::strchr("HPNGR", symbol[0]))
+      TVM_FFI_THROW(ValueError) << "sizes: expected those of H, P, N, G or R, got '" << symbol << "'";
     compiled_for.sizes.emplace_back(symbol[0], row.get<1>());
   }
   compiled_for.least_tokens = tokens[0];

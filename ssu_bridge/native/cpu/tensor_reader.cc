@@ -445,6 +445,9 @@ void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArgume
   a.has_initial_state = read_flags(Argument::kHasInitialState, call);
   read_intermediates(call, a);
   check_seed(call, a);
+  // Of a GPU kernel, which was compiled for their dtypes.
+  for (Argument argument : kReplayArguments)
+    if (tensors[argument]) check(argument, call);
   a.out = read_operand(Argument::kOut, call);
 
   if (a.out.type != a.x.type) TVM_FFI_THROW(ValueError) << "out must have the type of x";

@@ -38,6 +38,11 @@ namespace ssu_bridge {
   X(kScales, "state_scale")                             \
   X(kIntermediateScales, "intermediate_state_scales")   \
   X(kSeed, "rand_seed")                                 \
+  X(kReplayX, "replay_x")                               \
+  X(kReplayB, "replay_B")                               \
+  X(kReplayDt, "replay_dt")                             \
+  X(kReplayStart, "replay_start")                       \
+  X(kReplayPending, "replay_pending")                   \
   X(kOut, "out")
 
 #define SSU_BRIDGE_ENUMERATOR(enumerator, name) enumerator,
@@ -48,6 +53,8 @@ constexpr const char* name_of(Argument argument) { return kArgumentNames[static_
 constexpr int kArguments = sizeof(kArgumentNames) / sizeof(*kArgumentNames);
 constexpr Argument kRequiredArguments[] = {Argument::kState, Argument::kX, Argument::kDt, Argument::kA,
                                            Argument::kB,     Argument::kC, Argument::kOut};
+constexpr Argument kReplayArguments[] = {Argument::kReplayX, Argument::kReplayB, Argument::kReplayDt,
+                                         Argument::kReplayStart, Argument::kReplayPending};
 
 // The tensors of a call; null where an optional one is absent.
 struct CallTensors {

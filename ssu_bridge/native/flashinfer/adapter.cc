@@ -19,6 +19,9 @@ namespace ffi = tvm::ffi;
 // What FlashInfer numbers its kernels.
 enum Algorithm : int64_t { kAuto, kSimple, kVertical, kHorizontal };
 constexpr const char* kAlgorithmNames[] = {"auto", "simple", "vertical", "horizontal"};
+// An axis of one entry that FlashInfer wants where it counts tokens and our callers have none: of the tokens of each
+// sequence, or of sequences in front of packed tokens.
+enum AddedAxis : int64_t { kNone, kToken, kLeading };
 // What its bulk copies need of an address.
 constexpr uint64_t kBulkCopyBytes = 128;
 
@@ -51,6 +54,11 @@ constexpr Parameter kParameters[] = {
     {"rand_seed", "1"},
     {"cu_seqlens", "="},
     {"num_accepted_tokens", "="},
+    {"replay_x", "="},
+    {"replay_B", "="},
+    {"replay_dt", "="},
+    {"replay_start", "="},
+    {"replay_pending", "="},
 };
 constexpr int kParameterCount = sizeof(kParameters) / sizeof(Parameter);
 
@@ -65,31 +73,19 @@ constexpr int kState = place_of("state"), kX = place_of("x"), kDt = place_of("dt
               kD = place_of("D"), kIntermediateStates = place_of("intermediate_states"),
               kSequenceEnds = place_of("cu_seqlens");
 
-// Where each of its arguments stands, arrays and others.
-class Positions {
- public:
-  explicit Positions(const ffi::Array<ffi::String>& parameters)
-      : softplus(find(parameters, "dt_softplus")),
-        pad_slot(find(parameters, "pad_slot_id")),
-        no_update(find(parameters, "disable_state_update")),
-        cache_steps(find(parameters, "cache_steps")),
-        algorithm(find(parameters, "algorithm")),
-        count(static_cast<int>(parameters.size())) {
-    for (int i = 0; i < kParameterCount; ++i) arrays[i] = find(parameters, kParameters[i].name);
-  }
+constexpr int kAbsent = -1;
 
-  int arrays[kParameterCount];
-  int softplus, pad_slot, no_update, cache_steps, algorithm;
-  int count;
+int position_of(const ffi::Array<ffi::String>& parameters, const std::string& name) {
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (name == std::string(parameters[i])) return static_cast<int>(i);
+  return kAbsent;
+}
 
- private:
-  static int find(const ffi::Array<ffi::String>& parameters, const std::string& name) {
-    for (size_t i = 0; i < parameters.size(); ++i)
-      if (name == std::string(parameters[i])) return static_cast<int>(i);
-    TVM_FFI_THROW(ValueError) << "FlashInfer has no parameter " << name;
-    return -1;
-  }
-};
+int required_position_of(const ffi::Array<ffi::String>& parameters, const std::string& name) {
+  int position = position_of(parameters, name);
+  if (position == kAbsent) TVM_FFI_THROW(ValueError) << "FlashInfer has no parameter " << name;
+  return position;
+}
 
 // The tensors of a call by their places; null for one that is absent.
 struct Tensors {
@@ -151,22 +147,25 @@ class Sizes {
 
 class FlashInferKernel {
  public:
-  FlashInferKernel(ffi::Function function, const ffi::Array<ffi::String>& parameters,
-                   const ffi::Array<ffi::String>& names, bool one_token_axis, bool dt_softplus, int64_t pad_slot_id,
-                   bool disable_state_update, int64_t algorithm, int64_t longest)
-      : function_(std::move(function)),
-        at_(parameters),
-        one_token_axis_(one_token_axis),
-        dt_softplus_(dt_softplus),
-        pad_slot_id_(pad_slot_id),
-        disable_state_update_(disable_state_update),
-        algorithm_(algorithm),
-        longest_(longest) {
-    if (algorithm < kAuto || algorithm > kHorizontal) TVM_FFI_THROW(ValueError) << "algorithm: expected 0 to 3";
+  FlashInferKernel(const ffi::Array<ffi::Function>& functions, const ffi::Array<ffi::String>& parameters,
+                   const ffi::Array<ffi::String>& names, const ffi::Map<ffi::String, ffi::Any>& scalars,
+                   int64_t added_axis)
+      : functions_(functions.begin(), functions.end()),
+        count_(static_cast<int>(parameters.size())),
+        steps_at_(position_of(parameters, "cache_steps")),
+        algorithm_at_(position_of(parameters, "algorithm")),
+        added_axis_(added_axis) {
+    if (added_axis < kNone || added_axis > kLeading) TVM_FFI_THROW(ValueError) << "added_axis: expected 0 to 2";
+    for (int i = 0; i < kParameterCount; ++i) at_[i] = position_of(parameters, kParameters[i].name);
     for (const ffi::String& name : names) {
       order_.push_back(place_of(std::string_view(name.data(), name.size())));
       if (order_.back() < 0) TVM_FFI_THROW(ValueError) << "FlashInfer takes no array " << name;
+      required_position_of(parameters, name);
     }
+    for (const auto& [name, value] : scalars) scalars_.emplace_back(required_position_of(parameters, name), value);
+    if (algorithm_at_ == kAbsent) return;
+    algorithm_ = scalars["algorithm"].cast<int64_t>();
+    if (algorithm_ < kAuto || algorithm_ > kHorizontal) TVM_FFI_THROW(ValueError) << "algorithm: expected 0 to 3";
   }
 
   void operator()(ffi::PackedArgs given, ffi::Any*) const {
@@ -174,20 +173,19 @@ class FlashInferKernel {
     Sizes sizes(tensors);
     if (sizes.empty) return;
     StridedView views[kParameterCount];
-    std::vector<ffi::AnyView> arguments(at_.count);  // None, unless set
+    std::vector<ffi::AnyView> arguments(count_);  // None, unless set
+    for (const auto& [position, value] : scalars_) arguments[position] = value;
     for (int i = 0; i < kParameterCount; ++i)
-      if (tensors[i]) arguments[at_.arrays[i]] = view(*tensors[i], kParameters[i].axes, sizes, views[i]);
-    if (!tensors[kD]) {
-      const Axis axes[] = {sizes.axis('H'), sizes.axis('p')};
-      arguments[at_.arrays[kD]] = views[kD].null(*tensors[kDt], axes, 2);
+      if (tensors[i]) arguments[at_[i]] = view(*tensors[i], kParameters[i].axes, sizes, views[i]);
+    if (tensors[kIntermediateStates]) arguments[steps_at_] = sizes.steps();
+    if (algorithm_at_ != kAbsent) {
+      arguments[algorithm_at_] = algorithm(tensors);
+      if (!tensors[kD]) arguments[at_[kD]] = no_skip(*tensors[kDt], sizes, views[kD]);
     }
-    arguments[at_.softplus] = dt_softplus_;
-    arguments[at_.pad_slot] = pad_slot_id_;
-    arguments[at_.no_update] = disable_state_update_;
-    arguments[at_.cache_steps] = longest_ ? longest_ : sizes.steps();
-    arguments[at_.algorithm] = algorithm(tensors);
-    ffi::Any result;
-    function_.CallPacked(arguments.data(), at_.count, &result);
+    for (const ffi::Function& function : functions_) {
+      ffi::Any result;
+      function.CallPacked(arguments.data(), count_, &result);
+    }
   }
 
  private:
@@ -211,16 +209,24 @@ class FlashInferKernel {
     if (*axes == '1') return result.view_as_one(tensor, DLDataType{kDLInt, 64, 1});
     Axis inner[StridedView::kMaxAxes];
     int outer = 0, count = 0;
-    if (*axes == '*') {
+    bool is_tokenwise = *axes == '*';
+    if (is_tokenwise) {
       outer = sizes.token_axes;
-      if (one_token_axis_) inner[count++] = {1, false};
+      if (added_axis_ == kToken) inner[count++] = {1, false};
       ++axes;
     } else if (*axes == 'S') {
       outer = 1;
       ++axes;
     }
     for (; *axes && count < StridedView::kMaxAxes; ++axes) inner[count++] = sizes.axis(*axes);
-    return result.view(tensor, outer, inner, count);
+    result.view(tensor, outer, inner, count);
+    return is_tokenwise && added_axis_ == kLeading ? result.with_leading_axis() : result.tensor();
+  }
+
+  // The D that selective_state_update insists on, without memory: it takes that for zeros.
+  static DLTensor* no_skip(const DLTensor& dt, const Sizes& sizes, StridedView& result) {
+    const Axis axes[] = {sizes.axis('H'), sizes.axis('p')};
+    return result.null(dt, axes, 2);
   }
 
   // FlashInfer's kernels besides the simple one read with bulk copies.
@@ -239,26 +245,24 @@ class FlashInferKernel {
     return algorithm_;
   }
 
-  ffi::Function function_;
-  Positions at_;
+  std::vector<ffi::Function> functions_;
+  // How many arguments its functions have, and which of them the arrays, the scalars and two of those are.
+  int count_;
+  int at_[kParameterCount];
+  std::vector<std::pair<int, ffi::Any>> scalars_;
+  int steps_at_, algorithm_at_;
   // For each tensor of a call, its place in kParameters.
   std::vector<int> order_;
-  bool one_token_axis_;
-  bool dt_softplus_;
-  int64_t pad_slot_id_;
-  bool disable_state_update_;
-  int64_t algorithm_;
-  int64_t longest_;
+  int64_t algorithm_ = kAuto;
+  int64_t added_axis_;
 };
 
 }  // namespace
 
-ffi::Function make_flashinfer_kernel(ffi::Function function, ffi::Array<ffi::String> parameters,
-                                     ffi::Array<ffi::String> names, bool one_token_axis, bool dt_softplus,
-                                     int64_t pad_slot_id, bool disable_state_update, int64_t algorithm,
-                                     int64_t longest) {
-  return ffi::Function::FromPacked(FlashInferKernel(std::move(function), parameters, names, one_token_axis, dt_softplus,
-                                                    pad_slot_id, disable_state_update, algorithm, longest));
+ffi::Function make_flashinfer_kernel(ffi::Array<ffi::Function> functions, ffi::Array<ffi::String> parameters,
+                                     ffi::Array<ffi::String> names, ffi::Map<ffi::String, ffi::Any> scalars,
+                                     int64_t added_axis) {
+  return ffi::Function::FromPacked(FlashInferKernel(functions, parameters, names, scalars, added_axis));
 }
 
 }  // namespace ssu_bridge

@@ -2,6 +2,8 @@
 
 #include <tvm/ffi/error.h>
 
+#include <algorithm>
+
 namespace ssu_bridge {
 
 DLTensor* StridedView::view(const DLTensor& source, int outer, const Axis* inner, int inner_count) {
@@ -25,6 +27,16 @@ DLTensor* StridedView::view(const DLTensor& source, int outer, const Axis* inner
     strides_[i] = source.strides && source.shape[i] > 1 ? source.strides[i] : step;
     step *= source.shape[i];
   }
+  return &tensor_;
+}
+
+DLTensor* StridedView::with_leading_axis() {
+  if (tensor_.ndim == kMaxAxes) TVM_FFI_THROW(ValueError) << "a tensor of " << kMaxAxes << " axes cannot get another";
+  std::copy_backward(shape_, shape_ + tensor_.ndim, shape_ + tensor_.ndim + 1);
+  std::copy_backward(strides_, strides_ + tensor_.ndim, strides_ + tensor_.ndim + 1);
+  shape_[0] = 1;
+  strides_[0] *= shape_[1];
+  ++tensor_.ndim;
   return &tensor_;
 }
 

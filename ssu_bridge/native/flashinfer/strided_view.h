@@ -25,6 +25,10 @@ class StridedView {
   // axes, dense but for those that repeat.
   DLTensor* view(const DLTensor& source, int outer, const Axis* inner, int inner_count);
 
+  // What was made last, with one more axis of one entry in front.
+  DLTensor* with_leading_axis();
+  DLTensor* tensor() { return &tensor_; }
+
   // One element, of `dtype`.
   DLTensor* view_as_one(const DLTensor& source, DLDataType dtype);
 

@@ -25,6 +25,7 @@ from flashinfer_calls import (
 
 import ssu_bridge
 from ssu_bridge.backends.flashinfer import backend as flashinfer
+from ssu_bridge.backends.flashinfer import kernel as flashinfer_kernel
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.testing.cases import Case
 
@@ -55,9 +56,9 @@ def calls(monkeypatch):
     recorded = []
     stand_in = tvm_ffi.convert(lambda *arguments: recorded.append(tuple(map(Seen.of, arguments))))
     monkeypatch.setattr(module, "load", lambda module: stand_in)
-    flashinfer._kernel.cache_clear()
+    flashinfer_kernel.load.cache_clear()
     yield recorded
-    flashinfer._kernel.cache_clear()
+    flashinfer_kernel.load.cache_clear()
 
 
 def run(call, tensors=None, change=lambda problem: problem):

@@ -24,6 +24,7 @@ from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler, Sequence
 from ssu_bridge import dispatch
 from ssu_bridge.backends.flashinfer import backend as flashinfer
+from ssu_bridge.backends.flashinfer import kernel as flashinfer_kernel
 from ssu_bridge.frontends.jax import metadata, step_primitive
 from ssu_bridge.testing.cases import Case
 
@@ -141,10 +142,10 @@ def with_a_gpu(monkeypatch):
     monkeypatch.setattr(step_primitive, "several_devices", lambda: False)
     monkeypatch.setattr(flashinfer.module, "missing", lambda: None)
     monkeypatch.setattr(flashinfer.module, "load", lambda module: tvm_ffi.convert(lambda *_: None))
-    flashinfer._kernel.cache_clear()
+    flashinfer_kernel.load.cache_clear()
     dispatch._chosen.cache_clear()
     yield
-    flashinfer._kernel.cache_clear()
+    flashinfer_kernel.load.cache_clear()
     dispatch._chosen.cache_clear()
 
 
