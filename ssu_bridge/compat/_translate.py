@@ -7,15 +7,16 @@ import torch
 
 from ssu_bridge.api import update
 from ssu_bridge.config import get_config
-from ssu_bridge.core.arguments import ARGUMENTS, FLOAT_ARRAYS, FLOATS, TIED_AXES
+from ssu_bridge.core.arguments import ARGUMENTS, FLOAT_ARRAYS, FLOATS, RINGS, TIED_AXES
 from ssu_bridge.core.arrays import is_dense
 from ssu_bridge.core.bounded import Bounded
 from ssu_bridge.core.problem import options_of
+from ssu_bridge.core.quantized import paired
 from ssu_bridge.frontends import dynamo
 from ssu_bridge.frontends.torch.frontend import Launcher
 
 # The axes of the float arrays in a call of one token for each sequence, all heads and groups spelt out.
-_AXES = {name: ARGUMENTS[name].shapes[0] for name in FLOAT_ARRAYS}
+_AXES = {name: ARGUMENTS[name].shapes[0] for name in (*FLOAT_ARRAYS, *RINGS)}
 # By all arguments of a drop-in that are no arrays, and the configuration in force.
 _launchers: Bounded[tuple[Any, ...], Launcher] = Bounded(64)
 _FLOATS = {getattr(torch, name) for name in FLOATS}
@@ -58,22 +59,23 @@ def step(arrays: dict[str, Any], key: tuple[Any, ...] = (), raw: tuple[Any, ...]
     Arrays that ``update`` would not accept are copied, and what it wrote to a copy is copied back. With ``key`` and
     ``raw``, :func:`repeated` finds the call again if nothing had to be translated.
     """
-    written = ("out",) if rest.get("disable_state_update") else ("out", "state")
+    written = ("out",) if rest.get("disable_state_update") else ("out", "state", *RINGS)
     given = {name: _acceptable(name, tensor, name in written) for name, tensor in arrays.items()}
-    if given["state"] is not arrays["state"]:
-        warnings.warn(
-            f"state: copied as a whole, because the trailing axes of the slots are not dense in memory "
-            f"(strides {tuple(arrays['state'].stride())})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    for name in ("state", *RINGS):
+        if given.get(name) is not arrays.get(name):
+            warnings.warn(
+                f"{name}: copied as a whole, because the trailing axes of the slots are not dense in memory "
+                f"(strides {tuple(arrays[name].stride())})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
     x, out = given["x"], given.get("out")
     if out is not None and x.dtype != out.dtype and {x.dtype, out.dtype} <= _FLOATS:
         given["x"], given["out"] = x.float(), out.float()
     as_they_came = given.get("out") is arrays.get("out") and _is_as_it_came({**given, **rest}, raw)
     if raw and as_they_came and not dynamo.tracing():
         return _launcher(key, rest)(raw, out)[0]
-    result = update(**given, **rest)[0]
+    result = update(**paired(given), **rest)[0]
     for name in written:
         if given.get(name) is not arrays.get(name):
             arrays[name].copy_(given[name])

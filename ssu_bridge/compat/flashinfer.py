@@ -1,4 +1,4 @@
-"""FlashInfer's ``flashinfer.mamba.selective_state_update``."""
+"""FlashInfer's ``flashinfer.mamba.selective_state_update`` and ``checkpointing_ssu``."""
 
 import contextlib
 from typing import Any
@@ -10,6 +10,9 @@ from ssu_bridge.compat._translate import repeated, rows, sequences_of, step, wit
 from ssu_bridge.config import using
 from ssu_bridge.core.arguments import TOKENWISE
 from ssu_bridge.core.quantized import QuantizedState
+from ssu_bridge.core.replay import ReplayCursor
+
+_CHECKPOINTING_ALGORITHMS = ("auto", "monolith", "two-kernel")
 
 
 def selective_state_update(
@@ -117,7 +120,9 @@ def selective_state_update(
         }
     config: dict[str, Any] = {}
     if rand_seed is not None:
-        config["philox_rounds"] = _checked_rounds(philox_rounds, state_scale)
+        if state_scale is not None:
+            raise ValueError("rand_seed: expected None with state_scale, got a seed")
+        config["philox_rounds"] = _checked_rounds(philox_rounds)
     if state_scale is not None and state_scale.ndim == 4:
         state_scale = state_scale.squeeze(-1)
     with using(**config) if config else contextlib.nullcontext():
@@ -135,9 +140,106 @@ def selective_state_update(
         )
 
 
-def _checked_rounds(philox_rounds: int, state_scale: Any) -> int:
-    if state_scale is not None:
-        raise ValueError("rand_seed: expected None with state_scale, got a seed")
+def checkpointing_ssu(
+    state: Any,
+    x_cache: Any,
+    B_cache: Any,
+    dt_cache: Any,
+    ring_start: Any,
+    prev_num_accepted_tokens: Any,
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    out: Any,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Any = None,
+    pad_slot_id: int = -1,
+    state_scale: Any = None,
+    rand_seed: Any = None,
+    philox_rounds: int = 10,
+    d_split: int | None = None,
+    cu_seqlens: Any = None,
+    max_seqlen: int | None = None,
+    enable_pdl: bool = False,
+    cb_scaled: Any = None,
+    cumAdt_vec: Any = None,
+    cb_old: Any = None,
+    precompute_heads_per_cta: int = 0,
+    algorithm: str = "auto",
+) -> Any:
+    """Compute the outputs of new tokens from a checkpoint and the tokens since, and keep the new ones.
+
+    It is the function of FlashInfer 0.7.4; older ones have rings of two buffers. The checkpoint of a sequence is
+    written, advanced by the tokens since, where those and the new ones are more than the rows of the rings less the
+    tokens of a call. The caller then moves ``ring_start`` and ``prev_num_accepted_tokens`` on, as
+    ``ssu_bridge.advance_replay`` does. The outputs are computed from the checkpoint before it is rounded, and those of
+    padding indices from zeros.
+
+    Args:
+        state: (slots, nheads, dim, dstate), the checkpoints, updated in place.
+        x_cache, B_cache: (slots, nheads, rows, dim) and (slots, ngroups, rows, dstate), rings of the dtypes of x and B.
+        dt_cache: (slots, nheads, rows) float32, the ring of step sizes.
+        ring_start: (slots,) int32, the row of the first token since the checkpoint.
+        prev_num_accepted_tokens: (slots,) int32, how many there are.
+        x, dt, z, out: (batch, tokens, nheads, dim), or with ``cu_seqlens`` (1, rows, nheads, dim). dt has one number a
+            head.
+        A: (nheads, dim, dstate), one number a head.
+        B, C: (batch, tokens, ngroups, dstate), or (1, rows, ngroups, dstate).
+        D, dt_bias: (nheads, dim), one number a head.
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (batch,), the slot of each sequence.
+        pad_slot_id: the index that stands for no slot.
+        state_scale: (slots, nheads, dim) float32, for a quantised state.
+        rand_seed: one int64 in a tensor, for stochastic rounding. The numbers drawn are not FlashInfer's.
+        philox_rounds: of the random generator.
+        cu_seqlens: (batch + 1,) int32, for packed sequences.
+        max_seqlen: the most tokens of a packed sequence.
+        algorithm: auto, monolith or two-kernel: ignored, as are the other arguments about how FlashInfer's kernels run.
+        d_split, enable_pdl, cb_scaled, cumAdt_vec, cb_old, precompute_heads_per_cta: ignored.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError, TypeError, UnsupportedError: as ``ssu_bridge.update``, and where FlashInfer requires x's dtype of B,
+            C, z and out. Windows of more than 16 tokens, which FlashInfer refuses, are for the backend to support.
+    """
+    if algorithm not in _CHECKPOINTING_ALGORITHMS:
+        raise ValueError(f"algorithm: expected {', '.join(_CHECKPOINTING_ALGORITHMS)}, got {algorithm!r}")
+    if (cu_seqlens is None) != (max_seqlen is None):
+        raise ValueError("max_seqlen: expected a number with cu_seqlens, and None without")
+    tokenwise = {"x": x, "dt": dt, "B": B, "C": C, "z": z, "out": out}
+    for name, tensor in tokenwise.items():
+        if tensor is not None and tensor.ndim != 4:
+            raise ValueError(f"{name}: expected four axes, got shape {tuple(tensor.shape)}")
+    _require_alike({name: tensor for name, tensor in tokenwise.items() if name != "dt"})
+    if cu_seqlens is not None:
+        if x.shape[0] != 1:
+            raise ValueError(f"x: expected shape (1, rows, nheads, dim) with cu_seqlens, got {tuple(x.shape)}")
+        tokenwise = {name: None if tensor is None else tensor[0] for name, tensor in tokenwise.items()}
+    tokens = x.shape[1] if max_seqlen is None else max_seqlen
+    cursor = ReplayCursor(ring_start, prev_num_accepted_tokens, x_cache.shape[2] - tokens, tokens)
+    arrays = {"A": A, "D": D, "dt_bias": dt_bias, "replay_x": x_cache, "replay_B": B_cache, "replay_dt": dt_cache}
+    config = {} if rand_seed is None else {"philox_rounds": _checked_rounds(philox_rounds)}
+    with using(**config) if config else contextlib.nullcontext():
+        step(
+            tokenwise | arrays | {"state": _quantized(state, state_scale)},
+            replay=cursor,
+            dt_softplus=dt_softplus,
+            state_batch_indices=state_batch_indices,
+            pad_slot_id=pad_slot_id,
+            cu_seqlens=cu_seqlens,
+            rand_seed=rand_seed,
+        )
+    return out
+
+
+def _checked_rounds(philox_rounds: int) -> int:
     if philox_rounds <= 0:
         raise ValueError(f"philox_rounds: expected at least 1, got {philox_rounds}")
     return philox_rounds

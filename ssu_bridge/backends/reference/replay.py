@@ -53,7 +53,8 @@ def _pending(problem: Problem, arrays: Mapping[str, Any], slot: int, row: int) -
 
 def _keep(kept: dict[str, list[Any]], step: Step, row: int, place: tuple[int, int]) -> None:
     """Keep what goes to a row of the rings: x and B as they are, and dt with what may be wrong with it."""
-    dt, dt_bounds = (np.broadcast_to(array, (step.problem.nheads, 1, 1))[:, 0, 0] for array in step.step_size(row))
+    # One number a head, which a view may repeat along headdim.
+    dt, dt_bounds = (array[:, 0, 0] for array in step.step_size(row))
     x, B = step.x[row][..., 0], step.B[row][:: step.problem.nheads // step.problem.ngroups, 0]
     kept["replay_x"].append((place, x, np.zeros_like(x), None))
     kept["replay_B"].append((place, B, np.zeros_like(B), None))
