@@ -23,7 +23,9 @@ class Config:
     """A server: its window, the most tokens of a call, how calls are laid out, its sizes, and the dtype of all but A.
 
     Attributes:
+        state_dtype: of the checkpoint, if it is another.
         tolerance: of outputs and states, relative and absolute.
+        unused: what rows of the rings hold that are not pending.
     """
 
     window: int
@@ -36,8 +38,10 @@ class Config:
     dstate: int = 8
     ngroups: int = 1
     dtype: str = "float32"
+    state_dtype: str | None = None
     steps: int = 30
     tolerance: float = 2e-5
+    unused: float = float("nan")
 
     def __str__(self):
         return f"{self.layout}, {self.tokens} of {self.window}"
@@ -166,12 +170,17 @@ class Server:
         self.config, self.mode, self.backend, self.prompts = config, mode, backend, prompts
         self.side = frontend(framework(mode))
         self.parameters = to_mode(parameters, mode)
-        state = np.zeros((config.slots, config.nheads, config.headdim, config.dstate), config.dtype)
+        state = np.zeros(
+            (config.slots, config.nheads, config.headdim, config.dstate), config.state_dtype or config.dtype
+        )
         state = to_mode({"state": state}, mode)["state"]
         sizes = (config.window, config.tokens)
         self.state = ssu_bridge.to_replay(state, *sizes, config.ngroups, config.dtype, config.dtype)
         # What is not pending may be anything.
-        rings = [self.put(np.full(tuple(ring.shape), np.nan, self.side.to_host(ring).dtype)) for ring in self.state[1:]]
+        rings = [
+            self.put(np.full(tuple(ring.shape), config.unused, self.side.to_host(ring).dtype))
+            for ring in self.state[1:]
+        ]
         self.state = ssu_bridge.ReplayState(state, *rings)
         first = self.put(rng.integers(0, sum(sizes), config.slots).astype("int32"))
         empty = ssu_bridge.ReplayCursor.empty(config.slots, *sizes, like=state)

@@ -46,7 +46,9 @@ class Specialisation:
         """The specialisation spelt out."""
         scalars = ";".join(f"{name}={value:d}" for name, value in self.scalars)
         function = self.module.FUNCTION + ("+pads" if self.fills_pads else "")
-        return f"ssu_bridge.flashinfer({function};{self.module};{','.join(self.names)};{scalars};axis={self.added_axis})"
+        return (
+            f"ssu_bridge.flashinfer({function};{self.module};{','.join(self.names)};{scalars};axis={self.added_axis})"
+        )
 
 
 def kernel_of(problem: Problem, specialisation: Specialisation, sizes: Mapping[str, int]) -> DeviceKernel:
@@ -74,9 +76,7 @@ def _reader(
     tokens: tuple[int, int],
 ) -> Callable[..., object]:
     """Return the check that tensors are what a module was compiled for, tied as the adapter takes them."""
-    return compiled_check(
-        dtypes, results, tied=TIED_AXES, tables=None, layout=layout, sizes=dict(sizes), tokens=tokens
-    )
+    return compiled_check(dtypes, results, tied=TIED_AXES, tables=None, layout=layout, sizes=dict(sizes), tokens=tokens)
 
 
 def _check(reader: Callable[..., object], adapter: Callable[..., object], *tensors: Any) -> None:

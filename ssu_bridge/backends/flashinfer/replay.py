@@ -56,8 +56,8 @@ def _wrong_sizes(problem: Problem) -> Iterator[str]:
     tokens = problem.tokens if problem.layout == "multi" else 1
     if problem.layout != "packed" and tokens not in (0, options.replay_tokens):
         yield (
-            f"needs as many tokens of each sequence as the cursor has, {options.replay_tokens}, and these are {tokens}; "
-            "with cu_seqlens it takes fewer"
+            f"needs as many tokens of each sequence as the cursor has, {options.replay_tokens}, and these are "
+            f"{tokens}; with cu_seqlens it takes fewer"
         )
 
 

@@ -25,7 +25,6 @@ from flashinfer_calls import (
 from ssu_bridge.backends.flashinfer import backend as flashinfer
 from ssu_bridge.backends.flashinfer import kernel, module, replay
 from ssu_bridge.config import Backend
-from ssu_bridge.core.quantized import unpaired
 from ssu_bridge.testing.check import judge
 
 NAMES = module.REPLAY_ARGUMENTS.split(", ")
@@ -214,7 +213,10 @@ def test_the_module_it_is_asked_for():
     )
     weights = replay.module_of(problem_of(typed(dt="float32", D="float16", dt_bias="float16"))).weight_dtype
     assert weights == "float16"
-    assert replay.module_of(problem_of(typed(sized(REPLAY, absent=("D", "dt_bias")), dt="float32"))).weight_dtype == "float32"
+    assert (
+        replay.module_of(problem_of(typed(sized(REPLAY, absent=("D", "dt_bias")), dt="float32"))).weight_dtype
+        == "float32"
+    )
 
 
 # --- What it is called with ---
@@ -242,10 +244,14 @@ def simulated(most, tensors, of_pads=False):
             slot = number if given["state_batch_indices"] is None else int(given["state_batch_indices"][number])
             if (slot == given["pad_slot_id"]) != of_pads:
                 continue
-            row, first, last = (number, 0, most) if cu_seqlens is None else (0, *cu_seqlens[number : number + 2].tolist())
+            row, first, last = (
+                (number, 0, most) if cu_seqlens is None else (0, *cu_seqlens[number : number + 2].tolist())
+            )
             assert cu_seqlens is not None or given["x"].shape[1] == most
             rings = [given[name] for name in ("x_cache", "B_cache", "dt_cache")]
-            start, pending = (int(given[n][slot]) for n in ("ring_start", "prev_num_accepted")) if not of_pads else (0, 0)
+            start, pending = (
+                (int(given[n][slot]) for n in ("ring_start", "prev_num_accepted")) if not of_pads else (0, 0)
+            )
             S = torch.zeros(state.shape[1:], dtype=torch.float64) if of_pads else state[slot].double()
             for k in range(pending):
                 S = advanced(S, given["A"], *(ring[slot, :, (start + k) % x_cache.shape[2]].double() for ring in rings))
@@ -331,7 +337,9 @@ def test_arguments(case, calls):
     tensors = tensors_of(draw(case))
     tensors["out"] = torch.empty_like(tensors["x"])
     problem = run(case, tensors)
-    wanted = as_checkpointing_wants({**tensors, "B": with_groups(case, tensors, "B"), "C": with_groups(case, tensors, "C")}, problem.layout)
+    wanted = as_checkpointing_wants(
+        {**tensors, "B": with_groups(case, tensors, "B"), "C": with_groups(case, tensors, "C")}, problem.layout
+    )
     if "rand_seed" in tensors:
         wanted["rand_seed"] = tensors["rand_seed"].reshape(1)
     expected = [
