@@ -27,7 +27,8 @@ struct Floats {
   Floats() = default;
   explicit Floats(const TensorView& tensor)
       : data(tensor.data_ptr()), is_single(tensor.dtype().bits == 32), is_brain(tensor.dtype().code == kDLBfloat) {}
-  explicit Floats(const Optional<TensorView>& tensor) : Floats(tensor.has_value() ? Floats(tensor.value()) : Floats()) {}
+  explicit Floats(const Optional<TensorView>& tensor)
+      : Floats(tensor.has_value() ? Floats(tensor.value()) : Floats()) {}
 
   __device__ float at(int64_t i) const {
     if (is_single) return static_cast<const float*>(data)[i];
@@ -62,8 +63,8 @@ struct Call {
   bool slots_are_64_bit, softplus;
 
   __device__ bool is_pad(int sequence) const {
-    int64_t slot = slots_are_64_bit ? static_cast<const int64_t*>(slots)[sequence]
-                                    : static_cast<const int32_t*>(slots)[sequence];
+    int64_t slot =
+        slots_are_64_bit ? static_cast<const int64_t*>(slots)[sequence] : static_cast<const int32_t*>(slots)[sequence];
     return slot == pad;
   }
   __device__ float step_size(int64_t at, int head) const {
@@ -77,8 +78,8 @@ __device__ float sum_of_warp(float value) {
   return value;
 }
 
-// From zeros, the output of token t is the sum over tokens j up to it of x_j, weighted with the step size of j, the decay
-// from there on, and C_t . B_j; then D and the gate.
+// From zeros, the output of token t is the sum over tokens j up to it of x_j, weighted with the step size of j, the
+// decay from there on, and C_t . B_j; then D and the gate.
 __global__ void fill(Call call) {
   __shared__ float steps[kMostTokens], weights[kMostTokens][kMostTokens];
   int sequence = blockIdx.x, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -127,7 +128,8 @@ class CurrentDevice {
   ~CurrentDevice() { cudaSetDevice(before_); }
 
   static void check(cudaError_t error) {
-    if (error != cudaSuccess) TVM_FFI_THROW(RuntimeError) << "outputs of padding indices: " << cudaGetErrorString(error);
+    if (error != cudaSuccess)
+      TVM_FFI_THROW(RuntimeError) << "outputs of padding indices: " << cudaGetErrorString(error);
   }
 
  private:
