@@ -106,7 +106,7 @@ def without_nan(arrays):
 def as_checkpointing_wants(tensors, layout):
     """The views that a caller of FlashInfer's checkpointing_ssu has to make, by the names of its arguments."""
     _, H, P, N = tensors["state"].shape
-    ours = dict(zip(module.ReplayModule.PARAMETERS, module.REPLAY_ARGUMENTS.split(", "), strict=True))
+    ours = dict(zip(module.REPLAY_PARAMETERS, module.REPLAY_ARGUMENTS.split(", "), strict=True))
     wanted = dict.fromkeys(module.REPLAY_ARGUMENTS.split(", "))
     wanted |= {ours[name]: tensor for name, tensor in tensors.items()}
     for name in ("x", "dt", "B", "C", "z", "output"):

@@ -45,7 +45,7 @@ class Specialisation:
     def target(self) -> str:
         """The specialisation spelt out."""
         scalars = ";".join(f"{name}={value:d}" for name, value in self.scalars)
-        function = self.module.FUNCTION + ("+pads" if self.fills_pads else "")
+        function = self.module.function + ("+pads" if self.fills_pads else "")
         return (
             f"ssu_bridge.flashinfer({function};{self.module};{','.join(self.names)};{scalars};axis={self.added_axis})"
         )
@@ -102,7 +102,7 @@ def _adapted(functions: list[Any], specialisation: Specialisation) -> Any:
     """Return functions of FlashInfer's signature, to be called one after the other, as a kernel."""
     return library().flashinfer_kernel(
         functions,
-        specialisation.module.PARAMETERS,
+        specialisation.module.parameters,
         specialisation.names,
         dict(specialisation.scalars),
         int(specialisation.added_axis),

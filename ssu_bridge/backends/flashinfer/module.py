@@ -24,6 +24,7 @@ _ROUNDS_SUBNORMALS = (0, 7, 4)
 # The first that compiles only the kernels that fit a headdim. Those before drop rows of headdims above 128.
 _FITS_HEADDIMS = (0, 7, 4)
 _INSTALL = "pip install 'flashinfer-python>=0.6.11'"
+_STEP, _REPLAY = "selective_state_update", "checkpointing_ssu"
 # Where an entry is, where its C++ function is declared, and what computes the outputs that this leaves alone.
 _ENTRIES = "mamba/{}.py"
 _REPLAY_BINDING = "data/csrc/checkpointing_ssu_jit_binding.cu"
@@ -53,20 +54,13 @@ _RENAMED = {
 }
 
 
-def _by_our_names(arguments: str) -> tuple[str, ...]:
-    return tuple(_RENAMED.get(name, name) for name in arguments.split(", "))
+PARAMETERS, REPLAY_PARAMETERS = (
+    tuple(_RENAMED.get(name, name) for name in arguments.split(", ")) for arguments in (ARGUMENTS, REPLAY_ARGUMENTS)
+)
 
 
 class Module(NamedTuple):
-    """The parameters that FlashInfer compiles a module for, under its names; dtypes by Torch's names.
-
-    Attributes:
-        FUNCTION: the module's one function.
-        PARAMETERS: those of the function by our names, as the native adapter takes them.
-    """
-
-    FUNCTION = "selective_state_update"
-    PARAMETERS = _by_our_names(ARGUMENTS)
+    """The parameters that FlashInfer compiles a module for, under its names; dtypes by Torch's names."""
 
     state_dtype: str
     input_dtype: str
@@ -82,15 +76,22 @@ class Module(NamedTuple):
     state_scale_dtype: str | None
     philox_rounds: int
 
+    @property
+    def function(self) -> str:
+        """The module's one function."""
+        return _STEP
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Those of the function by our names, as the native adapter takes them."""
+        return PARAMETERS
+
     def __str__(self) -> str:
         return _spelt(self)
 
 
 class ReplayModule(NamedTuple):
     """The same for checkpointing_ssu."""
-
-    FUNCTION = "checkpointing_ssu"
-    PARAMETERS = _by_our_names(REPLAY_ARGUMENTS)
 
     state_dtype: str
     input_dtype: str
@@ -108,6 +109,16 @@ class ReplayModule(NamedTuple):
     philox_rounds: int
     enable_pdl: bool
 
+    @property
+    def function(self) -> str:
+        """The module's one function."""
+        return _REPLAY
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Those of the function by our names, as the native adapter takes them."""
+        return REPLAY_PARAMETERS
+
     def __str__(self) -> str:
         return _spelt(self)
 
@@ -124,8 +135,8 @@ def missing() -> str | None:
     version = _version()
     if version and _numbers(version) < _OLDEST:
         return f"FlashInfer {version} is too old, known are {_KNOWN}: {_INSTALL}"
-    source = Path(spec.submodule_search_locations[0]) / _ENTRIES.format(Module.FUNCTION)
-    if _signature(source, Module.FUNCTION) != (Module._fields, ARGUMENTS):
+    source = Path(spec.submodule_search_locations[0]) / _ENTRIES.format(_STEP)
+    if _signature(source, _STEP) != (Module._fields, ARGUMENTS):
         return f"FlashInfer {version} calls its kernels in another way than those known, {_KNOWN}: {_INSTALL}"
     if not _has_compiler() and importlib.util.find_spec("flashinfer_jit_cache") is None:
         return (
@@ -141,7 +152,7 @@ def lacks_replay() -> str | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     package = Path(spec.submodule_search_locations[0])
-    fields, _ = _signature(package / _ENTRIES.format(ReplayModule.FUNCTION), ReplayModule.FUNCTION)
+    fields, _ = _signature(package / _ENTRIES.format(_REPLAY), _REPLAY)
     if (fields, _declared(package / _REPLAY_BINDING)) == (ReplayModule._fields, REPLAY_ARGUMENTS):
         return None
     return (
@@ -181,13 +192,13 @@ def load(module: Module | ReplayModule) -> Any:
 
     def compiled() -> Any:
         # By its name in full: FlashInfer has a function of that name in this module's place.
-        source = importlib.import_module(f"flashinfer.mamba.{module.FUNCTION}")
+        source = importlib.import_module(f"flashinfer.mamba.{module.function}")
         import torch
 
         values = (getattr(torch, str(v)) if n.endswith("dtype") and v else v for n, v in module._asdict().items())
         return source._get_module(*values)
 
-    return getattr(_compiled(compiled), module.FUNCTION)
+    return getattr(_compiled(compiled), module.function)
 
 
 # There is one, for all dtypes and sizes.

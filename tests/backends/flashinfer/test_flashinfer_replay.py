@@ -363,7 +363,7 @@ def test_strides_of_slots_and_of_the_cursor_are_kept(calls):
         tensors[name] = wide[:, 0]
     run(REPLAY, tensors)
     got = dict(zip(NAMES, calls[0][1], strict=True))
-    for name, argument in zip(module.ReplayModule.PARAMETERS, NAMES, strict=True):
+    for name, argument in zip(module.REPLAY_PARAMETERS, NAMES, strict=True):
         if name.startswith("replay") or name == "state":
             assert got[argument][1] == tensors[name].stride()
 

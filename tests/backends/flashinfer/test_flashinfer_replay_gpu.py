@@ -31,7 +31,7 @@ from ssu_bridge.testing.check import results_by_name
 
 pytestmark = pytest.mark.gpu
 
-NAMES = dict(zip(module.REPLAY_ARGUMENTS.split(", "), module.ReplayModule.PARAMETERS, strict=True))
+NAMES = dict(zip(module.REPLAY_ARGUMENTS.split(", "), module.REPLAY_PARAMETERS, strict=True))
 
 
 def fitted(case):
