@@ -8,9 +8,9 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, cannot_run_there, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax_ffi
 from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
-from ssu_bridge.backends.triton import forms
+from ssu_bridge.backends.triton import forms, replay
 from ssu_bridge.backends.triton.compile import (
     Argument,
     Grid,
@@ -46,7 +46,7 @@ def refusal(problem: Problem) -> str | None:
         return reason
     if problem.headdim * problem.dstate >= _MOST_ELEMENTS_OF_A_HEAD:
         return f"it supports heads of less than 2**31 elements, and these have {problem.headdim * problem.dstate}"
-    return cannot(problem, Feature.REPLAY) or forms.refusal(problem)
+    return forms.refusal(problem)
 
 
 def load(problem: Problem) -> DeviceKernel:
@@ -86,10 +86,21 @@ def _reader(s: Specialisation) -> Callable[..., object]:
         tied=s.tied,
         tables=s.tables,
         layout=s.layout,
-        sizes={"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups},
+        sizes=_sizes(s),
         intermediate_stride=s.intermediate_stride,
-        tokens=(0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS,
+        tokens=_tokens(s),
     )
+
+
+def _sizes(s: Specialisation) -> dict[str, int]:
+    sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
+    return sizes | ({"R": s.window + s.most_tokens} if s.window else {})
+
+
+def _tokens(s: Specialisation) -> tuple[int, int]:
+    if s.window:
+        return replay.tokens_of(s)
+    return (0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS
 
 
 def _check(reader: Callable[..., object], grid: Grid, passed: Sequence[Argument], *tensors: Any) -> None:

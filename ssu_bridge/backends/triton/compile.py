@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssu_bridge.backends.triton import replay
 from ssu_bridge.backends.triton.tiles import Tile, is_plain
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
@@ -45,6 +46,8 @@ class Specialisation:
     intermediate_stride: int
     philox_rounds: int
     rounds_each_token: bool
+    window: int
+    most_tokens: int
     unaligned: tuple[str, ...]
     tile: Tile
 
@@ -63,6 +66,8 @@ class Specialisation:
             flags += f";stride={self.intermediate_stride}"
         if self.rounds_each_token:
             flags += ";each=1"
+        if self.window:
+            flags += f";replay={self.window}+{self.most_tokens}"
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.layout};{sizes};{arrays}->"
@@ -74,7 +79,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
     """Return what has to be compiled for a problem that runs on CUDA."""
     assert problem.capability is not None
     return Specialisation(
-        kernel="matrix_form" if tile.chunk else "single_token" if is_plain(problem) else "many_tokens",
+        kernel=_kernel_name(problem, tile),
         capability=problem.capability,
         nheads=problem.nheads,
         headdim=problem.headdim,
@@ -90,9 +95,17 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         intermediate_stride=problem.options.intermediate_stride,
         philox_rounds=problem.options.config.philox_rounds if "rand_seed" in problem.names else 0,
         rounds_each_token=problem.rounds_each_token,
+        window=problem.options.replay_window,
+        most_tokens=problem.options.replay_tokens,
         unaligned=tuple(sorted(problem.unaligned)),
         tile=tile,
     )
+
+
+def _kernel_name(problem: Problem, tile: Tile) -> str:
+    if problem.replays:
+        return "replay_tokens" if tile.chunk else "replay_token"
+    return "matrix_form" if tile.chunk else "single_token" if is_plain(problem) else "many_tokens"
 
 
 class Kind(enum.IntEnum):
@@ -278,7 +291,7 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
     state |= {"ROUND_EACH": s.rounds_each_token}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
-    matrix = _matrix_constants(s) if s.tile.chunk else {}
+    matrix = replay.constants(s, _PARTS) if s.window else _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.
     no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.layout == "single"}
     return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
@@ -307,6 +320,8 @@ def _matrix_constants(s: Specialisation) -> dict[str, Any]:
 
 def _options(s: Specialisation) -> dict[str, int]:
     """Return Triton's options for the matrix form: with a bfloat16 state, so few registers that four programs fit."""
+    if s.window:
+        return {"num_stages": 1}
     if not s.tile.chunk:
         return {}
     fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dict(s.dtypes)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ssu_bridge.backends.measured import measured
-from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.triton import replay, tiles
 from ssu_bridge.backends.triton.tiles import Tile
 from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.problem import Problem
@@ -19,6 +19,8 @@ _MOST_COLUMNS = 128
 
 def refusal(problem: Problem) -> str | None:
     """Return why the matrix form, where it is selected, cannot run a problem; or None. The loop runs all."""
+    if problem.replays:
+        return replay.refusal(problem)
     if problem.options.config.algorithm == "matrix" and not _is_one_token(problem):
         return _matrix_refusal(problem)
     return None
@@ -26,12 +28,16 @@ def refusal(problem: Problem) -> str | None:
 
 def tile(problem: Problem) -> Tile:
     """Return the tile of a program, in the form that is selected or was measured to be faster."""
+    if problem.replays:
+        return replay.tile(problem)
     is_loop = _is_one_token(problem) or _loop_reason(problem)
     return tiles.tile(problem) if is_loop else _matrix_tile(problem)
 
 
 def settings(problem: Problem) -> str:
     """Return the form of several tokens, with the reason for a loop, and the tile of a program, in words."""
+    if problem.replays:
+        return str(tile(problem))
     reason = None if _is_one_token(problem) else _loop_reason(problem)
     return f"loop over the tokens, {reason}; {tile(problem)}" if reason else str(tile(problem))
 

@@ -22,6 +22,9 @@ def main(argv: list[str] | None = None) -> Figures | None:
         "--tokens", action="store_true", help="measure calls of several tokens, quantised states, and prompts"
     )
     parser.add_argument(
+        "--replay", action="store_true", help="measure steps of a replay state, which write the state once in a while"
+    )
+    parser.add_argument(
         "--ssd",
         type=Path,
         metavar="FOLDER",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ssu_bridge import update
-from ssu_bridge.bench.cuda import devices, flashinfer_calls, jax_loops, prompts, tokens, tune
+from ssu_bridge.bench.cuda import devices, flashinfer_calls, jax_loops, prompts, replay, tokens, tune
 from ssu_bridge.bench.cuda.steps import COPIES, Steps
 from ssu_bridge.bench.cuda.timing import graph_times, host_times
 from ssu_bridge.bench.figures import Figures, Point
@@ -38,6 +38,8 @@ def main(arguments: argparse.Namespace) -> Figures | None:
         print()
         prompts.main(arguments.ssd)
         return over_tokens
+    if arguments.replay:
+        return replay.main(arguments.batches)
     if arguments.devices is not None:
         devices.main(arguments.devices, arguments.batches)
         return None

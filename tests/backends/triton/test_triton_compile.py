@@ -39,14 +39,19 @@ def _cache(tmp_path_factory):
 
 def problem_of(case, capability=(9, 0), **flags):
     """The problem of a case, as if its arrays were on a GPU."""
-    given = arguments(case.arrays(seed=0), "numpy", lambda array: array)
+    given = arguments(case.arrays(seed=0), "numpy", lambda array: array, case.window)
     return explain(**given, **case.flags, **flags).choices[0].problem.on("cuda", capability)
 
 
 def specialisation(case, capability=(9, 0), tile=None):
     with using(triton_tile=tile):
         problem = problem_of(case, capability)
-    return specialise(problem, tiles.tile(problem))
+    return specialise(problem, tile_of(problem))
+
+
+def tile_of(problem):
+    """The tile of one token after the other, where there is a choice."""
+    return forms.tile(problem) if problem.replays else tiles.tile(problem)
 
 
 def compiled(case, capability=(9, 0), tile=None):
@@ -59,7 +64,6 @@ def layer(dtype="float32", other="bfloat16", **changes):
     return Case("layer", dtypes={"state": dtype, "*": other, "A": "float32"}, **{**fields, **changes})
 
 
-PLAIN = [case for case in CASES if not case.window]
 TABLE = ((0, 1, 2, 3),)
 # What only the kernel for many tokens does, for a layer: a float state, then a quantised one, with each kind of store.
 FEATURES = {
@@ -86,9 +90,17 @@ MANY = {
     for dtype, (name, changes), rounded in itertools.product(STORED, FEATURES.items(), (0, 1))
     if not rounded or dtype not in ("float32", "int16")
 }
+RING = {"window": 16, "starts": (0,), "pending": (0,)}
 CLASSES = (
-    {case.name: case for case in PLAIN if case.sequences}
+    {case.name: case for case in CASES if case.sequences}
     | MANY
+    | {f"layer, {dtype}, replay": layer(dtype, **RING) for dtype in STORED}
+    | {f"layer, {dtype}, replay, tokens": layer(dtype, **RING, most=4, tokens=4) for dtype in STORED}
+    | {
+        "layer, stochastic int8, replay": layer("int8", **RING, seed=1),
+        "layer, float32, long replay": layer(**{**RING, "window": 32}, most=32, cu_seqlens=(0, 9), tokens=9),
+        "layer, replay, dstate 256": layer("bfloat16", **RING, dstate=256),
+    }
     | {
         "layer, bfloat16": layer("bfloat16"),
         "layer, float16": layer("float16"),
@@ -101,7 +113,7 @@ CLASSES = (
 
 def specialisation_of(case):
     problem = problem_of(case)
-    return specialise(problem, tiles.tile(problem))
+    return specialise(problem, tile_of(problem))
 
 
 # One of each kind of specialisation: tied or not, Mamba-1, sizes that fill no block, all dtypes, all optional arrays.
@@ -247,7 +259,7 @@ def tiles_of(case):
 
 
 def test_tiles_of_the_table_are_allowed():
-    problems = [problem_of(CLASSES[name]) for name in DISTINCT]
+    problems = [problem_of(CLASSES[name]) for name in DISTINCT if not CLASSES[name].window]
     for first, capability, sequences in itertools.product(problems, CAPABILITIES, (1, 10, 10_000)):
         problem = dataclasses.replace(first, capability=capability, sequences=sequences)
         tile = tiles.tile(problem)
@@ -296,9 +308,9 @@ def test_no_tile_at_all(tile):
 
 
 def test_the_target_tells_everything_that_is_compiled_in():
-    problems = [problem_of(case) for case in PLAIN]
+    problems = [problem_of(case) for case in CASES]
     problems += [problem_of(CASES[0], (8, 0)), problem_of(dataclasses.replace(CASES[0], slots=60, sequences=3))]
-    specialisations = {specialise(problem, tiles.tile(problem)) for problem in problems}
+    specialisations = {specialise(problem, tile_of(problem)) for problem in problems}
     assert len({s.target for s in specialisations}) == len(specialisations)
     small, large = (layer(sequences=n, slots=n, indices=tuple(range(n))) for n in (1, 2))
     with using(triton_tile=(16, 8)):
@@ -353,7 +365,7 @@ def interpreted_cases(first):
     """Run in a process of its own, because Triton decides at its import whether it interprets."""
     multiply_bfloat16()
     seen = set()
-    for case in PLAIN:
+    for case in CASES:
         arrays = case.arrays(seed=len(case.name))
         # The interpreter cuts bfloat16 off where a GPU rounds: what is stored in it is tested on a GPU.
         cut_off = arrays["x"].dtype.name == "bfloat16" or (arrays["state"].dtype.name == "bfloat16" and not case.seed)

@@ -6,8 +6,7 @@ With the decays a of a chunk's tokens, summed up to s, the outputs and the state
     state = 2^s[last] state + sum over j of 2^(s[last] - s[j]) d[j] x[j] B[j]
 
 in which everything but the decays is a product of matrices. In a tree of drafts j runs over the path to i. A and dt
-are tied to the head. Tensor cores take operands of 16 bits, and sum in float32: a float32 operand is cut into bfloat16
-parts of 8 bits each, of which three are all of it.
+are tied to the head.
 """
 
 import triton
@@ -25,6 +24,7 @@ from ssu_bridge.backends.triton.kernels.common import (
     time_step,
 )
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, rounded, tokens_of
+from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, product, tile_of, unmixed
 from ssu_bridge.backends.triton.kernels.rounding import widen
 
 # Sums of decays are kept in two parts: a multiple of 1/1024, summed without an error, and what is left.
@@ -33,7 +33,6 @@ _STEPS = tl.constexpr(1024.0)
 _ROUNDER = tl.constexpr(12582912.0)
 # 2 to a power beyond this is 0 or infinite.
 _MOST_EXPONENT = tl.constexpr(256.0)
-_UPPER_HALF = tl.constexpr(-65536)
 
 
 @triton.jit
@@ -153,10 +152,10 @@ def matrix_form(
     wanted = live
     if has_initial_state is not None:
         wanted = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)
-    place = (head, first_row)
-    threads_tile, threads_mask = _tile(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
+    place = (head, first_row, 0)
+    threads_tile, threads_mask = tile_of(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
     current = tl.load(state + source * state_stride + threads_tile, mask=threads_mask & wanted, other=0)
-    current = _mixed(_in_rows(current, BLOCK_P, BLOCK_N, WARPS, W), W)
+    current = mixed(in_rows(current, BLOCK_P, BLOCK_N, WARPS, W), W)
     if S_PARTS > 1:
         current = widen(current, STORED)
     if state_scale is not None:
@@ -259,30 +258,21 @@ def _chunk(
     Cs = tl.load(C + at[:, None] * C_token_stride + columns[None, :], mask=columns_mask, other=0.0)
 
     d = tl.where(there, time_step(raw_d.to(tl.float32), bias, SOFTPLUS), 0.0)
-    exponent = rate * d
-    exponent = tl.where(
-        exponent == exponent, tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT), exponent
-    )
-    coarse = (exponent * _STEPS + _ROUNDER - _ROUNDER) / _STEPS
-    fine = exponent - coarse
+    coarse, fine = in_two(rate * d)
     if parent_tokens is None:
         # d goes through, so that it is computed once, and not anew for every layout in which it is needed.
-        coarse, fine, d = tl.associative_scan((coarse, fine, d), 0, _sums)
+        coarse, fine, d = tl.associative_scan((coarse, fine, d), 0, sums)
         on_path = t[:, None] <= t[None, :]
     else:
         on_path = _paths(parent_tokens, at, there, t, parent_tokens_token_stride, Q)
         coarse = tl.sum(tl.where(on_path, coarse[:, None], 0.0), 0)
         fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
-    # 2^fine is near 1, and taken out of the matrix of decays.
     up = tl.exp2(fine)
-    weighted = tl.div_rn(d, up)
-
-    weights = _product(Bs, tl.trans(Cs), tl.zeros((Q, Q), tl.float32), B_PARTS, C_PARTS)
-    weights *= tl.exp2(coarse[None, :] - coarse[:, None]) * weighted[:, None]
-    weights = tl.where(on_path, weights, 0.0)
+    weights = product(Bs, tl.trans(Cs), tl.zeros((Q, Q), tl.float32), B_PARTS, C_PARTS)
+    weights = decayed(weights, coarse, up, d, on_path)
     zeros = tl.zeros((BLOCK_P, Q), tl.float32)
-    y = _product(tl.trans(Xs), weights, zeros, X_PARTS, 3)
-    before = _product(current, tl.trans(_mixed(Cs, W)), zeros, S_PARTS, C_PARTS)
+    y = product(tl.trans(Xs), weights, zeros, X_PARTS, 3)
+    before = product(current, tl.trans(mixed(Cs, W)), zeros, S_PARTS, C_PARTS)
     y = tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :]
 
     y = tl.trans(y)
@@ -300,16 +290,37 @@ def _chunk(
         decay = tl.exp2(last_coarse + last_fine)
         if S_PARTS == 1:
             # What is cut off in these sums is far below the rounding to bfloat16, which comes next.
-            current = _product(tl.trans(added), _mixed(Bs, W), current.to(tl.float32) * decay, 3, B_PARTS)
+            current = product(tl.trans(added), mixed(Bs, W), current.to(tl.float32) * decay, 3, B_PARTS)
         else:
             zeros = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-            added = _product(tl.trans(added), _mixed(Bs, W), zeros, 3, B_PARTS)
+            added = product(tl.trans(added), mixed(Bs, W), zeros, 3, B_PARTS)
             current = tl.fma(current, decay, added)
     return current
 
 
 @triton.jit
-def _sums(a, b, c, d, e, f):
+def in_two(exponent):
+    """Return the exponents of tokens' decays as two numbers each, of which sums are exact but for the small ones'."""
+    exponent = tl.where(
+        exponent == exponent, tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT), exponent
+    )
+    coarse = (exponent * _STEPS + _ROUNDER - _ROUNDER) / _STEPS
+    return coarse, exponent - coarse
+
+
+@triton.jit
+def decayed(products, coarse, up, d, on_path):
+    """Return the weights of tokens [j] in the outputs of others [i], but for the factor ``up`` [i].
+
+    ``coarse`` and ``up`` are of the sums of exponents: 2^fine is near 1, and taken out of the matrix of decays.
+    """
+    weights = products * (tl.exp2(coarse[None, :] - coarse[:, None]) * tl.div_rn(d, up)[:, None])
+    return tl.where(on_path, weights, 0.0)
+
+
+@triton.jit
+def sums(a, b, c, d, e, f):
+    """Add the first two of three numbers, and take the third of the later ones."""
     return a + d, b + e, f
 
 
@@ -325,100 +336,6 @@ def _paths(parent_tokens, at, there, t, stride, Q: tl.constexpr):
         if (1 << i) < length:
             reached = tl.minimum(tl.dot(reached.to(tl.bfloat16), reached.to(tl.bfloat16)), 1.0)
     return reached > 0.5
-
-
-@triton.jit
-def _product(a, b, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """Return acc + a @ b, without the products of parts that are below 2**-24 of it.
-
-    Tensor cores cut off what does not fit beside the sum so far, and so the smallest products come first.
-    """
-    a_parts, b_parts = _parts(a, A_PARTS), _parts(b, B_PARTS)
-    for smaller in tl.static_range(2, -1, -1):
-        for i in tl.static_range(len(a_parts)):
-            for j in tl.static_range(len(b_parts)):
-                if i + j == smaller:
-                    acc = tl.dot(a_parts[i], b_parts[j], acc)
-    return acc
-
-
-@triton.jit
-def _parts(value, PARTS: tl.constexpr):
-    """Return a number as a sum of bfloat16 parts, largest first."""
-    if PARTS == 1:
-        return (value.to(tl.bfloat16),)
-    elif PARTS == 2:
-        high, rest = _cut(value)
-        return high, rest.to(tl.bfloat16)
-    else:
-        high, rest = _cut(value)
-        middle, rest = _cut(rest)
-        return high, middle, rest.to(tl.bfloat16)
-
-
-@triton.jit
-def _cut(value):
-    """Return the bfloat16 that a number begins with, and what is left of it, as float32."""
-    value = value.to(tl.float32)
-    bits = value.to(tl.int32, bitcast=True)
-    high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return high, value - (bits & _UPPER_HALF).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _tile(
-    place,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WARPS: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Return where the elements of a tile of the state are, [rows, columns / W, W], and a mask.
-
-    Four threads of a warp take a row's W columns, the others seven more rows, and the warps take turns of 8 rows. A
-    warp's part of a product's operand is two such turns.
-    """
-    head, first_row = place
-    turn = tl.arange(0, BLOCK_P)
-    rows = first_row + turn % 8 + turn // (8 * WARPS) * 8 + turn // 8 % WARPS * 16
-    columns = tl.arange(0, BLOCK_N // W)[:, None] * W + tl.arange(0, W)[None, :]
-    tile = head.to(tl.int64) * (P * N) + (rows[:, None, None] * N + columns[None, :, :])
-    mask = inside(rows, P, BLOCK_P)[:, None, None]
-    if N < BLOCK_N:
-        mask = mask & (columns < N)[None, :, :]
-    return tile, mask
-
-
-@triton.jit
-def _in_rows(t, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, W: tl.constexpr):
-    """Return a tensor that was loaded from such a tile as [rows, columns]."""
-    return t.reshape(2, WARPS, 8, BLOCK_N // W, W).permute(1, 0, 2, 3, 4).reshape(BLOCK_P, BLOCK_N)
-
-
-@triton.jit
-def _in_turns(t, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, W: tl.constexpr):
-    return t.reshape(WARPS, 2, 8, BLOCK_N // W, W).permute(1, 0, 2, 3, 4).reshape(BLOCK_P, BLOCK_N // W, W)
-
-
-@triton.jit
-def _mixed(t, W: tl.constexpr):
-    """Return columns in the order in which threads that hold W / 4 side by side hold those of a product's operand."""
-    if W <= 8:
-        return t
-    else:
-        ROWS: tl.constexpr = t.shape[0]
-        return t.reshape(ROWS, t.shape[1] // W, 4, W // 8, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, t.shape[1])
-
-
-@triton.jit
-def _unmixed(t, W: tl.constexpr):
-    if W <= 8:
-        return t
-    else:
-        ROWS: tl.constexpr = t.shape[0]
-        return t.reshape(ROWS, t.shape[1] // W, W // 8, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, t.shape[1])
 
 
 @triton.jit
@@ -445,7 +362,7 @@ def _store(
 ):
     """Round a state to what is stored and store it, as ``many_tokens`` does with the same arguments."""
     stored = rounded(
-        _unmixed(current, W), scale, wanted, channels, row_mask, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS
+        unmixed(current, W), scale, wanted, channels, row_mask, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS
     )
-    tile, mask = _tile(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
-    tl.store(values + tile, _in_turns(stored, BLOCK_P, BLOCK_N, WARPS, W), mask=mask & wanted)
+    tile, mask = tile_of(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
+    tl.store(values + tile, in_turns(stored, BLOCK_P, BLOCK_N, WARPS, W), mask=mask & wanted)

@@ -1,0 +1,113 @@
+"""Products of matrices on tensor cores, and where the elements of their operands lie in the threads' registers.
+
+Tensor cores take operands of 16 bits, and sum in float32: a float32 operand is cut into bfloat16 parts of 8 bits each,
+of which three are all of it.
+"""
+
+import triton
+import triton.language as tl
+
+from ssu_bridge.backends.triton.kernels.common import inside
+
+_UPPER_HALF = tl.constexpr(-65536)
+
+
+@triton.jit
+def product(a, b, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """Return acc + a @ b, without the products of parts that are below 2**-24 of it.
+
+    Tensor cores cut off what does not fit beside the sum so far, and so the smallest products come first.
+    """
+    a_parts, b_parts = _parts(a, A_PARTS), _parts(b, B_PARTS)
+    for smaller in tl.static_range(2, -1, -1):
+        for i in tl.static_range(len(a_parts)):
+            for j in tl.static_range(len(b_parts)):
+                if i + j == smaller:
+                    acc = tl.dot(a_parts[i], b_parts[j], acc)
+    return acc
+
+
+@triton.jit
+def _parts(value, PARTS: tl.constexpr):
+    """Return a number as a sum of bfloat16 parts, largest first."""
+    if PARTS == 1:
+        return (value.to(tl.bfloat16),)
+    elif PARTS == 2:
+        high, rest = _cut(value)
+        return high, rest.to(tl.bfloat16)
+    else:
+        high, rest = _cut(value)
+        middle, rest = _cut(rest)
+        return high, middle, rest.to(tl.bfloat16)
+
+
+@triton.jit
+def _cut(value):
+    """Return the bfloat16 that a number begins with, and what is left of it, as float32."""
+    value = value.to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True)
+    high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return high, value - (bits & _UPPER_HALF).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tile_of(
+    place,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Return where the elements of a tile of the state are, [rows, columns / W, W], and a mask.
+
+    ``place`` is the head, the first row and the first column. Four threads of a warp take a row's W columns, the others
+    seven more rows, and the warps take turns of 8 rows. A warp's part of a product's operand is two such turns.
+    """
+    head, first_row, first_column = place
+    turn = tl.arange(0, BLOCK_P)
+    together: tl.constexpr = 16 * WARPS
+    rows = first_row + turn % 8 + turn // 8 % WARPS * 16 + turn // (8 * WARPS) % 2 * 8 + turn // together * together
+    columns = first_column + tl.arange(0, BLOCK_N // W)[:, None] * W + tl.arange(0, W)[None, :]
+    tile = head.to(tl.int64) * (P * N) + (rows[:, None, None] * N + columns[None, :, :])
+    mask = inside(rows, P, BLOCK_P)[:, None, None]
+    if N % BLOCK_N:
+        mask = mask & (columns < N)[None, :, :]
+    return tile, mask
+
+
+@triton.jit
+def in_rows(t, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, W: tl.constexpr):
+    """Return a tensor that was loaded from such a tile as [rows, columns]."""
+    REPEATS: tl.constexpr = BLOCK_P // (16 * WARPS)
+    t = t.reshape(REPEATS, 2, WARPS, 8, BLOCK_N // W, W).permute(0, 2, 1, 3, 4, 5)
+    return t.reshape(BLOCK_P, BLOCK_N)
+
+
+@triton.jit
+def in_turns(t, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, W: tl.constexpr):
+    """Undo ``in_rows``."""
+    REPEATS: tl.constexpr = BLOCK_P // (16 * WARPS)
+    t = t.reshape(REPEATS, WARPS, 2, 8, BLOCK_N // W, W).permute(0, 2, 1, 3, 4, 5)
+    return t.reshape(BLOCK_P, BLOCK_N // W, W)
+
+
+@triton.jit
+def mixed(t, W: tl.constexpr):
+    """Return columns in the order in which threads that hold W / 4 side by side hold those of a product's operand."""
+    if W <= 8:
+        return t
+    else:
+        ROWS: tl.constexpr = t.shape[0]
+        return t.reshape(ROWS, t.shape[1] // W, 4, W // 8, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, t.shape[1])
+
+
+@triton.jit
+def unmixed(t, W: tl.constexpr):
+    """Undo ``mixed``."""
+    if W <= 8:
+        return t
+    else:
+        ROWS: tl.constexpr = t.shape[0]
+        return t.reshape(ROWS, t.shape[1] // W, W // 8, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, t.shape[1])

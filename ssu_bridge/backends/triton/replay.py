@@ -1,0 +1,93 @@
+"""The kernels of a replay state: which one a problem takes, its tile, and what is compiled in."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ssu_bridge.backends.base import lacks_form
+from ssu_bridge.backends.triton.tiles import Tile, power_of_two
+from ssu_bridge.core.arguments import VECTOR_BYTES
+from ssu_bridge.core.problem import Problem
+
+if TYPE_CHECKING:
+    from ssu_bridge.backends.triton.compile import Specialisation
+
+# The sides of a tensor core's tile: a program's rows, and what is summed over, have at least so many elements.
+_LEAST = 16
+_MOST_ROWS = 64
+# Columns of a checkpoint that are computed at a time, so that they fit the registers.
+_MOST_COLUMNS, _FEW_COLUMNS = 128, 32
+_THREADS = 32
+# In how many bfloat16 parts what is stored goes into a product without an error.
+_STATE_PARTS = {"bfloat16": 1, "float16": 2, "float32": 3, "int16": 2, "int8": 1, "float8_e4m3fn": 1}
+# Of these threads hold a row's columns that are read at once.
+_THREADS_OF_A_GROUP = 4
+
+
+def is_one_token(problem: Problem) -> bool:
+    """Return whether no sequence has more than one token. A symbolic number of tokens is not one."""
+    if problem.layout == "packed":
+        return problem.longest == 1
+    return problem.layout == "single" or problem.tokens in (0, 1)
+
+
+def refusal(problem: Problem) -> str | None:
+    """Return why a form that is selected by name cannot run a problem; or None."""
+    return None if is_one_token(problem) else lacks_form(problem, "matrix")
+
+
+def tile(problem: Problem) -> Tile:
+    """Return the tile, which does not depend on the number of sequences, as the bits of the output do on it.
+
+    Raises:
+        ValueError: the configured tile is impossible.
+    """
+    one = is_one_token(problem)
+    known = problem.layout == "multi" and isinstance(problem.tokens, int)
+    chunk = 0 if one else max(power_of_two(problem.tokens if known else problem.longest), _LEAST)
+    # The products of many tokens with each other take the registers of four warps.
+    least = _LEAST if one or _is_short(problem.options.replay_window, chunk) else _MOST_ROWS
+    rows = min(max(power_of_two(problem.headdim), least), _MOST_ROWS)
+    warps = max(1, rows // (2 * _LEAST)) if one else rows // _LEAST
+    if requested := problem.options.config.triton_tile:
+        rows, warps = requested
+        if rows < _LEAST * warps:
+            raise ValueError(
+                f"triton_tile: expected at least {_LEAST} rows for each warp with a ReplayState, got (rows, warps) = "
+                f"{requested}"
+            )
+    return Tile(rows, max(power_of_two(problem.dstate), _LEAST), warps, chunk, not one)
+
+
+def _is_short(window: int, chunk: int) -> bool:
+    return max(window, chunk) <= _LEAST
+
+
+def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
+    """Return the fewest and the most tokens of a sequence that is not packed."""
+    chunk = specialisation.tile.chunk
+    return 0, min(chunk, specialisation.most_tokens) if chunk else 1
+
+
+def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
+    """Return what only these kernels have compiled in. ``parts`` are the bfloat16 parts of numbers by their dtype."""
+    dtypes = dict(s.dtypes)
+    vector = {name: VECTOR_BYTES // np.dtype(dtypes[name]).itemsize for name in ("state", "B")}
+    window = max(power_of_two(s.window), _LEAST)
+    group = min(_THREADS_OF_A_GROUP * vector["state"], s.tile.columns)
+    part = _MOST_COLUMNS if s.tile.chunk and _is_short(s.window, s.tile.chunk) else _FEW_COLUMNS
+    ring = vector["B"] * _THREADS * s.tile.warps // window
+    return {
+        "WINDOW": s.window,
+        "RING": s.window + s.most_tokens,
+        "K": window,
+        "Q": s.tile.chunk,
+        "MOST": s.most_tokens,
+        "W": group,
+        "WARPS": s.tile.warps,
+        "COLUMNS": group,
+        "RING_COLUMNS": min(max(ring, _LEAST), s.tile.columns),
+        "PART": max(group, min(part, s.tile.columns)),
+        "S_PARTS": _STATE_PARTS[dtypes["state"]],
+        **{f"{name.upper()}_PARTS": parts[dtypes[name]] for name in ("x", "B", "C")},
+    }
