@@ -6,12 +6,13 @@
     python -m mamba2_jax.benchmark --prompt 512
     python -m mamba2_jax.benchmark --verify 4
     python -m mamba2_jax.benchmark --speculate 8
+    python -m mamba2_jax.benchmark --serve --one-row --plot load.png
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
 The first is mamba2-130m with one sequence in float32. ``--replay`` measures whole tokens also with states that are
 written once in so many tokens. Each of the others measures something else instead: how prompts are read, calls that
-verify several tokens, how much faster the trained model writes with drafts, and how much faster several devices decode
-that share the heads and the weights.
+verify several tokens, how much faster the trained model writes with drafts, how its scheduler serves requests that
+arrive at random, and how much faster several devices decode that share the heads and the weights.
 """
 
 import argparse
@@ -22,11 +23,13 @@ import jax
 from jax.sharding import AxisType
 
 import ssu_bridge
-from command_line import mistakes_in_one_line, positive
-from mamba2_jax import distributed, drafts, measure, model
+from command_line import mistakes_in_one_line, new_file, positive, positive_number
+from mamba2_jax import checkpoint, distributed, drafts, load, measure, model, plot
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generate import KJV
 from mamba2_jax.initial import random_weights
 from mamba2_jax.speculate import Speculation
+from mamba2_jax.text import tokenizer_of
 
 SIZES = {
     "mamba2-130m": Mamba2Config(50288, 768, 24, num_heads=24, head_dim=64, state_size=128),
@@ -150,17 +153,21 @@ def main() -> None:
     parser.add_argument("--verify", type=positive, metavar="TOKENS", help="measure calls that verify so many instead")
     parser.add_argument("--speculate", type=int, metavar="TOKENS", help="measure texts with drafts: see speculate.py")
     parser.add_argument("--branches", type=int, default=1, help="continuations that are verified, with --speculate")
+    parser.add_argument("--serve", action="store_true", help="measure requests at random, in a batch of 8: see load.py")
+    parser.add_argument("--one-row", action="store_true", help="with --serve, compare with a row for each prompt")
+    parser.add_argument("--rows", type=positive, default=64, help="with --serve, tokens of a step that reads prompts")
+    parser.add_argument("--requests", type=positive, default=64, help="with --serve, how many")
+    parser.add_argument("--loads", type=positive_number, nargs="*", default=[0.3, 0.5, 0.7, 0.9], help="with --serve")
+    parser.add_argument("--plot", type=new_file, metavar="PNG", help="with --serve, draw what was measured")
     parser.add_argument("--rounds", type=positive, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))
-    if arguments.speculate is not None:
+    if arguments.serve or arguments.speculate is not None:
         with mistakes_in_one_line(parser):
-            drafts.compare_texts(
-                Speculation(arguments.speculate, arguments.branches), tokens=arguments.tokens, rounds=arguments.rounds
-            )
+            _measure_the_trained_model(arguments)
         return
     config = SIZES[arguments.sizes]
     config = dataclasses.replace(config, num_hidden_layers=arguments.layers or config.num_hidden_layers)
@@ -178,6 +185,22 @@ def main() -> None:
         else:
             passed = compare(config, weights, tokens=arguments.tokens, replay=arguments.replay, **options)
     raise SystemExit(0 if passed else 1)
+
+
+def _measure_the_trained_model(arguments: argparse.Namespace) -> None:
+    number = arguments.speculate
+    speculation = None if number is None else Speculation(number, arguments.branches)
+    if arguments.serve:
+        config, weights = checkpoint.load(KJV)
+        sizes = {"width": 8, "rows": arguments.rows}
+        schedulers = load.schedulers_of(config, weights, **sizes, one_row=arguments.one_row, speculation=speculation)
+        text = tokenizer_of(KJV, config).encode((KJV / "prompts.txt").read_text())
+        how = {"count": arguments.requests, "loads": arguments.loads, "rounds": arguments.rounds}
+        found = load.compare(schedulers, text, **how)
+        if arguments.plot:
+            plot.plot_load(arguments.plot, found)
+    elif speculation:
+        drafts.compare_texts(speculation, tokens=arguments.tokens, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

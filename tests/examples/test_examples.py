@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import demo
-from mamba2_jax import benchmark, checkpoint, drafts, generate, plot
+from mamba2_jax import benchmark, checkpoint, drafts, generate, load, plot
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
 from mamba2_jax.initial import random_weights
@@ -125,6 +125,27 @@ def test_the_benchmark_of_drafts(run_here, small_checkpoint, monkeypatch):
     for line, prompt in zip(shown[:2], ("Moses", "In the beginning"), strict=True):
         assert re.fullmatch(rf"  {prompt} +plain \d+ tokens/s, drafts \d+ tokens/s, [\d.]+ times; {counts}", line)
     assert re.fullmatch(rf"median of 2 prompts: [\d.]+ times the tokens per second; {counts}", shown[2])
+
+
+def test_the_benchmark_of_a_server(run_here, small_checkpoint, monkeypatch):
+    (small_checkpoint / "prompts.txt").write_text("In the beginning\n")
+    monkeypatch.setattr(benchmark, "KJV", small_checkpoint)
+    monkeypatch.setattr(load, "ANSWERS", (3, 6))
+    picture = small_checkpoint / "load.png"
+    options = ["--requests", 3, "--loads", 0.5, "--rounds", 1, "--plot", picture]
+    shown = run_here(benchmark, "--serve", "--one-row", *options)
+    time = r"[\d.]+ ms \(99 %: [\d.]+ ms\)"
+    for name in ("chunks", "one row"):
+        assert (
+            len(re.findall(rf"^  {name} +[\d.]+ tokens/s; first token {time}, each later one {time}$", shown, re.M))
+            == 2
+        )
+    assert (
+        len(re.findall(r"^  chunks: [\d.]+ times the tokens/s, the first token [\d.]+ times as soon$", shown, re.M))
+        == 2
+    )
+    assert re.search(r"^50% load, [\d.]+ requests/s$", shown, re.M)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_generating_with_drafts(run_here, small_checkpoint):
