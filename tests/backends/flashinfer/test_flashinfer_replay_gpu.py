@@ -163,8 +163,16 @@ def test_results(case, mode):
     assert_step(case, without_nan(case.arrays(seed=3)), mode, "flashinfer")
 
 
+def by_modules(cases):
+    """Mark those nightly that need a module of their own."""
+    common = {module_of(name) for name in BITWISE} | {module_of(CONTRACT[0])}
+    for case in cases:
+        marks = () if module_of(case) in common else pytest.mark.nightly
+        yield pytest.param(case, id=case.name, marks=marks)
+
+
 @pytest.mark.parametrize("mode", GPU_MODES)
-@pytest.mark.parametrize("case", CONTRACT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*by_modules(CONTRACT)])
 def test_contract(case, mode):
     assert_step(case, without_nan(case.arrays(seed=len(case.name))), mode, "flashinfer")
 
