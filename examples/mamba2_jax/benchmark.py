@@ -9,10 +9,11 @@
     python -m mamba2_jax.benchmark --serve --one-row --plot load.png
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
-The first is mamba2-130m with one sequence in float32. ``--replay`` measures whole tokens also with states that are
-written once in so many tokens. Each of the others measures something else instead: how prompts are read, calls that
-verify several tokens, how much faster the trained model writes with drafts, how its scheduler serves requests that
-arrive at random, and how much faster several devices decode that share the heads and the weights.
+The first is mamba2-130m with one sequence in float32. Each of the others measures something else instead: how prompts
+are read, calls that verify several tokens, how much faster the trained model writes with drafts, how its scheduler
+serves requests that arrive at random, and how much faster several devices decode that share the heads and the weights.
+With ``--replay`` whole tokens and verifications are also measured with states that are written once in so many tokens,
+and drafts are verified with such states.
 """
 
 import argparse
@@ -179,7 +180,8 @@ def main() -> None:
         if arguments.prompt:
             compare_prompts(config, weights, length=arguments.prompt, **options)
         elif arguments.verify:
-            drafts.compare_calls(config, weights, length=arguments.verify, tokens=arguments.tokens, **options)
+            options |= {"length": arguments.verify, "tokens": arguments.tokens, "replay": arguments.replay}
+            drafts.compare_calls(config, weights, **options)
         elif arguments.devices:
             compare_devices(config, weights, devices=arguments.devices, tokens=arguments.tokens, **options)
         else:
@@ -189,7 +191,7 @@ def main() -> None:
 
 def _measure_the_trained_model(arguments: argparse.Namespace) -> None:
     number = arguments.speculate
-    speculation = None if number is None else Speculation(number, arguments.branches)
+    speculation = None if number is None else Speculation(number, arguments.branches, replay=arguments.replay)
     if arguments.serve:
         config, weights = checkpoint.load(KJV)
         sizes = {"width": 8, "rows": arguments.rows}

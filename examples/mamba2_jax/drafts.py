@@ -21,13 +21,17 @@ def compare_calls(
     tokens: int,
     rounds: int,
     state_dtype: str = "float32",
+    replay: int | None = None,
 ) -> None:
     """Print how long a call of the model takes that verifies so many tokens, over one with a single token in place."""
     sizes = config, weights, batch, state_dtype
-    for backend in measure.backends_present(measure.example_step(*sizes)):
+    step = measure.example_step(*sizes)
+    for backend in measure.backends_present(step):
+        verified = functools.partial(measure.whole_verifications, *sizes, length=length, count=tokens, backend=backend)
         runs = {"one token": measure.whole_tokens(*sizes, tokens=tokens, backend=backend)[0]}
-        name = f"{length} tokens, a slot for each"
-        runs[name] = measure.whole_verifications(*sizes, length=length, count=tokens, backend=backend)[0]
+        runs[f"{length} tokens, a slot for each"] = verified()
+        if replay and measure.replays(config, weights, step, replay, backend, tokens=length):
+            runs[f"{length} tokens, replay of {replay}"] = verified(replay=replay)
         times = measure.seconds(runs, rounds)
         for name, time in times.items():
             ratio = time / times["one token"]

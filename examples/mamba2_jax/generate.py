@@ -238,14 +238,12 @@ def main() -> None:
     with mistakes_in_one_line(parser):
         sampling = Sampling(arguments.temperature, arguments.top_p)
         options = {"sampling": sampling, "seed": arguments.seed, "state_dtype": arguments.state_dtype}
-        if arguments.replay is not None:
-            if arguments.speculate is not None:
-                raise ValueError("--replay: expected none with --speculate, which stores a state after each token")
+        if arguments.speculate is None:
             options["replay"] = arguments.replay
-        if arguments.speculate is not None:
+        else:
             from mamba2_jax.speculate import Speculation
 
-            options["speculation"] = Speculation(arguments.speculate, arguments.branches)
+            options["speculation"] = Speculation(arguments.speculate, arguments.branches, replay=arguments.replay)
         print_text(arguments.checkpoint, arguments.prompt, arguments.tokens, **options)
 
 

@@ -58,11 +58,13 @@ def backends_present(step: dict[str, Any]) -> list[str]:
     return [str(b) for b in names if ssu_bridge.explain(**step, backend=b).backend is not None]
 
 
-def replays(config: Mamba2Config, weights: model.Weights, step: dict[str, Any], window: int, backend: str) -> bool:
-    """Return whether a backend can run a step with states that are replayed."""
+def replays(
+    config: Mamba2Config, weights: model.Weights, step: dict[str, Any], window: int, backend: str, *, tokens: int = 1
+) -> bool:
+    """Return whether a backend can run a step with states that are replayed, of so many tokens in other calls."""
     dtype = weights.embedding.dtype
-    state = ssu_bridge.to_replay(step["state"], window, 1, config.n_groups, dtype, dtype)
-    cursor = ssu_bridge.ReplayCursor.empty(step["state"].shape[0], window, 1, like=step["state"])
+    state = ssu_bridge.to_replay(step["state"], window, tokens, config.n_groups, dtype, dtype)
+    cursor = ssu_bridge.ReplayCursor.empty(step["state"].shape[0], window, tokens, like=step["state"])
     return ssu_bridge.explain(**{**step, "state": state}, replay=cursor, backend=backend).backend is not None
 
 
@@ -126,14 +128,28 @@ def whole_tokens(
 
 
 def whole_verifications(
-    config: Mamba2Config, weights: model.Weights, batch: int, state_dtype: str, *, length: int, count: int, backend: str
-) -> tuple[Run, Any]:
-    """Return a run of so many calls that each verify ``length`` tokens of each sequence, and the compiled program."""
+    config: Mamba2Config,
+    weights: model.Weights,
+    batch: int,
+    state_dtype: str,
+    *,
+    length: int,
+    count: int,
+    backend: str,
+    replay: int | None = None,
+) -> Run:
+    """Return a run of so many calls that each verify ``length`` tokens of each sequence.
+
+    The state after each has a slot of its own, or with ``replay`` states are written once in a window of tokens.
+    """
     greedy, keys = Sampling(temperature=0), jax.random.split(jax.random.key(0), batch)
     dtype = weights.embedding.dtype.name
-    states = model.zero_states(config, batch, dtype, state_dtype, tokens=length)
+    of_a_slot = length if replay is None else 1
+    states = model.zero_states(config, batch, dtype, state_dtype, tokens=length, of_a_slot=of_a_slot)
     text = jnp.zeros((batch, 2), jnp.int32)  # nothing is looked up in it
     progress = speculate.under_way(states, text, jnp.ones(batch, jnp.int32))
+    if replay is not None:
+        progress = progress.replayed(config, weights, replay, length)
     drafts = jnp.zeros((batch, 1, length - 1), jnp.int32)
 
     def verify(weights: model.Weights, progress: speculate.Progress, drafts: jax.Array) -> speculate.Progress:
@@ -149,7 +165,7 @@ def whole_verifications(
         nonlocal progress
         progress = jax.block_until_ready(compiled(weights, progress, drafts))
 
-    return run, compiled
+    return run
 
 
 def whole_prompts(

@@ -74,7 +74,7 @@ class Drafts(NamedTuple):
 
     Attributes:
         start: (batch,), the number of tokens up to the one of the last call that this one goes on after; 1 after a
-            call without Drafts.
+            call without Drafts. States that are replayed do not need it.
         kept: (batch, length), which inputs in the convolution's cache led there: see ``convolution.kept``.
         parents: (batch, tokens), for a tree of drafts: the token of this call that each continues, or -1.
     """
@@ -85,24 +85,31 @@ class Drafts(NamedTuple):
 
 
 def zero_states(
-    config: Mamba2Config, slots: int, conv_dtype: str, ssm_dtype: str, *, tokens: int = 1
+    config: Mamba2Config, slots: int, conv_dtype: str, ssm_dtype: str, *, tokens: int = 1, of_a_slot: int | None = None
 ) -> tuple[State, ...]:
     """Return the states of all layers for sequences that have not begun; ``tokens`` of a call can be verified.
+
+    A slot has as many states, or ``of_a_slot``: one is enough where they are replayed.
 
     A tuple, for the layers to be unrolled over: a scan over *stacked* layer states would copy them.
     """
     conv = (slots, config.conv_kernel - 1 + tokens - 1, config.conv_size)
-    ssm = (slots * tokens, config.num_heads, config.head_dim, config.state_size)
+    ssm = (slots * (of_a_slot or tokens), config.num_heads, config.head_dim, config.state_size)
     return tuple(State(jnp.zeros(conv, conv_dtype), jnp.zeros(ssm, ssm_dtype)) for _ in range(config.num_hidden_layers))
 
 
-def with_replay(config: Mamba2Config, weights: Weights, states: tuple[State, ...], window: int) -> Any:
-    """Return states that are written once in so many single tokens, and the cursor that they share."""
+def with_replay(
+    config: Mamba2Config, weights: Weights, states: tuple[State, ...], window: int, tokens: int = 1
+) -> tuple[tuple[State, ...], ssu_bridge.ReplayCursor]:
+    """Return states that are written once in a window of tokens, and the cursor that they share.
+
+    A call has up to so many ``tokens`` of each sequence.
+    """
     dtype = weights.embedding.dtype
-    sizes = window, 1, config.n_groups, dtype, dtype
+    sizes = window, tokens, config.n_groups, dtype, dtype
     replayed = tuple(state._replace(ssm=ssu_bridge.to_replay(state.ssm, *sizes)) for state in states)
     slots = states[0].conv.shape[0]
-    return replayed, ssu_bridge.ReplayCursor.empty(slots, window, 1, like=states[0].conv)
+    return replayed, ssu_bridge.ReplayCursor.empty(slots, window, tokens, like=states[0].conv)
 
 
 def step(
@@ -209,15 +216,13 @@ def _advance(
     if call.drafts is None:
         y, ssm, *kept_ssm = step(state.ssm, *tokens, **_read_arguments(call, places, kept))
         return y, ssm, kept_ssm[0] if kept_ssm else None
-    verified_y, ssm = step(
-        state.ssm,
-        *tokens,
-        state_batch_indices=places[:first],
-        dst_state_batch_indices=places[:first],
-        num_accepted_tokens=call.drafts.start,
-        parent_tokens=call.drafts.parents,
-        cu_seqlens=None if edges is None else edges[: first + 1],
-    )
+    own: dict[str, Any] = {"cu_seqlens": None if edges is None else edges[: first + 1]}
+    if call.cursor is None:
+        own |= {"state_batch_indices": places[:first], "dst_state_batch_indices": places[:first]}
+        own |= {"num_accepted_tokens": call.drafts.start, "parent_tokens": call.drafts.parents}
+    else:  # it knows where to go on
+        own |= {"state_batch_indices": places[:first, 0], "replay": call.cursor}
+    verified_y, ssm = step(state.ssm, *tokens, **own)
     if edges is None or first == len(places):
         return verified_y, ssm, None
     y, ssm, *kept_ssm = step(ssm, *tokens, **_read_arguments(call, places, kept))

@@ -7,9 +7,11 @@ certain: each is accepted with its probability, and else the token comes from th
 decoding with the same seed, but for roundings: a call of several tokens adds up its products in another order.
 
 No state is copied when drafts are rejected. The state after each token has a slot of its own, and the next call starts
-from that of the last accepted one.
+from that of the last accepted one. Or, with ``replay``, no state is written in most calls: the inputs of the tokens
+since the last one are kept, those of rejected drafts are overwritten.
 
     python -m mamba2_jax.generate --speculate 8 --temperature 0
+    python -m mamba2_jax.generate --speculate 8 --replay 8 --temperature 0
     python -m mamba2_jax.benchmark --speculate 8
 """
 
@@ -22,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ssu_bridge
 from mamba2_jax import convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import PIECE, bucket, check_request, prefill
@@ -37,6 +40,7 @@ class Speculation:
         branches: how many continuations are verified together, as a tree; a divisor of the number of drafts.
         shortest: how many tokens at the end must stand in the text before, or else a single token is decoded.
         longest: how many are compared.
+        replay: the window of a ReplayState, at least ``tokens``; None: a state after each token is stored.
 
     Raises:
         ValueError: one of them is no such number; the message names it.
@@ -46,6 +50,7 @@ class Speculation:
     branches: int = 1
     shortest: int = 3
     longest: int = 16
+    replay: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("tokens", 2, 64), ("branches", 1, 63), ("shortest", 1, 64), ("longest", 1, 64)):
@@ -56,6 +61,9 @@ class Speculation:
             raise ValueError(f"branches: expected a divisor of {self.tokens - 1} drafts, got {self.branches}")
         if self.longest < self.shortest:
             raise ValueError(f"longest: expected at least shortest, {self.shortest}, got {self.longest}")
+        if self.replay is not None and (self.branches > 1 or self.replay < self.tokens):
+            wanted = "None with a tree" if self.branches > 1 else f"at least tokens, {self.tokens}"
+            raise ValueError(f"replay: expected {wanted}, got {self.replay}")
 
     @property
     def depth(self) -> int:
@@ -178,6 +186,7 @@ class Progress(NamedTuple):
         drawn: (batch,), how many tokens of them were drawn.
         start, kept: how the next call goes on, as in ``model.Drafts``.
         counts: each () or (batch,).
+        cursor: of states that are replayed.
     """
 
     states: tuple[model.State, ...]
@@ -187,6 +196,12 @@ class Progress(NamedTuple):
     start: Any
     kept: Any
     counts: Counts
+    cursor: ssu_bridge.ReplayCursor | None = None
+
+    def replayed(self, config: Mamba2Config, weights: model.Weights, window: int, tokens: int) -> "Progress":
+        """Return the same with states that are written once in a window of tokens, at most so many in a call."""
+        states, cursor = model.with_replay(config, weights, self.states, window, tokens)
+        return self._replace(states=states, cursor=cursor)
 
 
 def begin(
@@ -203,13 +218,17 @@ def begin(
 ) -> Progress:
     """Read prompts and draw the first token of each; sequence i has slot i. A text has room for ``capacity`` tokens."""
     batch, dtype = len(prompts), weights.embedding.dtype.name
-    states = model.zero_states(config, batch, dtype, state_dtype, tokens=speculation.tokens)
+    of_a_slot = 1 if speculation.replay else speculation.tokens
+    states = model.zero_states(config, batch, dtype, state_dtype, tokens=speculation.tokens, of_a_slot=of_a_slot)
     states, logits = prefill(config, weights, states, prompts, jnp.arange(batch, dtype=jnp.int32), backend)[:2]
     text, lengths = np.zeros((batch, capacity), np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
     for own, prompt in zip(text, prompts, strict=True):
         own[: len(prompt)] = prompt
     text[np.arange(batch), lengths] = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), sampling)
-    return under_way(states, jnp.asarray(text), jnp.asarray(lengths + 1))
+    progress = under_way(states, jnp.asarray(text), jnp.asarray(lengths + 1))
+    return (
+        progress.replayed(config, weights, speculation.replay, speculation.tokens) if speculation.replay else progress
+    )
 
 
 def under_way(states: tuple[model.State, ...], text: jax.Array, lengths: jax.Array) -> Progress:
@@ -284,7 +303,9 @@ def step(
     tree = jnp.broadcast_to(tree_parents(branches, depth), fed.shape) if branches > 1 and depth else None
     slots = jnp.arange(batch, dtype=jnp.int32)
     how = model.Drafts(progress.start, progress.kept, tree)
-    x, states, _ = model.forward(config, weights, progress.states, fed, slots, drafts=how, backend=backend)
+    x, states, _ = model.forward(
+        config, weights, progress.states, fed, slots, drafts=how, backend=backend, cursor=progress.cursor
+    )
     drawn = _draw(model.logits(config, weights, x), keys, progress.drawn[:, None] + depths, sampling)
     verified = verify(drafts, drawn)
     if tree is None:
@@ -292,7 +313,9 @@ def step(
     else:
         kept = convolution.after_path(length, config.conv_kernel, tree, verified.leaf)
     places = progress.lengths[:, None] + jnp.arange(verified.tokens.shape[1])
-    more, done = verified.accepted + 1, (1, depth, verified.accepted)
+    more, done, cursor = verified.accepted + 1, (1, depth, verified.accepted), progress.cursor
+    if cursor is not None:
+        cursor = ssu_bridge.advance_replay(cursor, slots, tokens=fed.shape[1], num_accepted=more)
     return Progress(
         states,
         progress.text.at[slots[:, None], places].set(verified.tokens, mode="drop"),
@@ -301,6 +324,7 @@ def step(
         verified.leaf + 1,
         kept,
         Counts(*(n + new for n, new in zip(progress.counts, done, strict=True))),
+        cursor,
     )
 
 

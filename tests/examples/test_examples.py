@@ -105,9 +105,10 @@ def test_the_benchmark_of_prompts(run_here, tiny):
 
 
 def test_the_benchmark_of_verification(run_here, tiny):
-    shown = run_here(benchmark, *SMALL, "--layers", "1", "--batch", "2", "--verify", "3")
-    for backend in ("cpu", "xla"):
-        for what in ("one token", "3 tokens, a slot for each"):
+    shown = run_here(benchmark, *SMALL, "--layers", "1", "--batch", "2", "--verify", "3", "--replay", "4")
+    everywhere = ["one token", "3 tokens, a slot for each"]
+    for backend, whats in (("cpu", everywhere), ("xla", [*everywhere, "3 tokens, replay of 4"])):
+        for what in whats:
             assert re.search(rf"^ +{backend} +{what} +[\d.]+ ms +[\d.]+ times one token$", shown, re.MULTILINE)
 
 

@@ -129,7 +129,11 @@ def texts(trained, prompts, count, speculation, sampling, keys):
     return drawn, progress
 
 
-@pytest.mark.parametrize("speculation", [Speculation(), Speculation(7, 2, shortest=1)], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "speculation",
+    [Speculation(), Speculation(7, 2, shortest=1), Speculation(5, replay=12)],
+    ids=["chain", "tree", "replay"],
+)
 def test_greedy_texts_are_those_of_plain_decoding(trained, speculation):
     keys = jax.random.split(jax.random.key(0), len(TEXTS))
     drawn, progress = texts(trained, list(TEXTS), 200, speculation, GREEDY, keys)
@@ -169,6 +173,8 @@ def test_texts_end_before_one_is_full():
         ((8, 0), "branches: expected an int from 1 to 63, got 0"),
         ((8, 2), "branches: expected a divisor of 7 drafts, got 2"),
         ((8, 1, 0), "shortest: expected an int from 1 to 64, got 0"),
+        ((8, 1, 3, 16, 7), "replay: expected at least tokens, 8, got 7"),
+        ((7, 2, 3, 16, 9), "replay: expected None with a tree, got 9"),
         ((8, 1, 5, 4), "longest: expected at least shortest, 5, got 4"),
     ],
 )
