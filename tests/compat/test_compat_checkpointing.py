@@ -11,9 +11,10 @@ WINDOW, MOST, SLOTS = 4, 2, 6
 LENGTH = WINDOW + MOST
 
 
-@pytest.fixture(autouse=True)
-def _reference():
-    with ssu_bridge.using(backend="reference"):
+@pytest.fixture(autouse=True, params=["reference", pytest.param("triton", marks=pytest.mark.gpu)])
+def _backend(request):
+    device = "cuda" if request.param == "triton" else "cpu"
+    with ssu_bridge.using(backend=request.param), torch.device(device):
         yield
 
 
@@ -81,9 +82,8 @@ def test_steps_with_rejected_drafts(packed):
 
 def calls():
     """The arguments of a call that writes the checkpoints, with four tokens pending."""
-    a = arguments(2, MOST, slots=SLOTS)
-    generator = torch.Generator().manual_seed(1)
-    kept = {name: torch.rand(ring.shape, generator=generator) for name, ring in rings().items()}
+    a, seeded = arguments(2, MOST, slots=SLOTS), torch.Generator("cpu").manual_seed(1)
+    kept = {name: torch.rand(ring.shape, generator=seeded, device="cpu").to(ring) for name, ring in rings().items()}
     start, pending = cursor(start=3)
     a |= kept | {"ring_start": start, "prev_num_accepted_tokens": pending + 4, "out": torch.empty(2, MOST, H, P)}
     return a
@@ -151,6 +151,7 @@ def test_seed():
 )
 def test_wrong(changes, says):
     a = calls()
+    changes = {n: v.to(a["x"].device) if isinstance(v, torch.Tensor) else v for n, v in changes.items()}
     before = copied(a)
     with pytest.raises(ValueError, match=says):
         checkpointing_ssu(**{**a, **changes})
