@@ -2,7 +2,7 @@
 
 import functools
 
-from ssu_bridge.backends.base import DeviceKernel, Feature, cannot, lacks_form, missing_jax_ffi
+from ssu_bridge.backends.base import DeviceKernel, lacks_form, missing_jax_ffi
 from ssu_bridge.backends.rows import row
 from ssu_bridge.core.arguments import REQUIRED
 from ssu_bridge.core.problem import Problem
@@ -17,7 +17,7 @@ def refusal(problem: Problem) -> str | None:
     """Refuse devices other than the CPU, and what the kernel lacks."""
     if problem.platform != PLATFORM:
         return f"it runs on CPU arrays only, and these are on {problem.platform}"
-    return cannot(problem, Feature.REPLAY) or lacks_form(problem, "loop")
+    return lacks_form(problem, "loop")
 
 
 def settings(problem: Problem) -> str:
@@ -30,8 +30,9 @@ def load(problem: Problem) -> DeviceKernel:
     """Return the kernel: dtypes, sizes and strides are read in each call, the rest is compiled in."""
     options = problem.options
     rounds = options.config.philox_rounds if problem.stochastic_rounding else 0
-    flags = (options.dt_softplus, options.pad_slot_id, rounds, options.intermediate_stride)
-    return _kernel(problem.names, "state" in problem.results, *flags, problem.rounds_each_token)
+    flags = (options.dt_softplus, options.pad_slot_id, rounds, options.intermediate_stride, problem.rounds_each_token)
+    replay = (options.replay_window, options.replay_tokens)
+    return _kernel(problem.names, "state" in problem.results, *flags, *replay)
 
 
 @functools.lru_cache(maxsize=256)
@@ -43,6 +44,8 @@ def _kernel(
     rounds: int,
     stride: int,
     round_each: bool,
+    window: int,
+    tokens: int,
 ) -> DeviceKernel:
     optional = ",".join(names[len(REQUIRED) :])
     flags = f"softplus={dt_softplus:d};pad={pad_slot_id};update={updates_state:d};philox={rounds}"
@@ -50,8 +53,10 @@ def _kernel(
         flags += f";stride={stride}"
     if round_each:
         flags += ";each=1"
+    if window:
+        flags += f";window={window};tokens={tokens}"
     rows = [row(name) for name in (*names, "out")]
-    flags_of_kernel = (dt_softplus, pad_slot_id, rounds, stride, round_each)
+    flags_of_kernel = (dt_softplus, pad_slot_id, rounds, stride, round_each, window, tokens)
     function = library().cpu_kernel(rows, updates_state, *flags_of_kernel, "auto")
-    check = library().cpu_check(rows, updates_state, stride)
+    check = library().cpu_check(rows, updates_state, stride, window, tokens)
     return DeviceKernel(f"ssu_bridge.cpu({optional};{flags})", function, check)

@@ -44,7 +44,9 @@ from ssu_bridge.core.arguments import (
 from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import options_of
 from ssu_bridge.core.quantized import SCALES
+from ssu_bridge.core.replay_rules import _NOT_BESIDE
 from ssu_bridge.core.validate import describe
+from ssu_bridge.errors import UnsupportedError
 from ssu_bridge.native import library
 
 REPLAY = (*RINGS, *CURSOR)
@@ -91,16 +93,17 @@ class Drawn(NamedTuple):
 
     def resized(self, draw):
         """Return the arrays with one size another in all of them."""
-        symbol = draw.choice([s for s in "HPNGbSTLWVEK" if any(s in axes for axes, *_ in self.kinds.values())])
+        symbol = draw.choice([s for s in "HPNGbSTLWVEKR" if any(s in axes for axes, *_ in self.kinds.values())])
         return self.arrays({symbol: max(0, self.sizes[symbol] + draw.choice([-1, 1, 2, self.sizes[symbol]]))})
 
 
-def drawn(draw, alike):
+def drawn(draw, alike, replays=False):
     """Return a call whose arguments go together but for some options.
 
-    With ``alike`` sizes, dtypes and options are among the few that FlashInfer supports.
+    With ``alike`` sizes, dtypes and options are among the few that FlashInfer supports; with ``replays`` the state is a
+    checkpoint.
     """
-    heads_axis, form = alike or draw.random() < 0.7, draw.choice(["single", "multi", "packed"])
+    heads_axis, form = alike or replays or draw.random() < 0.7, draw.choice(["single", "multi", "packed"])
     H = draw.choice([1, 2, 4]) if heads_axis else 1
     P, N = (64, 64) if alike else draw.choice([(1, 1), (2, 3), (3, 8), (64, 64)])
     G, b, T = draw.choice([1, 1, 2, H]), draw.randint(0, 3), draw.randint(0, 3)
@@ -118,6 +121,13 @@ def drawn(draw, alike):
     dtypes = {name: draw.choice(ARGUMENTS[name].dtypes) for name in ARGUMENTS if name not in REPLAY}
     dtypes |= {"out": dtypes["x"], "intermediate_states": dtypes["state"]}
     names -= {"rand_seed"} if dtypes["state"] not in ROUNDABLE else set()
+    names = {*names, *REPLAY} - {*_NOT_BESIDE} if replays else names
+    tokens = T + draw.randint(not T, 1)
+    window = tokens + draw.randint(0, 2)
+    sizes["R"] = window + tokens
+    dtypes |= {"replay_x": dtypes["x"], "replay_B": dtypes["B"], "replay_dt": "float32"} | dict.fromkeys(
+        CURSOR, "int32"
+    )
     names |= {SCALES[name] for name in SCALES if name in names and dtypes[name] in QUANTIZED}
     if alike:
         dtypes |= dict.fromkeys(("x", "B", "C", "z", "out", "dt", "D", "dt_bias"), "bfloat16")
@@ -133,13 +143,16 @@ def drawn(draw, alike):
             shapes = shapes[:1]
         tables = (name, "num_accepted_tokens" in names) == ("state_batch_indices", True)
         tables |= (name, "parent_tokens" in names) == ("dst_state_batch_indices", True)
-        pattern = shapes[-1] if tables or (alike and name in TIED_AXES) else draw.choice(shapes)
+        tied = name in TIED_AXES and (alike or (replays and draw.random() < 0.95))
+        shapes = shapes[:1] if replays and name == "state_batch_indices" else shapes
+        pattern = shapes[-1] if tables or tied else draw.choice(shapes)
         if name == "rand_seed":
             dtypes[name] = SEED_DTYPES[pattern]
         layout = "dense" if draw.random() < 0.9 else draw.choice(LAYOUTS)
         kinds[name] = (pattern, dtypes[name], layout)
-    no_update = "dst_state_batch_indices" not in names and draw.random() < 0.3
-    return Drawn(sizes, kinds, {"intermediate_stride": stride, "disable_state_update": no_update})
+    no_update = "dst_state_batch_indices" not in names and not replays and draw.random() < 0.3
+    flags = {"intermediate_stride": stride, "disable_state_update": no_update}
+    return Drawn(sizes, kinds, flags | {"replay": (window, tokens) if replays else (0, 0)})
 
 
 def changed(draw, arrays):
@@ -172,12 +185,12 @@ def changed(draw, arrays):
 def described(arrays, flags):
     """Return the Problem, or None where the check rejects the call."""
     no_update, stride = flags["disable_state_update"], flags["intermediate_stride"]
-    options = options_of(True, -1, no_update, True, False, stride, None, None, None, SSUConfig())
+    options = options_of(True, -1, no_update, True, False, stride, None, None, None, SSUConfig(), *flags["replay"])
     # JAX has a seed of two words, the others one of a single number.
     framework = "jax" if "rand_seed" in arrays and arrays["rand_seed"].dtype == "uint32" else "numpy"
     try:
         return describe(arrays, options, framework=framework, platform="cpu")
-    except ValueError:
+    except (ValueError, UnsupportedError):
         return None
 
 
@@ -276,12 +289,12 @@ def flashinfer_that_runs_nothing():
         flashinfer_kernel.load.cache_clear()
 
 
-def accepted_calls(examples, name, alike=False):
+def accepted_calls(examples, name, alike=False, replays=False):
     """Yield drawn calls that the check and a backend accept: a number to repeat it, Problem, arrays and the call."""
     backend, _, _, placed = READERS[name]
     for number in range(examples):
         draw = random.Random(number)
-        call = drawn(draw, alike)
+        call = drawn(draw, alike, replays)
         arrays = call.arrays()
         if draw.random() < 0.2:
             arrays = changed(draw, arrays)
@@ -291,12 +304,18 @@ def accepted_calls(examples, name, alike=False):
 
 
 @pytest.mark.parametrize(
-    ("name", "examples", "least"), [("cpu", 3_500, 500), ("triton", 3_500, 500), ("flashinfer", 3_000, 100)]
+    ("name", "examples", "least", "replays"),
+    [
+        ("cpu", 3_500, 500, False),
+        ("triton", 3_500, 500, False),
+        ("flashinfer", 3_000, 100, False),
+        ("cpu", 3_500, 500, True),
+    ],
 )
-def test_the_readers_accept_what_describe_accepts_and_nothing_else(name, examples, least):
+def test_the_readers_accept_what_describe_accepts_and_nothing_else(name, examples, least, replays):
     _, check_of, serves, placed = READERS[name]
     verdicts = dict.fromkeys(itertools.product(["as drawn", "changed", "resized"], [True, False]), 0)
-    for number, problem, arrays, call in accepted_calls(examples, name, alike=name == "flashinfer"):
+    for number, problem, arrays, call in accepted_calls(examples, name, name == "flashinfer", replays):
         check, draw = check_of(problem), random.Random(number)
         calls = {"as drawn": arrays, "changed": changed(draw, arrays), "resized": call.resized(draw)}
         for what, given in calls.items():
@@ -318,7 +337,7 @@ def test_a_kernel_of_one_chunk_takes_no_more_tokens():
     call = Drawn(
         {"S": 2, "b": 2, "T": 16, "H": 2, "P": 16, "N": 16},
         {name: (axes, "bfloat16", "dense") for name, axes in shapes.items()},
-        {"intermediate_stride": 1, "disable_state_update": False},
+        {"intermediate_stride": 1, "disable_state_update": False, "replay": (0, 0)},
     )
     problem, more = (described(call.arrays({"T": count}), call.flags).on("cuda", H200) for count in (16, 17))
     assert forms.tile(problem).one_chunk

@@ -59,15 +59,17 @@ def results_of(names, update=True):
     return ["out", *(name for name in names if name in WRITTEN and name not in kept)]
 
 
-def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1, round_each=False):
+def cpu_kernel(names, results, softplus=True, pad=-1, rounds=10, isa="auto", stride=1, round_each=False, replay=(0, 0)):
     rows = [
         table_row(name) if name in ARGUMENTS else (name, ["H"], "", 0, False, False, "") for name in (*names, "out")
     ]
-    return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, round_each, isa)
+    return library().cpu_kernel(rows, "state" in results, softplus, pad, rounds, stride, round_each, *replay, isa)
 
 
-def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1):
+def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10, stride=1, replay=(0, 0)):
     """Run the kernel and return its results by name, or the input of the name where it is none.
+
+    ``replay`` is the window and the most tokens of a call with a checkpoint.
 
     What is written is a copy between guard bytes; those and everything that is only read must not change.
     """
@@ -78,7 +80,7 @@ def run_all(arguments, isa="auto", softplus=True, pad=-1, update=True, rounds=10
     given = {name: guarded[name][1] if name in guarded else array for name, array in arguments.items()}
     before = {name: array.tobytes() for name, array in given.items() if name not in results}
 
-    kernel = cpu_kernel(list(given), results, softplus, pad, rounds, isa, stride)
+    kernel = cpu_kernel(list(given), results, softplus, pad, rounds, isa, stride, replay=replay)
     views = {name: view(array) for name, array in {**given, "out": guarded["out"][1]}.items()}
     kernel(*(views[name] for name in (*given, *results)))
 

@@ -240,7 +240,7 @@ def test_names_and_variants():
     rows = [cpu.row(name) for name in six]
     for wrong in ([], rows, [*rows, cpu.row("out"), cpu.row("D")]):
         with pytest.raises(ValueError, match="arguments: (expected 'out' at the end|'(state|out)' is missing)"):
-            library().cpu_kernel(wrong, True, True, -1, 10, 1, False, "auto")
+            library().cpu_kernel(wrong, True, True, -1, 10, 1, False, 0, 0, "auto")
     with pytest.raises(ValueError, match="philox_rounds"):
         cpu_kernel(six, ["out", "state"], rounds=-1)
     with pytest.raises(ValueError, match=r"isa must be one of auto, .*portable"):

@@ -82,7 +82,8 @@ def call(columns):
     kernel = cpu_kernel(list(arguments), results_of(arguments))
     views = {{name: view(array) for name, array in arrays.items()}}
     return arrays, lambda: kernel(*(views[name] for name in (*arguments, *results_of(arguments))))
-call(16)[1]()
+arrays, kernel = call(16)
+kernel()
 arrays, kernel = call(1 << 19)
 before = {{name: array.copy() for name, array in arrays.items()}}
 room = resource.getrlimit(resource.RLIMIT_AS)

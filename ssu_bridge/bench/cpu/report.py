@@ -104,6 +104,12 @@ def _numpy() -> Rows:
     return numpy_calls.times(_tiny_arrays())
 
 
+def _replay() -> Rows:
+    from ssu_bridge.bench.cpu import replay
+
+    return replay.times()
+
+
 def _first_calls() -> Rows:
     from ssu_bridge.bench.cpu import calls
 
@@ -131,6 +137,7 @@ SECTIONS = (
         "host time of an eager call of a drop-in, and the ratio to update's on the same tensors", "torch", _drop_ins
     ),
     Section("host time of calls with NumPy arrays, ten arrays, a tiny problem", None, _numpy),
+    Section("a token of a ReplayState of NumPy arrays, window 16, batch 16, H 64, P 64, N 128, G 8", None, _replay),
     Section("time of first JAX calls, which trace and compile", "jax", _first_calls),
     Section("time of first JAX calls on a state that is sharded over four virtual devices", "jax", _sharded),
     Section("time to prepare an exported JAX program", "jax", _preparations),

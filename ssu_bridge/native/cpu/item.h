@@ -183,10 +183,8 @@ inline void read_rows(float* to, const Operand& from, const Item& item, int64_t 
   read(to, from, offset, count, from.row_stride);
 }
 
-// The time step, the decay and the input of each row; where they are tied, once for all rows.
-SSU_BRIDGE_INLINE void prepare_rows(const StepArguments& a, const Item& item, RowNumbers& numbers) {
-  bool tied_step = a.dt.row_stride == 0 && a.dt_bias.row_stride == 0;
-  int64_t steps = tied_step ? 1 : item.rows;
+// The time steps of the first so many rows.
+SSU_BRIDGE_INLINE void read_steps(const StepArguments& a, const Item& item, int64_t steps, RowNumbers& numbers) {
   read_rows(numbers.d, a.dt, item, steps);
   if (a.dt_bias.data) read_rows(numbers.other, a.dt_bias, item, steps);
   for (int64_t i = 0; i < steps; i += kLanes) {
@@ -195,6 +193,12 @@ SSU_BRIDGE_INLINE void prepare_rows(const StepArguments& a, const Item& item, Ro
     if (a.softplus) d = softplus(d);
     store(numbers.d + i, d);
   }
+}
+
+// The time step, the decay and the input of each row; where they are tied, once for all rows.
+SSU_BRIDGE_INLINE void prepare_rows(const StepArguments& a, const Item& item, RowNumbers& numbers) {
+  bool tied_step = a.dt.row_stride == 0 && a.dt_bias.row_stride == 0;
+  read_steps(a, item, tied_step ? 1 : item.rows, numbers);
   if (tied_step) spread(numbers.d, item.rows);
   if (a.A.column_stride == 0) {
     bool tied_decay = tied_step && a.A.row_stride == 0;

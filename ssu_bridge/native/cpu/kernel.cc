@@ -50,7 +50,7 @@ class ThreadScratch {
     thread_local size_t size = 0;
     bytes_each_ = (scratch_bytes(a) + kAlignment - 1) / kAlignment * kAlignment;
     size_t bytes = bytes_each_ * static_cast<size_t>(threads) + kAlignment;
-    if (a.columns > kMostColumns) refuse(a, threads);
+    if (!is_countable(a)) refuse(a, threads);
     if (size < bytes) {
       size = 0;
       memory.reset();
@@ -66,12 +66,19 @@ class ThreadScratch {
 
  private:
   static constexpr size_t kAlignment = 64;
-  // Of more, the number of bytes would not fit into 64 bits.
+  // Of more columns, or of more tokens to replay, the number of bytes would not fit into 64 bits.
   static constexpr int64_t kMostColumns = int64_t{1} << 36;
+  static constexpr int64_t kMostReplayed = int64_t{1} << 24;
+
+  static bool is_countable(const StepArguments& a) {
+    int64_t rows = replays(a) ? most_replayed(a) : 1;
+    return rows <= kMostReplayed && a.columns <= kMostColumns / rows;
+  }
 
   [[noreturn]] static void refuse(const StepArguments& a, int threads) {
-    TVM_FFI_THROW(MemoryError) << "no memory for the scratch of a state with " << a.columns << " columns (dstate) on "
-                               << threads << " threads; nothing was written";
+    std::string tokens = replays(a) ? ", and of " + std::to_string(most_replayed(a)) + " tokens to replay," : "";
+    TVM_FFI_THROW(MemoryError) << "no memory for the scratch of a state with " << a.columns << " columns (dstate)"
+                               << tokens << " on " << threads << " threads; nothing was written";
     std::abort();  // unreachable; the line above has no way to say so
   }
 
@@ -100,23 +107,33 @@ class StepWork final : public ChunkedWork {
   const int64_t items_per_chunk_;
 };
 
-// How many tokens there are, and how many the longest sequence has.
+// How many tokens there are, how many the longest sequence has, and how many are pending at most.
 struct TokenCounts {
-  int64_t all, most;
+  int64_t all = 0, most = 0, most_pending = 0;
 };
 
+// A token for each that is pending and goes into a checkpoint, which is then stored.
+int64_t flush_tokens(const StepArguments& a, const Phase& phase, int64_t count) {
+  return flushes(a, phase, count) ? phase.pending + kRoundingCost : 0;
+}
+
 TokenCounts count_tokens(const StepArguments& a) {
-  if (!a.sequence_starts.data) return {a.sequences * a.tokens, a.tokens};
-  TokenCounts counts = {0, 0};
+  if (!a.sequence_starts.data && !replays(a)) return {a.sequences * a.tokens, a.tokens};
+  TokenCounts counts;
   for (int64_t i = 0; i < a.sequences; ++i) {
     int64_t count = tokens_of(a, i).count;
     counts.all += count;
     counts.most = std::max(counts.most, count);
+    if (!replays(a)) continue;
+    Phase phase = phase_of(a, i);
+    counts.all += flush_tokens(a, phase, count);
+    counts.most_pending = std::max(counts.most_pending, phase.pending);
   }
   return counts;
 }
 
 int64_t cost_of_element(const StepArguments& a) {
+  if (replays(a)) return 1;
   int64_t cost = a.A.column_stride != 0 ? kUntiedCost : 1;
   return a.random.is_used || is_quantised(a.state.type) ? cost + kRoundingCost : cost;
 }
@@ -131,7 +148,10 @@ void run_step(StepArguments& a, StepFunction step) {
   if (a.sequences == 0) return;
   TokenCounts tokens = count_tokens(a);
   if (tokens.all == 0) return;
-  int64_t elements = a.is_direct ? kItemElements : kTiledItemElements;
+  // What tables name may change meanwhile: none goes beyond the scratch that is for these.
+  a.longest = tokens.most;
+  a.replay.most_pending = tokens.most_pending;
+  int64_t elements = a.is_direct || replays(a) ? kItemElements : kTiledItemElements;
   int64_t rows = std::clamp<int64_t>(elements / a.columns / 16 * 16, 16, kMaxRowsPerItem);
   a.rows_per_item = std::min(rows, a.rows);
   a.blocks_per_head = (a.rows + a.rows_per_item - 1) / a.rows_per_item;
@@ -175,6 +195,26 @@ class CallReader {
     for (Argument argument : kRequiredArguments)
       if (!holds(given_, argument)) TVM_FFI_THROW(ValueError) << "arguments: '" << name_of(argument) << "' is missing";
     if (given_.back() != Argument::kOut) TVM_FFI_THROW(ValueError) << "arguments: expected 'out' at the end";
+  }
+
+  // Makes it a reader for a kernel with a window of replay of so many tokens, and so many new ones at most.
+  void set_replay(int64_t window, int64_t tokens) {
+    if (window < 0 || window >= INT32_MAX || tokens < (window ? 1 : 0) || tokens > window)
+      TVM_FFI_THROW(ValueError) << "expected a replay_window of at least 0 and no more replay_tokens, got " << window
+                                << " and " << tokens;
+    for (Argument argument : kReplayArguments)
+      if (holds(given_, argument) != (window > 0))
+        TVM_FFI_THROW(ValueError) << "arguments: '" << name_of(argument) << "' must be there with a replay_window, and "
+                                  << "only then";
+    if (window == 0) return;
+    if (!holds(in_place_, Argument::kState))
+      TVM_FFI_THROW(ValueError) << "arguments: the state must be a result with a replay_window";
+    for (Argument argument : kNotWithReplay)
+      if (holds(given_, argument))
+        TVM_FFI_THROW(ValueError) << "arguments: '" << name_of(argument) << "' does not go with a replay_window";
+    for (Argument argument : {Argument::kDt, Argument::kA, Argument::kDtBias}) rules_[argument].must_repeat = true;
+    rules_.compiled_for.sizes.emplace_back('R', window + tokens);
+    rules_.compiled_for.most_tokens = tokens;
   }
 
   CallTensors read(ffi::PackedArgs arguments, StepArguments& step_arguments) const {
@@ -225,12 +265,20 @@ class CpuKernel {
   VariantPair steps_;
 };
 
-StepArguments options_with(int64_t intermediate_stride) {
+StepArguments options_with(int64_t intermediate_stride, int64_t replay_window = 0) {
   if (intermediate_stride < 1)
     TVM_FFI_THROW(ValueError) << "intermediate_stride: expected at least 1, got " << intermediate_stride;
   StepArguments options;
   options.intermediate_stride = intermediate_stride;
+  options.replay.window = options.replay.most_pending = replay_window;
   return options;
+}
+
+CallReader reader_with(const ffi::Array<ArgumentRow>& rows, bool updates_state, int64_t replay_window,
+                       int64_t replay_tokens) {
+  CallReader reader(rows, updates_state);
+  reader.set_replay(replay_window, replay_tokens);
+  return reader;
 }
 
 ffi::Function make_check(CallReader reader, const StepArguments& options) {
@@ -244,21 +292,24 @@ ffi::Function make_check(CallReader reader, const StepArguments& options) {
 
 ffi::Function make_cpu_kernel(ffi::Array<ArgumentRow> rows, bool updates_state, bool dt_softplus, int64_t pad_slot_id,
                               int64_t philox_rounds, int64_t intermediate_stride, bool rounds_each_token,
-                              ffi::String isa) {
+                              int64_t replay_window, int64_t replay_tokens, ffi::String isa) {
   thread_count();  // so that a wrong setting is reported here
   if (philox_rounds < 0 || philox_rounds > INT32_MAX)
     TVM_FFI_THROW(ValueError) << "philox_rounds: expected a number from 0 to 2**31 - 1, got " << philox_rounds;
-  StepArguments options = options_with(intermediate_stride);
+  StepArguments options = options_with(intermediate_stride, replay_window);
   options.updates_state = updates_state;
   options.softplus = dt_softplus;
   options.pad_slot = pad_slot_id;
   options.rounds_each_token = rounds_each_token;
   options.random.rounds = philox_rounds == 0 ? kUsualRounds : static_cast<int>(philox_rounds);
-  return ffi::Function::FromPacked(CpuKernel(CallReader(rows, updates_state), options, find_variants(isa)));
+  CallReader reader = reader_with(rows, updates_state, replay_window, replay_tokens);
+  return ffi::Function::FromPacked(CpuKernel(std::move(reader), options, find_variants(isa)));
 }
 
-ffi::Function make_cpu_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride) {
-  return make_check(CallReader(rows, updates_state), options_with(intermediate_stride));
+ffi::Function make_cpu_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride,
+                             int64_t replay_window, int64_t replay_tokens) {
+  CallReader reader = reader_with(rows, updates_state, replay_window, replay_tokens);
+  return make_check(std::move(reader), options_with(intermediate_stride, replay_window));
 }
 
 ffi::Function make_compiled_check(ffi::Array<ArgumentRow> rows, bool updates_state, int64_t intermediate_stride,

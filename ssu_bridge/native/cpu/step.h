@@ -3,6 +3,7 @@
 #define SSU_BRIDGE_CPU_STEP_H_
 
 #include "cpu/direct.h"
+#include "cpu/replay.h"
 #include "cpu/step_arguments.h"
 #include "cpu/tokens.h"
 
@@ -10,6 +11,7 @@ namespace ssu_bridge {
 namespace {
 
 void step(const StepArguments& a, int64_t first, int64_t last, void* scratch) {
+  if (replays(a)) return step_with_replay(a, first, last, scratch);
   if (!a.is_direct) return step_through_tiles(a, first, last, scratch);
   switch (a.state.type) {
     case ElementType::kBFloat16:

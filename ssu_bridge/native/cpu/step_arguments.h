@@ -82,6 +82,15 @@ struct StateStorage {
   int64_t scale_stride = 0;
 };
 
+// The last tokens of each slot, in rings of so many rows, and where in them those begin that its state lacks: the state
+// is a checkpoint. A window of 0 stands for none of this.
+struct Replay {
+  Operand x, B, dt;  // the batch axis is that of the slots, the token axis that of the rows
+  IndexTable start, pending;
+  int64_t window = 0, length = 0;
+  int64_t most_pending = 0;  // of the sequences of the call, as counted before it
+};
+
 // The numbers that stochastic rounding draws, named by the key and by what is rounded.
 struct RandomStream {
   bool is_used = false;
@@ -101,6 +110,7 @@ struct StepArguments {
   StateStorage state, intermediates;
   bool updates_state = true;
   RandomStream random;
+  Replay replay;
 
   Operand x, dt, A, B, C, D, z, dt_bias, out;
   IndexTable read_slots, write_slots, accepted_tokens, sequence_starts, intermediate_entries;
@@ -109,17 +119,20 @@ struct StepArguments {
   FlagTable has_initial_state;
   int64_t intermediate_stride = 1;
   bool rounds_each_token = false;  // of several: the state is rounded to what it is stored in after each of them
+  int64_t longest = INT64_MAX;     // the most tokens of a sequence
   int64_t pad_slot = -1;
   bool softplus = false;
 
   // One token a sequence and a float state that is rounded to nearest: it is stepped from slot to slot as it is loaded
-  // and stored. Else the rows of an item are held in float32 over all of its tokens.
+  // and stored. Else, and without replay, the rows of an item are held in float32 over all of its tokens.
   bool is_direct = true;
 
   // A work item is a block of rows of one head of one sequence; items are numbered in that order.
   int64_t rows_per_item = 0;
   int64_t blocks_per_head = 0;
 };
+
+static inline bool replays(const StepArguments& a) { return a.replay.window > 0; }
 
 // The most rows that an item may have: per-row numbers live on the stack.
 constexpr int64_t kMaxRowsPerItem = 512;
@@ -142,11 +155,26 @@ static inline int64_t direct_scratch_floats(int64_t columns) { return padded(col
 constexpr int64_t kRandomBatch = 128;
 static inline int64_t random_scratch_words(int64_t columns) { return padded(columns) + 2 * kRandomBatch; }
 
+// The rows of a checkpoint that are advanced at a time, through a tile.
+constexpr int64_t kReplayTileRows = 16;
+
+// How many tokens a head is computed from at most: those that are pending and the new ones.
+static inline int64_t most_replayed(const StepArguments& a) { return a.replay.most_pending + a.longest; }
+
+// Rows of B and C for a group, and of x for a head; the products of those of B with each of C; four numbers for each
+// token; the tile, and random words for one of its rows. A group of rows is written at a time.
+static inline int64_t replay_scratch_floats(const StepArguments& a) {
+  int64_t tokens = most_replayed(a), numbers = padded(tokens + kMaxRowGroup);
+  int64_t floats = (tokens + a.longest + kReplayTileRows) * padded(a.columns) + tokens * padded(a.rows_per_item);
+  return floats + (a.longest + 4) * numbers + random_scratch_words(a.columns);
+}
+
 static inline size_t scratch_bytes(const StepArguments& a) {
+  if (replays(a)) return static_cast<size_t>(replay_scratch_floats(a)) * sizeof(float);
   int64_t floats = direct_scratch_floats(a.columns);
   // The rows of the state, of a tree after each token too, once more as they are stored, and random words for one row.
   int64_t tiles = 1;
-  if (a.parents.data) tiles += a.tokens < kMaxTreeTokens ? a.tokens : kMaxTreeTokens;
+  if (a.parents.data) tiles += a.longest;
   if (a.rounds_each_token) floats += padded(a.columns) * a.rows_per_item + padded(a.rows_per_item);
   if (!a.is_direct) floats += tiles * padded(a.columns) * a.rows_per_item + random_scratch_words(a.columns);
   return static_cast<size_t>(floats) * sizeof(float);

@@ -30,7 +30,7 @@ static inline TokenRange tokens_of(const StepArguments& a, int64_t sequence) {
   if (!a.sequence_starts.data) return {0, a.tokens};
   int64_t first = bounded(index_in(a.sequence_starts, sequence, 0), 0, a.tokens);
   int64_t end = bounded(index_in(a.sequence_starts, sequence + 1, 0), first, a.tokens);
-  return {first, bounded(end - first, 0, a.parents.data ? kMaxTreeTokens : a.tokens)};
+  return {first, bounded(end - first, 0, a.longest)};
 }
 
 // The token of a tree whose state a token continues, or kNone for the state that its sequence starts from.
@@ -57,6 +57,30 @@ static inline int64_t read_slot(const StepArguments& a, int64_t sequence) {
     column = bounded(accepted, 1, a.read_slots.columns < 1 ? 1 : a.read_slots.columns) - 1;
   }
   return slot_in(a, a.read_slots, sequence, column);
+}
+
+// Where in the rings of its slot the tokens of a sequence begin that the checkpoint lacks, and how many they are.
+struct Phase {
+  int64_t slot, start, pending;
+};
+
+static inline Phase phase_of(const StepArguments& a, int64_t sequence) {
+  int64_t slot = read_slot(a, sequence);
+  if (slot == kNone) return {kNone, 0, 0};
+  int64_t start = index_in(a.replay.start, slot, 0) % a.replay.length;
+  return {slot, start < 0 ? start + a.replay.length : start,
+          bounded(index_in(a.replay.pending, slot, 0), 0, a.replay.most_pending)};
+}
+
+// The row of a token, counted from the first that is pending. There are no more than the ring has rows.
+static inline int64_t ring_row(const StepArguments& a, const Phase& phase, int64_t token) {
+  int64_t row = phase.start + token;
+  return row < a.replay.length ? row : row - a.replay.length;
+}
+
+// Whether so many tokens more write the checkpoint.
+static inline bool flushes(const StepArguments& a, const Phase& phase, int64_t count) {
+  return phase.slot != kNone && count > 0 && phase.pending + count > a.replay.window;
 }
 
 // Whether a sequence that read `source` starts from the state there, and not from zeros.

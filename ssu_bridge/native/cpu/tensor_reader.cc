@@ -176,9 +176,11 @@ const Pattern& check(Argument argument, Call& call) {
 int64_t& stride_of(Operand& operand, char axis) {
   switch (axis) {
     case 'b':
+    case 'S':
       return operand.batch_stride;
     case 'T':
     case 'L':
+    case 'R':
       return operand.token_stride;
     case 'G':
     case 'H':
@@ -313,6 +315,36 @@ void read_intermediates(Call& call, StepArguments& a) {
     TVM_FFI_THROW(ValueError) << name << " must have at least " << steps << " steps, got " << a.intermediates.steps;
 }
 
+Operand read_ring(Argument argument, ElementType type, Call& call) {
+  Operand ring = read_operand(argument, call);
+  if (ring.type != type)
+    TVM_FFI_THROW(ValueError) << name_of(argument) << " must have the type of what it keeps, float32 for step sizes";
+  return ring;
+}
+
+IndexTable read_cursor(Argument argument, Call& call) {
+  IndexTable table = read_table(argument, call);
+  if (table.is_64_bit) refuse_type(*call.tensors[argument], name_of(argument), "int32");
+  return table;
+}
+
+// The rings of a checkpoint and where its cursor is in them.
+void read_replay(Call& call, StepArguments& a) {
+  a.replay.x = read_ring(Argument::kReplayX, a.x.type, call);
+  a.replay.B = read_ring(Argument::kReplayB, a.B.type, call);
+  a.replay.dt = read_ring(Argument::kReplayDt, ElementType::kFloat32, call);
+  a.replay.start = read_cursor(Argument::kReplayStart, call);
+  a.replay.pending = read_cursor(Argument::kReplayPending, call);
+  a.replay.length = call.sizes.of('R');
+  if (a.read_slots.has_columns) TVM_FFI_THROW(ValueError) << "state_batch_indices must have one axis with replay_x";
+}
+
+// The most tokens of a sequence; packed ones beyond them belong to none.
+int64_t longest_sequence(const Call& call, const StepArguments& a) {
+  if (call.tensors[Argument::kParents]) return std::min(a.tokens, kMaxTreeTokens);
+  return replays(a) ? std::min(a.tokens, call.rules.compiled_for.most_tokens) : a.tokens;
+}
+
 // Whether there are heads, and how sequences and tokens lie: the axes of the state and x and cu_seqlens tell.
 void read_layout(Call& call) {
   const DLTensor &state = *call.tensors[Argument::kState], &x = *call.tensors[Argument::kX];
@@ -320,6 +352,8 @@ void read_layout(Call& call) {
   if (state.ndim != 3 && state.ndim != 4)
     TVM_FFI_THROW(ValueError) << "state must have 3 or 4 axes, got " << state.ndim;
   call.has_heads = state.ndim == 4;
+  if (call.tensors[Argument::kReplayX] && !call.has_heads)
+    TVM_FFI_THROW(ValueError) << "state must have 4 axes to be a checkpoint, got " << state.ndim;
   for (auto [symbol, size] : call.rules.compiled_for.sizes) call.sizes.set(symbol, size);
   if (!call.has_heads) {
     for (char symbol : {'H', 'G'}) {
@@ -445,9 +479,8 @@ void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArgume
   a.has_initial_state = read_flags(Argument::kHasInitialState, call);
   read_intermediates(call, a);
   check_seed(call, a);
-  // Of a GPU kernel, which was compiled for their dtypes.
-  for (Argument argument : kReplayArguments)
-    if (tensors[argument]) check(argument, call);
+  if (tensors[Argument::kReplayX]) read_replay(call, a);
+  a.longest = longest_sequence(call, a);
   a.out = read_operand(Argument::kOut, call);
 
   if (a.out.type != a.x.type) TVM_FFI_THROW(ValueError) << "out must have the type of x";

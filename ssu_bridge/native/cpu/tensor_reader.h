@@ -55,6 +55,9 @@ constexpr Argument kRequiredArguments[] = {Argument::kState, Argument::kX, Argum
                                            Argument::kB,     Argument::kC, Argument::kOut};
 constexpr Argument kReplayArguments[] = {Argument::kReplayX, Argument::kReplayB, Argument::kReplayDt,
                                          Argument::kReplayStart, Argument::kReplayPending};
+constexpr Argument kNotWithReplay[] = {
+    Argument::kWriteSlots,          Argument::kAcceptedTokens, Argument::kIntermediates,  Argument::kIntermediateScales,
+    Argument::kIntermediateEntries, Argument::kParents,        Argument::kHasInitialState};
 
 // The tensors of a call; null where an optional one is absent.
 struct CallTensors {
