@@ -69,9 +69,10 @@ class Specialisation:
         if self.window:
             flags += f";replay={self.window}+{self.most_tokens}"
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
+        heads = f"*{self.tile.heads}" if self.tile.heads > 1 else ""
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.layout};{sizes};{arrays}->"
-            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk})"
+            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk}{heads})"
         )
 
 
@@ -226,7 +227,9 @@ def launch_of(specialisation: Specialisation) -> Launch:
 
 def grid_of(specialisation: Specialisation) -> Grid:
     """Return the grid: a program for each sequence, head and block of rows."""
-    programs = specialisation.nheads * -(-specialisation.headdim // specialisation.tile.rows)
+    programs = (
+        specialisation.nheads // specialisation.tile.heads * -(-specialisation.headdim // specialisation.tile.rows)
+    )
     packed = specialisation.layout == "packed"
     return Grid(programs, list(_kernel_dtypes(specialisation)).index("cu_seqlens" if packed else "x"), less=packed)
 
@@ -318,16 +321,22 @@ def _matrix_constants(s: Specialisation) -> dict[str, Any]:
     }
 
 
+# With so few registers more programs fit, and nothing is spilled for it.
+_REPLAY_REGISTERS = {"bfloat16": 144, "int8": 168}
+
+
 def _options(s: Specialisation) -> dict[str, int]:
-    """Return Triton's options for the matrix form: with a bfloat16 state, so few registers that four programs fit."""
-    if s.window:
-        return {"num_stages": 1}
+    """Return Triton's options for products and loops that read ahead; with few registers where that was measured."""
+    dtypes = dict(s.dtypes)
+    inputs = {dtypes[name] for name in ("x", "B", "C")}
+    fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dtypes and inputs == {"bfloat16"}
+    if s.window and not s.tile.chunk:
+        few = fits and s.window <= 16 and s.tile.columns == 128 and dtypes["state"] in _REPLAY_REGISTERS
+        return {"num_stages": 3} | ({"maxnreg": _REPLAY_REGISTERS[dtypes["state"]]} if few else {})
     if not s.tile.chunk:
         return {}
-    fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dict(s.dtypes)
-    few = fits and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
-    inputs = {dict(s.dtypes)[name] for name in ("x", "B", "C")}
-    return {"num_stages": 1} | ({"maxnreg": 128} if few and inputs == {"bfloat16"} else {})
+    few = fits and not s.window and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
+    return {"num_stages": 1} | ({"maxnreg": 128} if few else {})
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

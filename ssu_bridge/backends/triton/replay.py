@@ -1,6 +1,6 @@
 """The kernels of a replay state: which one a problem takes, its tile, and what is compiled in."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The sides of a tensor core's tile: a program's rows, and what is summed over, have at least so many elements.
 _LEAST = 16
+# Of several tokens.
 _MOST_ROWS = 64
 # Columns of a checkpoint that are computed at a time, so that they fit the registers.
 _MOST_COLUMNS, _FEW_COLUMNS = 128, 32
@@ -22,6 +23,28 @@ _THREADS = 32
 _STATE_PARTS = {"bfloat16": 1, "float16": 2, "float32": 3, "int16": 2, "int8": 1, "float8_e4m3fn": 1}
 # Of these threads hold a row's columns that are read at once.
 _THREADS_OF_A_GROUP = 4
+
+
+class _Measured(NamedTuple):
+    """What was fastest for one token on an H200: rows, warps and heads of a program; stages of its loop."""
+
+    rows: int
+    warps: int
+    heads: int
+    stages: int
+    # So many programs at least, where a program does several heads.
+    programs: int
+
+
+# By what a checkpoint is stored in. Heads do not change the bits, and so may depend on the number of sequences.
+_MEASURED = {
+    "float32": _Measured(32, 2, 2, 2, 1),
+    "bfloat16": _Measured(32, 1, 2, 2, 1),
+    "float16": _Measured(32, 1, 2, 2, 1),
+    "int16": _Measured(32, 1, 2, 2, 1),
+    "int8": _Measured(64, 1, 8, 3, 1024),
+    "float8_e4m3fn": _Measured(32, 1, 8, 3, 1024),
+}
 
 
 def is_one_token(problem: Problem) -> bool:
@@ -45,10 +68,11 @@ def tile(problem: Problem) -> Tile:
     one = is_one_token(problem)
     known = problem.layout == "multi" and isinstance(problem.tokens, int)
     chunk = 0 if one else max(power_of_two(problem.tokens if known else problem.longest), _LEAST)
+    best = _MEASURED[dict(problem.dtypes)["state"]]
     # The products of many tokens with each other take the registers of four warps.
     least = _LEAST if one or _is_short(problem.options.replay_window, chunk) else _MOST_ROWS
-    rows = min(max(power_of_two(problem.headdim), least), _MOST_ROWS)
-    warps = max(1, rows // (2 * _LEAST)) if one else rows // _LEAST
+    rows = min(max(power_of_two(problem.headdim), least), best.rows if one else _MOST_ROWS)
+    warps = min(best.warps, rows // _LEAST) if one else rows // _LEAST
     if requested := problem.options.config.triton_tile:
         rows, warps = requested
         if rows < _LEAST * warps:
@@ -56,7 +80,21 @@ def tile(problem: Problem) -> Tile:
                 f"triton_tile: expected at least {_LEAST} rows for each warp with a ReplayState, got (rows, warps) = "
                 f"{requested}"
             )
-    return Tile(rows, max(power_of_two(problem.dstate), _LEAST), warps, chunk, not one)
+    columns = max(power_of_two(problem.dstate), _LEAST)
+    return Tile(rows, columns, warps, chunk, not one, _heads(problem, rows, best) if one else 1)
+
+
+def _heads(problem: Problem, rows: int, best: _Measured) -> int:
+    """Return how many heads of a group a program does, one after the other."""
+    programs = problem.sequences * problem.nheads * -(-problem.headdim // rows)
+    heads = 1
+    while (
+        2 * heads <= best.heads
+        and problem.nheads // problem.ngroups % (2 * heads) == 0
+        and programs >= 2 * heads * best.programs
+    ):
+        heads *= 2
+    return heads
 
 
 def _is_short(window: int, chunk: int) -> bool:
@@ -72,21 +110,32 @@ def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
 def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
     """Return what only these kernels have compiled in. ``parts`` are the bfloat16 parts of numbers by their dtype."""
     dtypes = dict(s.dtypes)
+    stages = 1 if s.tile.chunk else _MEASURED[dtypes["state"]].stages
     vector = {name: VECTOR_BYTES // np.dtype(dtypes[name]).itemsize for name in ("state", "B")}
     window = max(power_of_two(s.window), _LEAST)
     group = min(_THREADS_OF_A_GROUP * vector["state"], s.tile.columns)
+    # A thread keeps C's for all columns, which take fewer registers where more threads share a row.
+    columns = group if s.tile.columns <= _MOST_COLUMNS else _MOST_COLUMNS
     part = _MOST_COLUMNS if s.tile.chunk and _is_short(s.window, s.tile.chunk) else _FEW_COLUMNS
-    ring = vector["B"] * _THREADS * s.tile.warps // window
+    # A ring of B lies in the registers as one of x does, so that what is summed over both has one layout.
+    ring = vector["B"] * _THREADS * s.tile.warps
+    ring_columns = min(s.tile.rows, s.tile.columns)
     return {
         "WINDOW": s.window,
         "RING": s.window + s.most_tokens,
         "K": window,
+        "HEADS": s.tile.heads,
+        # Nothing is read ahead of one head. A checkpoint is written in pieces, several to a head.
+        "STAGES": stages if s.tile.heads > 1 else 1,
+        "FLUSH_STAGES": stages,
         "Q": s.tile.chunk,
         "MOST": s.most_tokens,
         "W": group,
         "WARPS": s.tile.warps,
-        "COLUMNS": group,
-        "RING_COLUMNS": min(max(ring, _LEAST), s.tile.columns),
+        "COLUMNS": columns,
+        "RING_COLUMNS": ring_columns,
+        "TOGETHER": min(s.tile.rows, s.tile.warps * _THREADS * vector["state"] // columns),
+        "RING_TOGETHER": min(window, max(1, ring // ring_columns)),
         "PART": max(group, min(part, s.tile.columns)),
         "S_PARTS": _STATE_PARTS[dtypes["state"]],
         **{f"{name.upper()}_PARTS": parts[dtypes[name]] for name in ("x", "B", "C")},

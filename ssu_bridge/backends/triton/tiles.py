@@ -28,6 +28,8 @@ class Tile(NamedTuple):
     # Of the matrix form: how many tokens a chunk has, and whether no sequence has more. Of the loop: 0.
     chunk: int = 0
     one_chunk: bool = False
+    # Of a replay step: how many heads a program does.
+    heads: int = 1
 
     def __str__(self) -> str:
         form = f"matrix form, {self.chunk} tokens at a time, " if self.chunk else ""

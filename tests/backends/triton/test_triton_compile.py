@@ -138,6 +138,7 @@ FOR_EVERY_GPU = (
     *("mamba2", "mamba1, bfloat16", "odd sizes, untied, float16", "layer, bfloat16", "layer, bfloat16, packed"),
     *(name for name in MANY if "intermediates, stochastic" in name),
     "layer, int16, tables",
+    *("layer, bfloat16, replay", "layer, int8, replay", "layer, bfloat16, replay, tokens"),
 )
 
 
@@ -289,6 +290,24 @@ def test_every_tile_of_the_table_fits_gpus_that_it_was_not_measured_on(kind, cap
         assert used["STACK"] == used["LOCAL"] == 0
         assert used["SHARED"] <= UNMEASURED[capability] << 10
         assert used["REG"] * 32 * one.tile.warps <= 1 << 16
+
+
+def test_a_tile_of_a_replay_step():
+    case = CLASSES["layer, bfloat16, replay"]
+    few, many = (dataclasses.replace(problem_of(case), sequences=n) for n in (1, 1000))
+    assert forms.tile(few)[:4] == forms.tile(many)[:4], "the bits depend on it, and not on the number of heads"
+    assert "tile=32x1*2" in specialise(many, forms.tile(many)).target
+    quantised = problem_of(CLASSES["layer, int8, replay"])
+    assert [forms.tile(dataclasses.replace(quantised, sequences=n)).heads for n in (1, 32, 64, 1000)] == [1, 2, 4, 8]
+    one_group_each = dataclasses.replace(quantised, sequences=1000, ngroups=64)
+    assert forms.tile(one_group_each).heads == 1
+    with using(triton_tile=(16, 2)), pytest.raises(ValueError, match="at least 16 rows for each warp"):
+        backend.settings(problem_of(case))
+
+
+def test_a_replay_step_reads_ahead():
+    ptx = compiled(CLASSES["layer, bfloat16, replay"]).text["ptx"]
+    assert "cp.async" in ptx
 
 
 def test_a_tile_can_be_asked_for_and_is_shown():

@@ -19,10 +19,10 @@ from ssu_bridge.backends.triton.kernels.common import (
     inside,
     load,
     slot_of,
-    time_step,
+    softplus,
 )
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.replay import advance_checkpoint, cursor_of, pending_steps, row_after
+from ssu_bridge.backends.triton.kernels.replay import advance_checkpoints, cursor_of, pending_steps, row_after
 from ssu_bridge.backends.triton.kernels.rounding import widen
 
 
@@ -86,9 +86,13 @@ def replay_token(
     BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr,
     RING_COLUMNS: tl.constexpr,
-    PART: tl.constexpr,
     WARPS: tl.constexpr,
     W: tl.constexpr,
+    HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
+    FLUSH_STAGES: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    RING_TOGETHER: tl.constexpr,
     B_PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -102,13 +106,13 @@ def replay_token(
         gdc_wait()
         gdc_launch_dependents()
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    parts: tl.constexpr = H // HEADS
     program = tl.program_id(0)
-    sequence = (program // (H * blocks)).to(tl.int64)
-    head = program // blocks % H
+    sequence = (program // (parts * blocks)).to(tl.int64)
+    first_head = program // blocks % parts * HEADS
     first_row = program % blocks * BLOCK_P
     rows = first_row + tl.arange(0, BLOCK_P)
     row_mask = inside(rows, P, BLOCK_P)
-    channels = head * P + rows
 
     begin, length = tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
     if length <= 0:
@@ -120,112 +124,88 @@ def replay_token(
     )
     state += slot * state_stride
     scale = state_scale if state_scale is None else state_scale + slot * state_scale_stride
-    group = head // (H // G)
-    x = at_first(x, x_stride, x_token_stride, sequence, begin) + channels
+    group = first_head // (H // G)
+    x = at_first(x, x_stride, x_token_stride, sequence, begin) + rows
+    dt = at_first(dt, dt_stride, dt_token_stride, sequence, begin)
     B = at_first(B, B_stride, B_token_stride, sequence, begin) + group * N
     C = at_first(C, C_stride, C_token_stride, sequence, begin) + group * N
-    new_x = tl.load(x, mask=row_mask)
-    raw_d = tl.load(at_first(dt, dt_stride, dt_token_stride, sequence, begin) + head).to(tl.float32)
-    bias = dt_bias if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
-    d = time_step(raw_d, bias, SOFTPLUS)
-    rate = tl.load(A + head).to(tl.float32) * LOG2_E
-
-    ring_x = replay_x + slot * replay_x_stride + head.to(tl.int64) * (RING * P)
+    z = z if z is None else at_first(z, z_stride, z_token_stride, sequence, begin) + rows
+    out = at_first(out, out_stride, out_token_stride, sequence, begin) + rows
+    replay_x += slot * replay_x_stride
+    replay_dt += slot * replay_dt_stride
     ring_B = replay_B + slot * replay_B_stride + group.to(tl.int64) * (RING * N)
-    ring_dt = replay_dt + slot * replay_dt_stride + head * RING
     row = row_after(first, count, RING)
-    y = tl.zeros((BLOCK_P,), tl.float32)
-    if live:
-        rings = (ring_x, ring_B, ring_dt, first, count)
-        y = _replayed(
-            state, scale,
-            C, rings, d, rate, head, rows, row_mask, P, N, K, RING, BLOCK_P, COLUMNS, RING_COLUMNS, STORED,
-        )  # fmt: skip
-    xs = new_x.to(tl.float32)
-    new_dots = tl.zeros((COLUMNS,), tl.float32)
-    for column in tl.static_range(0, N, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)
-        column_mask = inside(columns, N, COLUMNS)
-        new_dots = tl.fma(load(B + columns, column_mask), load(C + columns, column_mask), new_dots)
-    y += xs * (d * tl.sum(new_dots, 0))
-    skip = D if D is None else by_row(D, head, rows, row_mask, P, TIED_D)
-    gate = z
-    if z is not None:
-        gate = load(at_first(z, z_stride, z_token_stride, sequence, begin) + channels, row_mask)
-    y = gated_output(y, xs, skip, gate)
-    out = at_first(out, out_stride, out_token_stride, sequence, begin)
-    tl.store(out + channels, y.to(out.dtype.element_ty), mask=row_mask)
+    flushes = live & (count + 1 > WINDOW)
 
-    tl.store(ring_x + row * P + rows, new_x, mask=row_mask & live)
-    is_first = live & (first_row == 0)
-    tl.store(ring_dt + row, d, mask=is_first)
-    if is_first & (head % (H // G) == 0):
+    # What a group's heads have in common. The last of several loads decides in which layout it is computed.
+    columns = tl.arange(0, COLUMNS)[None, :]
+    # As many rows of the same as the threads hold side by side of a tile of the state.
+    same = tl.zeros((TOGETHER, 1), tl.int32)
+    Cs = ()
+    for column in tl.static_range(0, N, COLUMNS):
+        Cs += (load(C + column + (same + columns), inside(same + (column + columns), N, COLUMNS)),)
+    back = tl.arange(0, K)
+    ring_rows = row_after(first, count - 1 - back, RING)
+    there = back < count
+    ring_columns = tl.arange(0, RING_COLUMNS)[None, :]
+    ring_same = tl.zeros((RING_TOGETHER, 1), tl.int32)
+    dots = tl.zeros((K // RING_TOGETHER, RING_TOGETHER, RING_COLUMNS), tl.float32)
+    new_dots = tl.zeros((RING_TOGETHER, RING_COLUMNS), tl.float32)
+    for column in tl.static_range(0, N, RING_COLUMNS):
+        mask = inside(column + ring_columns, N, RING_COLUMNS)
+        same_mask = inside(ring_same + (column + ring_columns), N, RING_COLUMNS)
+        ring_C = load(C + column + (ring_same + ring_columns), same_mask)
+        old_B = load(ring_B + ring_rows[:, None] * N + column + ring_columns, there[:, None] & mask)
+        dots = tl.fma(old_B.reshape(dots.shape), tl.broadcast_to(ring_C[None, :, :], dots.shape), dots)
+        new_dots = tl.fma(load(B + column + (ring_same + ring_columns), same_mask), ring_C, new_dots)
+    dots = tl.sum(dots, 2).reshape(K)
+    new_dot = tl.max(tl.sum(new_dots, 1), 0)
+    if live & (first_row == 0) & (first_head % (H // G) == 0):
         all_columns = tl.arange(0, BLOCK_N)
         columns_mask = inside(all_columns, N, BLOCK_N)
         new_B = tl.load(B + all_columns, mask=columns_mask, other=0)
         tl.store(ring_B + row * N + all_columns, new_B, mask=columns_mask)
-    if live & (count + 1 > WINDOW):
-        advance_checkpoint(
-            state, scale,
-            ring_x, ring_B, ring_dt, first, count, rate, rand_seed, slot * (H * P * N), head, first_row,
-            P, N, K, RING, BLOCK_P, PART, W, WARPS, STORED, B_PARTS, ROUNDS,
+
+    # One number for each head, taken out of here where that head is computed.
+    numbers = tl.arange(0, HEADS)
+    all_d = tl.load(dt + first_head + numbers).to(tl.float32)
+    if dt_bias is not None:
+        all_d += tl.load(dt_bias + first_head + numbers).to(tl.float32)
+    if SOFTPLUS:
+        all_d = softplus(all_d)
+    all_rates = tl.load(A + first_head + numbers).to(tl.float32) * LOG2_E
+
+    for i in tl.range(0, HEADS, num_stages=STAGES):
+        head = first_head + i
+        tile = state + (head.to(tl.int64) * (P * N) + rows[:, None] * N)
+        products = tl.zeros((BLOCK_P // TOGETHER, TOGETHER, COLUMNS), tl.float32)
+        for j in tl.static_range(len(Cs)):
+            tile_mask = row_mask[:, None] & inside(j * COLUMNS + columns, N, COLUMNS)
+            old = tl.load(tile + j * COLUMNS + columns, mask=tile_mask & live, other=0)
+            old = widen(old, STORED).reshape(products.shape)
+            products = tl.fma(old, tl.broadcast_to(Cs[j][None, :, :], products.shape), products)
+        ring_x = replay_x + head.to(tl.int64) * (RING * P)
+        ring_dt = replay_dt + head * RING
+        xs = tl.load(x + head * P, mask=row_mask)
+        d = tl.sum(tl.where(numbers == i, all_d, 0.0), 0)
+        rate = tl.sum(tl.where(numbers == i, all_rates, 0.0), 0)
+        old_d, later = pending_steps(ring_dt, first, count, d, K, RING)
+        weights = tl.where(there, dots * (old_d * tl.exp2(later * rate)), 0.0)
+        old_x = load(ring_x + ring_rows[:, None] * P + rows[None, :], there[:, None] & row_mask[None, :])
+
+        y = tl.sum(products, 2).reshape(BLOCK_P) * tl.exp2((tl.sum(old_d, 0) + d) * rate)
+        if scale is not None:
+            y *= load(scale + head * P + rows, row_mask & live)
+        y += tl.sum(old_x * weights[:, None], 0)
+        y += xs.to(tl.float32) * (d * new_dot)
+        skip = D if D is None else by_row(D, head, rows, row_mask, P, TIED_D)
+        gate = z if z is None else load(z + head * P, row_mask)
+        y = gated_output(y, xs.to(tl.float32), skip, gate)
+        tl.store(out + head * P, y.to(out.dtype.element_ty), mask=row_mask)
+        tl.store(ring_x + row * P + rows, xs, mask=row_mask & live)
+        tl.store(ring_dt + row, d, mask=live & (first_row == 0))
+    if flushes:
+        advance_checkpoints(
+            state, scale, replay_x, ring_B, replay_dt, A, (first, count), (first_head, first_row), rand_seed,
+            slot * (H * P * N), P, N, K, RING, HEADS, BLOCK_P, BLOCK_N, WARPS, W, STORED, B_PARTS, ROUNDS, FLUSH_STAGES,
         )  # fmt: skip
-
-
-@triton.jit
-def _replayed(
-    state,
-    scale,
-    C,
-    rings,
-    d,
-    rate,
-    head,
-    rows,
-    row_mask,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    RING: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RING_COLUMNS: tl.constexpr,
-    STORED: tl.constexpr,
-):
-    """Return what the checkpoint and the pending tokens contribute to the output of a new token with time step d."""
-    ring_x, ring_B, ring_dt, first, count = rings
-    # The last of several loads decides in which layout what they have in common is computed.
-    columns = tl.arange(0, COLUMNS)[None, :]
-    Cs = ()
-    for column in tl.static_range(0, N, COLUMNS):
-        Cs += (load(C + column + columns, inside(column + columns, N, COLUMNS)),)
-    tile = state + (head.to(tl.int64) * (P * N) + rows[:, None] * N)
-    olds = ()
-    for column in tl.static_range(0, N, COLUMNS):
-        mask = row_mask[:, None] & inside(column + columns, N, COLUMNS)
-        olds += (tl.load(tile + column + columns, mask=mask, other=0),)
-    ring_columns = tl.arange(0, RING_COLUMNS)[None, :]
-    ring_Cs = ()
-    for column in tl.static_range(0, N, RING_COLUMNS):
-        ring_Cs += (load(C + column + ring_columns, inside(column + ring_columns, N, RING_COLUMNS)),)
-    tl.debug_barrier()
-
-    ring_rows, there, old_d, later = pending_steps(ring_dt, first, count, d, K, RING)
-    old_Bs = ()
-    for column in tl.static_range(0, N, RING_COLUMNS):
-        mask = there[:, None] & inside(column + ring_columns, N, RING_COLUMNS)
-        old_Bs += (tl.load(ring_B + ring_rows[:, None] * N + column + ring_columns, mask=mask, other=0.0),)
-    old_x = tl.load(ring_x + ring_rows[:, None] * P + rows[None, :], mask=there[:, None] & row_mask[None, :], other=0.0)
-
-    dots = tl.zeros((K, RING_COLUMNS), tl.float32)
-    for i in tl.static_range(len(old_Bs)):
-        dots = tl.fma(old_Bs[i].to(tl.float32), tl.broadcast_to(ring_Cs[i], dots.shape), dots)
-    weights = tl.where(there, tl.sum(dots, 1) * (old_d * tl.exp2(later * rate)), 0.0)
-
-    products = tl.zeros((BLOCK_P, COLUMNS), tl.float32)
-    for i in tl.static_range(len(olds)):
-        products = tl.fma(widen(olds[i], STORED), tl.broadcast_to(Cs[i], products.shape), products)
-    y = tl.sum(products, 1) * tl.exp2((tl.sum(old_d, 0) + d) * rate)
-    if scale is not None:
-        y *= load(scale + head * P + rows, row_mask)
-    return y + tl.sum(old_x.to(tl.float32) * weights[:, None], 0)

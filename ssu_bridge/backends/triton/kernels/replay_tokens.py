@@ -25,7 +25,7 @@ from ssu_bridge.backends.triton.kernels.common import (
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
 from ssu_bridge.backends.triton.kernels.matrix_form import decayed, in_two, sums
 from ssu_bridge.backends.triton.kernels.products import in_rows, mixed, product, tile_of
-from ssu_bridge.backends.triton.kernels.replay import advance_checkpoint, cursor_of, pending_steps, row_after
+from ssu_bridge.backends.triton.kernels.replay import advance_checkpoints, cursor_of, pending_steps, row_after
 from ssu_bridge.backends.triton.kernels.rounding import widen
 
 
@@ -88,6 +88,7 @@ def replay_tokens(
     K: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
     WARPS: tl.constexpr,
     W: tl.constexpr,
@@ -131,9 +132,11 @@ def replay_tokens(
     B = at_first(B, B_stride, B_token_stride, sequence, begin) + group * N
     C = at_first(C, C_stride, C_token_stride, sequence, begin) + group * N
     out = at_first(out, out_stride, out_token_stride, sequence, begin) + channels
-    ring_x = replay_x + slot * replay_x_stride + head.to(tl.int64) * (RING * P)
+    replay_x += slot * replay_x_stride
+    replay_dt += slot * replay_dt_stride
+    ring_x = replay_x + head.to(tl.int64) * (RING * P)
     ring_B = replay_B + slot * replay_B_stride + group.to(tl.int64) * (RING * N)
-    ring_dt = replay_dt + slot * replay_dt_stride + head * RING
+    ring_dt = replay_dt + head * RING
     rate = tl.load(A + head).to(tl.float32) * LOG2_E
 
     t = tl.arange(0, Q)
@@ -151,7 +154,10 @@ def replay_tokens(
     xs = tl.load(x[None, :] + at[:, None] * x_token_stride, mask=mask, other=0.0)
     tl.store(ring_x + new_rows[:, None] * P + rows[None, :], xs, mask=mask & live)
 
-    ring_rows, is_pending, old_d, later = pending_steps(ring_dt, first, count, 0.0, K, RING)
+    back = tl.arange(0, K)
+    is_pending = back < count
+    ring_rows = row_after(first, count - 1 - back, RING)
+    old_d, later = pending_steps(ring_dt, first, count, 0.0, K, RING)
     old_x = tl.load(
         ring_x + ring_rows[:, None] * P + rows[None, :], mask=is_pending[:, None] & row_mask[None, :], other=0.0
     )
@@ -196,8 +202,7 @@ def replay_tokens(
     tl.store(out[None, :] + at[:, None] * out_token_stride, y.to(out.dtype.element_ty), mask=mask)
 
     if live & (count + length > WINDOW):
-        advance_checkpoint(
-            state, scale,
-            ring_x, ring_B, ring_dt, first, count, rate, rand_seed, slot * (H * P * N), head, first_row,
-            P, N, K, RING, BLOCK_P, PART, W, WARPS, STORED, B_PARTS, ROUNDS,
+        advance_checkpoints(
+            state, scale, replay_x, ring_B, replay_dt, A, (first, count), (head, first_row), rand_seed,
+            slot * (H * P * N), P, N, K, RING, 1, BLOCK_P, BLOCK_N, WARPS, W, STORED, B_PARTS, ROUNDS, 1,
         )  # fmt: skip

@@ -35,22 +35,11 @@ def widen(stored, STORED: tl.constexpr):
 
 @triton.jit
 def row_scale(tile, STORED: tl.constexpr):
-    """Return the scale with which a row's largest number becomes the largest that can be stored."""
-    return scale_of(largest_of_rows(tile), STORED)
-
-
-@triton.jit
-def largest_of_rows(tile):
-    """Return the largest magnitude of each row, NaN if there is one."""
-    return tl.reduce(tl.abs(tile), 1, larger)
-
-
-@triton.jit
-def scale_of(largest, STORED: tl.constexpr):
-    """Return the scale with which the largest number of a row becomes the largest that can be stored.
+    """Return the scale with which a row's largest number becomes the largest that can be stored.
 
     Where 1 / scale would be infinite, it is 1: such a row is stored as zeros.
     """
+    largest = tl.reduce(tl.abs(tile), 1, _larger)
     if STORED == "int16":
         scale = largest * (1 / 32767)
     elif STORED == "int8":
@@ -62,8 +51,7 @@ def scale_of(largest, STORED: tl.constexpr):
 
 
 @triton.jit
-def larger(a, b):
-    """Return the larger of two numbers, NaN if one is."""
+def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
