@@ -4,6 +4,7 @@ import functools
 import statistics
 from collections.abc import Callable
 
+import ssu_bridge
 from mamba2_jax import checkpoint, measure, model, speculate
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
@@ -23,10 +24,14 @@ def compare_calls(
     state_dtype: str = "float32",
     replay: int | None = None,
 ) -> None:
-    """Print how long a call of the model takes that verifies so many tokens, over one with a single token in place."""
+    """Print how long a call of the model takes that verifies so many tokens, over one with a single token in place.
+
+    On the configured backend, or on each that is present.
+    """
     sizes = config, weights, batch, state_dtype
-    step = measure.example_step(*sizes)
-    for backend in measure.backends_present(step):
+    step, configured = measure.example_step(*sizes), ssu_bridge.get_config().backend
+    present = measure.backends_present(step)
+    for backend in present if configured == ssu_bridge.Backend.AUTO else [str(configured)]:
         verified = functools.partial(measure.whole_verifications, *sizes, length=length, count=tokens, backend=backend)
         runs = {"one token": measure.whole_tokens(*sizes, tokens=tokens, backend=backend)[0]}
         runs[f"{length} tokens, a slot for each"] = verified()
