@@ -49,7 +49,7 @@ np.savez(path + "/results.npz", out=out, state=state)
 
 
 def exported_step(case, **flags):
-    given = to_mode(case.arrays(seed=3), "jax")
+    given = to_mode(case.arrays(seed=3), "jax", case.window)
     return exported_function(functools.partial(ssu_bridge.update, **case.flags, **flags), given)
 
 
