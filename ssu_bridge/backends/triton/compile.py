@@ -331,7 +331,8 @@ def _options(s: Specialisation) -> dict[str, int]:
     inputs = {dtypes[name] for name in ("x", "B", "C")}
     fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dtypes and inputs == {"bfloat16"}
     if s.window and not s.tile.chunk:
-        few = fits and s.window <= 16 and s.tile.columns == 128 and dtypes["state"] in _REPLAY_REGISTERS
+        usual = s.window <= 16 and s.tile.columns == 128 and s.tile.heads > 1
+        few = fits and usual and dtypes["state"] in _REPLAY_REGISTERS
         return {"num_stages": 3} | ({"maxnreg": _REPLAY_REGISTERS[dtypes["state"]]} if few else {})
     if not s.tile.chunk:
         return {}
