@@ -19,11 +19,15 @@ class DeviceKernel(NamedTuple):
     signature: what is donated is lost when a kernel raises. ``function`` of a GPU kernel checks again only what can
     differ within a signature, which is where tensors lie. ``target`` spells out all that was compiled into it, the same
     in every process, and is its name as an XLA FFI target.
+
+    ``scratch`` returns how many float32 of memory the kernel needs for a call besides; None: it never needs any.
+    ``function`` allocates it with Torch's allocator, or takes it after the results, from XLA.
     """
 
     target: str
     function: Any
     check: Callable[..., object]
+    scratch: Callable[[Problem], Any] | None = None
 
 
 class HostKernel(NamedTuple):

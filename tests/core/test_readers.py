@@ -26,7 +26,7 @@ from ssu_bridge.backends.flashinfer import backend as flashinfer_backend
 from ssu_bridge.backends.flashinfer import kernel as flashinfer_kernel
 from ssu_bridge.backends.triton import backend as triton_backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import launch_of, runtime_arguments, specialise
+from ssu_bridge.backends.triton.compile import launch_of, launches, runtime_arguments, specialise
 from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
@@ -226,9 +226,9 @@ def views(problem, arrays):
 def check_of_triton(problem):
     """Return the check of a kernel that is not compiled."""
     s = specialise(problem, forms.tile(problem))
-    passed = tuple(runtime_arguments(s).values())
-    reader, grid = triton_backend._reader(s), launch_of(s).grid
-    return lambda *tensors: triton_backend._check(reader, grid, passed, *tensors)
+    passed = [tuple(runtime_arguments(one).values()) for one in launches(s)]
+    reader, launch = triton_backend._reader(s), launch_of(s)
+    return lambda *tensors: triton_backend._check(reader, launch, passed, *tensors)
 
 
 def triton_serves(problem, other, arrays):

@@ -53,6 +53,16 @@ int cuLaunchKernelEx(const Launch* launch, long function, void** arguments, void
   return cuLaunchKernel(function, launch->grid[0], launch->grid[1], launch->grid[2], launch->block[0], 1, 1,
                         launch->shared, launch->stream, arguments, nullptr);
 }
+int cuMemAllocAsync(unsigned long* address, unsigned long bytes, long stream) {
+  *address = reinterpret_cast<unsigned long>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  std::printf("allocate %lu bytes in %ld on %ld: %lu\n", bytes, current, stream, *address);
+  return failing("cuMemAllocAsync");
+}
+int cuMemFreeAsync(unsigned long address, long stream) {
+  std::printf("free %lu in %ld on %ld\n", address, current, stream);
+  std::free(reinterpret_cast<void*>(address));
+  return failing("cuMemFreeAsync");
+}
 int cuMemcpyDtoDAsync_v2(unsigned long to, unsigned long from, unsigned long bytes, long stream) {
   std::printf("copy %lu bytes in %ld on %ld\n", bytes, current, stream);
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);

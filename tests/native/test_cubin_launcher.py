@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ssu_bridge.backends.triton.compile import Grid
 from ssu_bridge.native import library
 
 ADDRESS, STRIDE, SIZE = range(3)
@@ -64,7 +65,26 @@ def test_the_tensor_that_counts_the_sequences(state):
     assert packed(8, [], state, state, fences[:0], tensor=2, less=1) == [0]
 
 
-@pytest.mark.parametrize("grid", [(0, 1, 0), (1, 2, 0), (1, -1, 0), (1, 1, -1), (1, 1)])
+@pytest.mark.parametrize(
+    ("shape", "row", "blocks"),
+    [
+        ((3, 10, 8), (1, 3, 4, 1, 1), 3 * (3 + 3 * 2)),
+        ((3, 10, 8), (0, 3, 4, 1, 1), 3 * (3 * 2)),
+        ((3, 100, 8), (1, 3, 4, 1, 1), 3 * (3 + 3 * 3)),
+        ((3, 3, 8), (0, 3, 4, 1, 1), 0),
+        ((10, 8), (1, 3, 4, 1, 0), 3 * (10 + 2)),
+        ((10, 8), (0, 3, 1, 1, 0), 3 * 10),
+    ],
+)
+def test_segments_have_blocks_of_their_own(state, shape, row, blocks):
+    x = np.zeros(shape, "float32")
+    assert library().cubin_arguments((3, 1, 0, *row), [], [view(state), view(x)])[0] == blocks
+    assert Grid(3, 1, 0, *row).blocks(shape[0], shape[row[-1]]) == blocks
+
+
+@pytest.mark.parametrize("grid", [(0, 1, 0), (1, 2, 0), (1, -1, 0), (1, 1, -1), (1, 1), (1, 1, 0, 2, 1, 1, 1, 1),
+                                  (1, 1, 0, 1, -1, 1, 1, 1), (1, 1, 0, 1, 1, 0, 1, 1), (1, 1, 0, 1, 1, 1, 2, 1),
+                                  (1, 1, 0, 1, 1, 1, 1, -1), (1, 1, 0, 1)])  # fmt: skip
 def test_grids_that_make_no_sense(state, grid):
     with pytest.raises(ValueError, match="grid: expected"):
         library().cubin_arguments(grid, [], [view(state), view(state)])
@@ -125,9 +145,16 @@ def test_kernels_that_make_no_sense(changes, message):
 def kernel(warps=4, programs=2, tensors=3, in_place=(0,), shared=100, scratch=2, overlapping=False):
     """A kernel of a state and an output that is also what counts the sequences, unless there are more tensors."""
     arguments, grid = [(ADDRESS, 0, 0, 16), (SIZE, 0, 0, 1), (STRIDE, 1, 0, 4)], (programs, 1, 0)
-    return library().cubin_kernel(
-        b"cubin", "step", shared, warps, grid, tensors, in_place, arguments, scratch, overlapping
-    )
+    launch = (b"cubin", "step", shared, warps, grid, arguments, scratch)
+    return library().cubin_kernel([launch], tensors, in_place, 0, overlapping)
+
+
+def split_kernel(scratch=64, most=2):
+    """Two kernels that hand on memory: one for the segments of sequences of at least two tokens, one for all."""
+    grid = (3, 1, 0, 0, most, 2, 1, 1)
+    arguments = [(ADDRESS, 3, 0, 16), (SIZE, 1, 0, 1)]
+    launches = [(b"first", "one", 0, 4, grid, arguments, 0), (b"second", "two", 0, 4, (3, 1, 0), arguments, 0)]
+    return library().cubin_kernel(launches, 3, (0,), scratch, False)
 
 
 def test_host_memory_and_wrong_counts_are_refused(state):
@@ -251,6 +278,49 @@ def test_a_launch_overlaps_where_the_driver_can(driver, version, prefix):
 def test_no_sequences_load_and_launch_nothing(driver):
     lines = run_with_driver("step(s(), none(), s())", driver).stdout.splitlines()
     assert lines[:-1] == ["load 'cubin' in 100", "function step"]
+
+
+def test_kernels_of_a_call_run_in_order_with_memory_of_the_caller(driver):
+    code = "memory = OnDevice(np.zeros((9, 64), 'float32')); split_kernel()(s(), t(), s(), memory())"
+    code += "; print('memory', memory.array.ctypes.data)"
+    lines = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout.splitlines()
+    address = lines[-2].split()[1]
+    assert [line for line in lines if line.startswith("launch")] == [
+        f"launch 1100 in 100: 18 1 1, 128 threads, 0 bytes: {address} 3",
+        f"launch 1100 in 100: 9 1 1, 128 threads, 0 bytes: {address} 3",
+    ]
+
+
+def test_memory_that_nobody_gives_is_allocated_and_freed(driver):
+    lines = run_with_driver("split_kernel()(s(), t(), s())", driver, FAKE_CUDA_ARGUMENTS="2").stdout.splitlines()
+    launches = [line.split()[-2] for line in lines if line.startswith("launch")]
+    assert lines[0] == f"allocate {18 * 64} bytes in 100 on 0: {launches[0]}"
+    assert len(launches) == 2
+    assert launches[0] == launches[1]
+    assert lines[-2] == f"free {launches[0]} in 100 on 0"
+
+
+@pytest.mark.parametrize(("short", "launches"), [("x[:, :1]", 1), ("x[:0]", 0)])
+def test_no_segments_need_no_memory(driver, short, launches):
+    code = f"short = OnDevice({short}); split_kernel()(s(), short(), s())"
+    out = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout
+    assert "allocate" not in out
+    assert out.count("launch") == launches
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("split_kernel()(s(), t(), s(), none())", "scratch memory: expected at least 1152 bytes, got 0"),
+        ("split_kernel()(s(), t(), s(), s(1))", "argument 3: expected memory of the CUDA device that the state is on"),
+        ("step(s(), t(), s(), s())", "expected 3 tensors, got 4"),
+        ("split_kernel(-1)", "no negative scratch memory"),
+    ],
+)
+def test_other_memory_is_refused(driver, code, message):
+    out = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout
+    assert f"ValueError: {message}" in out or f"expected a kernel, and {message}" in out
+    assert "launch" not in out
 
 
 def test_much_shared_memory_is_asked_for(driver):

@@ -12,11 +12,13 @@ from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax
 from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.backends.triton import forms, replay
 from ssu_bridge.backends.triton.compile import (
+    FLOAT_BYTES,
     Argument,
-    Grid,
+    Launch,
     Specialisation,
     compile_step,
     launch_of,
+    launches,
     runtime_arguments,
     specialise,
 )
@@ -57,25 +59,26 @@ def load(problem: Problem) -> DeviceKernel:
 # Unbounded: a kernel stays loaded, because a CUDA graph may launch it, and one that is forgotten would be loaded twice.
 @functools.cache
 def _kernel(specialisation: Specialisation) -> DeviceKernel:
-    arguments, launch = runtime_arguments(specialisation), launch_of(specialisation)
+    launch, kernels = launch_of(specialisation), launches(specialisation)
     with compiling("a Triton kernel", "usually about a second; it is kept on disk"):
-        compiled = cached(specialisation, functools.partial(compile_step, specialisation))
-    passed = tuple(arguments[name] for name in compiled.passed)
-    function = library().cubin_kernel(
-        compiled.cubin,
-        compiled.name,
-        compiled.shared_bytes,
-        compiled.warps,
-        launch.grid,
-        launch.tensors,
-        launch.in_place,
-        passed,
-        compiled.scratch_pointers,
-        launch.overlaps,
-    )
+        compiled = [cached(one, functools.partial(compile_step, one)) for one in kernels]
+    passed = [
+        tuple(runtime_arguments(one)[name] for name in kernel.passed)
+        for one, kernel in zip(kernels, compiled, strict=True)
+    ]
+    rows = [
+        (kernel.cubin, kernel.name, kernel.shared_bytes, kernel.warps, grid, arguments, kernel.scratch_pointers)
+        for kernel, grid, arguments in zip(compiled, launch.grids, passed, strict=True)
+    ]
+    function = library().cubin_kernel(rows, launch.tensors, launch.in_place, launch.scratch, launch.overlaps)
+    check = functools.partial(_check, _reader(specialisation), launch, passed)
     return DeviceKernel(
-        specialisation.target, function, functools.partial(_check, _reader(specialisation), launch.grid, passed)
+        specialisation.target, function, check, functools.partial(_scratch, launch) if launch.scratch else None
     )
+
+
+def _scratch(launch: Launch, problem: Problem) -> Any:
+    return launch.grids[0].blocks(problem.sequences, problem.tokens) * (launch.scratch // FLOAT_BYTES)
 
 
 def _reader(s: Specialisation) -> Callable[..., object]:
@@ -103,6 +106,7 @@ def _tokens(s: Specialisation) -> tuple[int, int]:
     return (0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS
 
 
-def _check(reader: Callable[..., object], grid: Grid, passed: Sequence[Argument], *tensors: Any) -> None:
+def _check(reader: Callable[..., object], launch: Launch, passed: Sequence[Sequence[Argument]], *tensors: Any) -> None:
     reader(*tensors)
-    library().cubin_arguments(grid, passed, tensors)
+    for grid, arguments in zip(launch.grids, passed, strict=True):
+        library().cubin_arguments(grid, [one for one in arguments if one.tensor < launch.tensors], tensors)

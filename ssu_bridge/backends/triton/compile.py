@@ -70,6 +70,8 @@ class Specialisation:
             flags += f";replay={self.window}+{self.most_tokens}"
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         heads = f"*{self.tile.heads}" if self.tile.heads > 1 else ""
+        if self.tile.segments.most > 1:
+            chunk += f";segments={self.tile.segments.most}x{self.tile.segments.least}"
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.layout};{sizes};{arrays}->"
             f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk}{heads})"
@@ -109,6 +111,13 @@ def _kernel_name(problem: Problem, tile: Tile) -> str:
     return "matrix_form" if tile.chunk else "single_token" if is_plain(problem) else "many_tokens"
 
 
+def launches(specialisation: Specialisation) -> tuple[Specialisation, ...]:
+    """Return the specialisations of the kernels that a call launches, one after the other."""
+    if specialisation.tile.segments.most == 1:
+        return (specialisation,)
+    return dataclasses.replace(specialisation, kernel="segment_states"), specialisation
+
+
 class Kind(enum.IntEnum):
     """The properties of a tensor that the launcher can pass, by their numbers in native code."""
 
@@ -127,20 +136,42 @@ class Argument(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The number of programs: ``programs`` * (length of a tensor's first axis - ``less``)."""
+    """The number of programs: ``programs`` for each sequence, of each segment but a sequence's last one, or of both.
+
+    The number of sequences is the length of the first axis of ``tensor``, less ``less``.
+    """
 
     programs: int
     tensor: int
     less: int
+    # Whether there are programs for each sequence; the most segments of one that have programs of their own, and the
+    # fewest tokens of such; the tensor and the axis that tell how many tokens there are, of each sequence or packed.
+    whole: bool = True
+    most: int = 0
+    least: int = 1
+    tokens: int = 0
+    axis: int = 0
+
+    def blocks(self, sequences: Any, tokens: Any) -> Any:
+        """Return the number of programs. Either number can be a symbolic one of JAX, and then it may be more."""
+        segments = 0
+        if self.most and self.axis:
+            segments = sequences * min(self.most, tokens // self.least)
+        elif self.most:
+            segments = tokens // self.least
+            segments = min(sequences * self.most, segments) if isinstance(sequences, int) else segments
+        return self.programs * (self.whole * sequences + segments)
 
 
 class Launch(NamedTuple):
-    """The launch parameters of a kernel. They follow from the specialisation and are never stored."""
+    """The launch parameters of a call's kernels. They follow from the specialisation and are never stored."""
 
-    grid: Grid
+    grids: tuple[Grid, ...]
     # The inputs that the results after out are, by their numbers.
     in_place: tuple[int, ...]
     tensors: int
+    # Bytes of scratch memory for each program of the first kernel; the memory is one tensor more.
+    scratch: int
     # It may be launched before the kernels ahead of it are done, and waits for them itself.
     overlaps: bool
 
@@ -174,7 +205,7 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         if name not in arguments:
             signature[name], fixed[position,] = "constexpr", constants.get(name)
             continue
-        signature[name] = _pointer(name, dtypes[name]) if arguments[name].kind is Kind.ADDRESS else "i64"
+        signature[name] = _pointer(name, dtypes.get(name, "float32")) if arguments[name].kind is Kind.ADDRESS else "i64"
         if arguments[name].divisor > 1:
             attributes[position,] = [["tt.divisibility", arguments[name].divisor]]
     major, minor = specialisation.capability
@@ -215,29 +246,56 @@ def kernel_of(specialisation: Specialisation) -> Any:
 
 
 def launch_of(specialisation: Specialisation) -> Launch:
-    """Return how the kernel of a specialisation is launched."""
+    """Return how the kernels of a specialisation are launched."""
     names = list(_kernel_dtypes(specialisation))
+    is_split = specialisation.tile.segments.most > 1
     return Launch(
-        grid=grid_of(specialisation),
+        grids=tuple(map(grid_of, launches(specialisation))),
         in_place=tuple(names.index(name) for name in specialisation.results if name != "out"),
-        tensors=len(specialisation.dtypes) + len(specialisation.results),
+        tensors=_tensors(specialisation),
+        scratch=FLOAT_BYTES * _record(specialisation) if is_split else 0,
         overlaps=specialisation.capability >= _OVERLAPPING,
     )
 
 
 def grid_of(specialisation: Specialisation) -> Grid:
-    """Return the grid: a program for each sequence, head and block of rows."""
-    programs = (
-        specialisation.nheads // specialisation.tile.heads * -(-specialisation.headdim // specialisation.tile.rows)
+    """Return the grid of a kernel: a program for each sequence or segment, head and block of rows."""
+    s, names = specialisation, list(_kernel_dtypes(specialisation))
+    programs = s.nheads // s.tile.heads * -(-s.headdim // s.tile.rows)
+    packed = s.layout == "packed"
+    whole = Grid(programs, names.index("cu_seqlens" if packed else "x"), less=packed)
+    if s.tile.segments.most == 1:
+        return whole
+    return whole._replace(
+        whole=s.kernel != "segment_states",
+        most=s.tile.segments.most - 1,
+        least=s.tile.segments.least,
+        tokens=names.index("x"),
+        axis=_TOKEN_AXIS[s.layout],
     )
-    packed = specialisation.layout == "packed"
-    return Grid(programs, list(_kernel_dtypes(specialisation)).index("cu_seqlens" if packed else "x"), less=packed)
+
+
+def _tensors(s: Specialisation) -> int:
+    return len(s.dtypes) + len(s.results)
+
+
+FLOAT_BYTES = 4
+# So that records begin where lines of the cache do.
+_FLOATS_IN_A_LINE = 32
+
+
+def _record(s: Specialisation) -> int:
+    """Return how many float32 the record of a segment has: two tiles and a decay."""
+    return 2 * s.tile.rows * s.tile.columns + _FLOATS_IN_A_LINE
+
+
+_TOKEN_AXIS = {"multi": 1, "packed": 0}
 
 
 def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
     """Return what the launcher can pass, by the names of the kernels' arguments.
 
-    Tensors are counted as the kernel function takes them: the inputs, out, and then what is updated in place.
+    Tensors are counted as the kernel function takes them: the inputs, out, what is updated in place, scratch memory.
     """
     place = {name: i for i, name in enumerate(_kernel_dtypes(specialisation))}
     result = {}
@@ -247,9 +305,16 @@ def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
         for axis, stride in enumerate(_strides(specialisation, name)):
             if stride:
                 result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
-    token_axis = {"multi": 1, "packed": 0}
-    sizes = {"slots": ("state", 0), "entries": ("intermediate_states", 0), "steps": ("intermediate_states", 1)}
-    sizes |= {"tokens": ("x", token_axis[specialisation.layout])} if specialisation.layout in token_axis else {}
+    if specialisation.tile.segments.most > 1:
+        result["scratch"] = Argument(Kind.ADDRESS, _tensors(specialisation), divisor=VECTOR_BYTES)
+    sequences = ("cu_seqlens" if specialisation.layout == "packed" else "x", 0)
+    sizes = {
+        "sequences": sequences,
+        "slots": ("state", 0),
+        "entries": ("intermediate_states", 0),
+        "steps": ("intermediate_states", 1),
+    }
+    sizes |= {"tokens": ("x", _TOKEN_AXIS[specialisation.layout])} if specialisation.layout in _TOKEN_AXIS else {}
     columns = {"state_batch_indices": "source_columns", "dst_state_batch_indices": "target_columns"}
     sizes |= {columns[name]: (name, 1) for name in specialisation.tables}
     for size, (name, axis) in sizes.items():
@@ -300,6 +365,8 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
 
 
+_CHUNK_OF_SEGMENT_STATES = 64
+_STAGES_OF_SEGMENT_STATES = 2
 # In how many bfloat16 parts a number goes into a product without an error.
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
 # What a thread holds side by side of a row of the state is read at once, and four threads hold the columns of a group.
@@ -314,8 +381,13 @@ def _matrix_constants(s: Specialisation) -> dict[str, Any]:
     return {
         "WARPS": s.tile.warps,
         "W": min(group, s.tile.columns),
-        "Q": s.tile.chunk,
+        "Q": _CHUNK_OF_SEGMENT_STATES if s.kernel == "segment_states" else s.tile.chunk,
         "ONE": s.tile.one_chunk,
+        "SEGMENTS": s.tile.segments.most,
+        "LEAST": s.tile.segments.least,
+        "UNIT": s.tile.segments.unit,
+        "RECORD": _record(s),
+        "STAGES": _STAGES_OF_SEGMENT_STATES,
         "S_PARTS": 1 if as_it_is else 3,
         **{f"{name.upper()}_PARTS": _PARTS[dtypes[name]] for name in ("x", "B", "C")},
     }

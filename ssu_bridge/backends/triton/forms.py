@@ -1,10 +1,12 @@
 """In which form several tokens are computed: one after the other (loop), or in chunks by matrix products (matrix)."""
 
+from typing import Any
+
 import numpy as np
 
 from ssu_bridge.backends.measured import measured
 from ssu_bridge.backends.triton import replay, tiles
-from ssu_bridge.backends.triton.tiles import Tile
+from ssu_bridge.backends.triton.tiles import Segments, Tile
 from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.problem import Problem
 
@@ -75,16 +77,25 @@ def _is_one_token(problem: Problem) -> bool:
 
 
 def _slower_as_matrix(problem: Problem) -> str | None:
-    """Return for what the loop is faster; None where it was measured not to be. Packed sequences have one form."""
+    """Return for what the loop is faster; None where it was measured not to be. Sequences of a call have one form."""
     dtypes = dict(problem.dtypes)
     if {np.dtype(dtypes[name]).itemsize for name in ("x", "B", "C")} != {2}:
         return "which is faster unless x, B and C have 16 bits"
     if problem.dstate > _MOST_COLUMNS:
         return f"which is faster for a dstate above {_MOST_COLUMNS}"
-    least = measured("triton/forms", problem.capability)["least_tokens"][f"bytes{np.dtype(dtypes['state']).itemsize}"]
+    table = measured("triton/forms", problem.capability)
+    least = table["least_tokens"][dtypes["state"]]
     if problem.layout == "multi" and isinstance(problem.tokens, int) and problem.tokens < least:
         return f"which is faster for fewer than {least} tokens"
+    least = table["least_packed_tokens"]
+    if problem.layout == "packed" and _is_known_below(problem.tokens, problem.sequences, least):
+        return f"which is faster for fewer than {least} packed rows a sequence"
     return None
+
+
+def _is_known_below(rows: Any, sequences: Any, least: int) -> bool:
+    """Return whether there are fewer rows a sequence; of symbolic numbers of JAX nothing is known."""
+    return isinstance(rows, int) and isinstance(sequences, int) and rows < least * sequences
 
 
 def _matrix_tile(problem: Problem) -> Tile:
@@ -100,4 +111,20 @@ def _matrix_tile(problem: Problem) -> Tile:
         chunk, one = max(tiles.power_of_two(problem.tokens), _LEAST), not stores_some
     else:
         chunk, one = most, is_tree
-    return Tile(rows, columns, rows // _LEAST, chunk, one)
+    one_tile = Tile(rows, columns, rows // _LEAST, chunk, one)
+    return one_tile if one or is_tree else one_tile._replace(segments=_segments(problem, one_tile))
+
+
+def _segments(problem: Problem, tile: Tile) -> Segments:
+    """Return how sequences are split: into so many segments that the programs of one sequence fill a GPU.
+
+    It depends on sizes alone, and not on the number of sequences, as the bits do on it.
+    """
+    table = measured("triton/forms", problem.capability)["segments"]
+    most = min(table["programs"] // (problem.nheads * -(-problem.headdim // tile.rows)), table["most"])
+    # A symbolic number of tokens leaves open whether there are any.
+    is_long = isinstance(problem.tokens, int) and problem.tokens >= 2 * table["least"]
+    if most < 2 or not is_long:
+        return Segments()
+    stores_some = "intermediate_states" in problem.names
+    return Segments(most, table["least"], problem.options.intermediate_stride if stores_some else tile.chunk)

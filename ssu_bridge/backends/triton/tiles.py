@@ -19,6 +19,16 @@ _THREADS = 32
 _WARPS_FOR_LONG_ROWS = 4
 
 
+class Segments(NamedTuple):
+    """How a long sequence is split into segments that run side by side."""
+
+    # The most segments of a sequence; 1: it is not split.
+    most: int = 1
+    # The fewest tokens of a segment, but for the last one, and what their number is a multiple of.
+    least: int = 1
+    unit: int = 1
+
+
 class Tile(NamedTuple):
     """What a program updates, rows (headdim) x columns (dstate, up to a power of two), and with how many warps."""
 
@@ -30,9 +40,12 @@ class Tile(NamedTuple):
     one_chunk: bool = False
     # Of a replay step: how many heads a program does.
     heads: int = 1
+    segments: Segments = Segments()
 
     def __str__(self) -> str:
         form = f"matrix form, {self.chunk} tokens at a time, " if self.chunk else ""
+        if self.segments.most > 1:
+            form += f"in up to {self.segments.most} segments of at least {self.segments.least} tokens, "
         return f"{form}tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -45,7 +46,11 @@ def lower(ctx: Any, *operands: Any, problem: Problem, platform: str | None = Non
     aliases = {problem.names.index(name): i for i, name in enumerate(problem.results) if name != "out"}
     target = register(spell(loaded, problem), loaded, platform)
     lowering = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
-    return lowering(ctx, *operands)
+    if loaded.scratch is None:
+        return lowering(ctx, *operands)
+    # One more result, which nobody reads: XLA allocates it for the time of the call.
+    scratch = jax.core.ShapedArray((loaded.scratch(problem),), np.dtype("float32"))
+    return lowering(ctx.replace(avals_out=[*ctx.avals_out, scratch]), *operands)[:-1]
 
 
 def _require_readable(loaded: DeviceKernel, operands: Any, problem: Problem) -> None:

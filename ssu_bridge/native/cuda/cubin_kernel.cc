@@ -2,14 +2,15 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
-#include <algorithm>
-#include <limits>
 #include <memory>
-#include <string>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cuda/cubin_module.h"
+#include "cuda/grid.h"
 #include "cuda/kernel_arguments.h"
+#include "cuda/scratch.h"
 #include "cuda/tensors.h"
 
 namespace ssu_bridge {
@@ -21,78 +22,69 @@ constexpr int kThreadsInWarp = 32;
 constexpr int kState = 0;
 constexpr int kFewestTensors = 2;
 
-// How many blocks a launch has: so many programs for each sequence, and a tensor that tells how many sequences.
-struct Grid {
-  int64_t programs;
-  int64_t tensor;
-  int64_t less;
-
-  unsigned blocks(const DLTensor* const* tensors) const {
-    const DLTensor& counted = *tensors[tensor];
-    int64_t sequences = std::max<int64_t>(0, (counted.ndim > 0 ? counted.shape[0] : 0) - less);
-    if (sequences > std::numeric_limits<int32_t>::max() / programs)
-      TVM_FFI_THROW(ValueError) << sequences << " sequences of " << programs << " blocks are too many for one launch";
-    return static_cast<unsigned>(sequences * programs);
-  }
+// A kernel of a call.
+struct Launch {
+  // Shared, because TVM-FFI copies what it is given.
+  std::shared_ptr<CubinModule> module;
+  unsigned shared_bytes;
+  unsigned threads;
+  Grid grid;
+  std::vector<KernelArgument> arguments;
+  int values;
 };
-
-Grid parse_grid(const ffi::Array<int64_t>& row, int64_t tensors) {
-  bool sane = row.size() == 3 && row[0] >= 1 && row[1] >= 0 && row[1] < tensors && row[2] >= 0;
-  if (!sane) TVM_FFI_THROW(ValueError) << "grid: expected (programs, tensor, less), at least one program";
-  return {row[0], row[1], row[2]};
-}
 
 class CubinKernel {
  public:
-  CubinKernel(std::shared_ptr<CubinModule> module, unsigned shared_bytes, unsigned threads, Grid grid, int tensors,
-              std::vector<int> in_place, std::vector<KernelArgument> arguments, int scratch_pointers, bool overlapping)
-      : module_(std::move(module)),
-        shared_bytes_(shared_bytes),
-        threads_(threads),
-        grid_(grid),
+  CubinKernel(std::vector<Launch> launches, int tensors, std::vector<int> in_place, int64_t scratch, bool overlapping)
+      : launches_(std::move(launches)),
         tensors_(tensors),
         in_place_(std::move(in_place)),
-        arguments_(std::move(arguments)),
-        values_(static_cast<int>(arguments_.size()) + scratch_pointers),
+        scratch_(scratch),
         overlapping_(overlapping) {}
 
   void operator()(ffi::PackedArgs given, ffi::Any*) const {
-    const DLTensor* tensors[kMaxTensors];
+    const DLTensor* tensors[kMaxTensors + 1];
     read_tensors(given, tensors);
-    uint64_t values[kMaxKernelArguments] = {};
-    read_kernel_arguments(arguments_, tensors, values);
-    unsigned blocks = grid_.blocks(tensors);
-    const LoadedKernel& kernel = module_->on_device(tensors[kState]->device.device_id);
-    if (blocks > 0) launch(kernel, blocks, values, tensors[kState]->device);
+    DLTensor none = {nullptr, tensors[kState]->device, 0, {kDLUInt, 8, 1}, nullptr, nullptr, 0};
+    tensors[tensors_] = &none;
+    std::optional<ffi::Tensor> allocated;  // until all is launched
+    if (int64_t bytes = scratch_ == 0 ? 0 : scratch_ * launches_.front().grid.blocks(tensors)) {
+      if (given.size() == tensors_) allocated = allocate_scratch(bytes, none.device);
+      tensors[tensors_] = allocated ? allocated->GetDLTensorPtr() : given[tensors_].cast<DLTensor*>();
+      check_scratch(*tensors[tensors_], bytes);
+    }
+    for (const Launch& one : launches_) launch(one, tensors);
   }
 
  private:
   void read_tensors(ffi::PackedArgs given, const DLTensor** tensors) const {
-    if (given.size() != tensors_)
+    bool with_scratch = scratch_ != 0 && given.size() == tensors_ + 1;
+    if (given.size() != tensors_ && !with_scratch)
       TVM_FFI_THROW(ValueError) << "expected " << tensors_ << " tensors, got " << given.size();
-    for (int i = 0; i < tensors_; ++i) tensors[i] = given[i].cast<DLTensor*>();
-    check_on_one_device(tensors, tensors_);
+    for (int i = 0; i < given.size(); ++i) tensors[i] = given[i].cast<DLTensor*>();
+    check_on_one_device(tensors, given.size());
     int result = tensors_ - static_cast<int>(in_place_.size());
     for (int input : in_place_) move_to_result(tensors[input], tensors[result++]);
   }
 
-  void launch(const LoadedKernel& kernel, unsigned blocks, uint64_t* values, DLDevice device) const {
+  void launch(const Launch& one, const DLTensor* const* tensors) const {
+    uint64_t values[kMaxKernelArguments] = {};
+    read_kernel_arguments(one.arguments, tensors, values);
+    unsigned blocks = one.grid.blocks(tensors);
+    DLDevice device = tensors[kState]->device;
+    const LoadedKernel& kernel = one.module->on_device(device.device_id);
+    if (blocks == 0) return;
     void* pointers[kMaxKernelArguments];
-    for (int i = 0; i < values_; ++i) pointers[i] = &values[i];
+    for (int i = 0; i < one.values; ++i) pointers[i] = &values[i];
     void* stream = TVMFFIEnvGetStream(device.device_type, device.device_id);
     CurrentContext current(kernel.context);
-    cuda_driver().launch_row(kernel.function, blocks, threads_, shared_bytes_, stream, pointers, overlapping_);
+    cuda_driver().launch_row(kernel.function, blocks, one.threads, one.shared_bytes, stream, pointers, overlapping_);
   }
 
-  // Shared, because TVM-FFI copies what it is given.
-  std::shared_ptr<CubinModule> module_;
-  unsigned shared_bytes_;
-  unsigned threads_;
-  Grid grid_;
+  std::vector<Launch> launches_;
   int tensors_;
   std::vector<int> in_place_;
-  std::vector<KernelArgument> arguments_;
-  int values_;
+  int64_t scratch_;
   bool overlapping_;
 };
 
@@ -115,18 +107,29 @@ std::vector<int> parse_in_place(const ffi::Array<int64_t>& inputs, int64_t tenso
   return in_place;
 }
 
+Launch parse_launch(const CubinLaunch& launch, int64_t tensors, bool with_scratch) {
+  int64_t warps = launch.get<3>(), scratch_pointers = launch.get<6>();
+  ffi::Array<ffi::Array<int64_t>> arguments = launch.get<5>();
+  check_counts(warps, tensors, scratch_pointers, arguments.size());
+  unsigned shared = static_cast<unsigned>(launch.get<2>());
+  return {std::make_shared<CubinModule>(launch.get<0>(), launch.get<1>(), shared),
+          shared,
+          static_cast<unsigned>(warps * kThreadsInWarp),
+          parse_grid(launch.get<4>(), tensors),
+          parse_kernel_arguments(arguments, static_cast<int>(tensors) + with_scratch),
+          static_cast<int>(arguments.size() + scratch_pointers)};
+}
+
 }  // namespace
 
-ffi::Function make_cubin_kernel(ffi::Bytes cubin, ffi::String name, int64_t shared_bytes, int64_t num_warps,
-                                ffi::Array<int64_t> grid, int64_t tensors, ffi::Array<int64_t> in_place,
-                                ffi::Array<ffi::Array<int64_t>> arguments, int64_t scratch_pointers, bool overlapping) {
-  check_counts(num_warps, tensors, scratch_pointers, arguments.size());
-  unsigned shared = static_cast<unsigned>(shared_bytes);
-  auto module = std::make_shared<CubinModule>(cubin, name, shared);
-  return ffi::Function::FromPacked(CubinKernel(
-      std::move(module), shared, static_cast<unsigned>(num_warps * kThreadsInWarp), parse_grid(grid, tensors),
-      static_cast<int>(tensors), parse_in_place(in_place, tensors),
-      parse_kernel_arguments(arguments, static_cast<int>(tensors)), static_cast<int>(scratch_pointers), overlapping));
+ffi::Function make_cubin_kernel(ffi::Array<CubinLaunch> launches, int64_t tensors, ffi::Array<int64_t> in_place,
+                                int64_t scratch, bool overlapping) {
+  if (launches.empty() || scratch < 0) TVM_FFI_THROW(ValueError) << "expected a kernel, and no negative scratch memory";
+  std::vector<Launch> parsed;
+  for (const CubinLaunch& launch : launches) parsed.push_back(parse_launch(launch, tensors, scratch != 0));
+  int count = static_cast<int>(tensors);
+  return ffi::Function::FromPacked(
+      CubinKernel(std::move(parsed), count, parse_in_place(in_place, tensors), scratch, overlapping));
 }
 
 ffi::Array<int64_t> cubin_arguments(ffi::Array<int64_t> grid, ffi::Array<ffi::Array<int64_t>> arguments,

@@ -4,25 +4,27 @@
 
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/container/tuple.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>
 
 namespace ssu_bridge {
 
+// A kernel that a call launches: cubin, name, bytes of shared memory, warps, grid, arguments, null pointers after them.
+using CubinLaunch = tvm::ffi::Tuple<tvm::ffi::Bytes, tvm::ffi::String, int64_t, int64_t, tvm::ffi::Array<int64_t>,
+                                    tvm::ffi::Array<tvm::ffi::Array<int64_t>>, int64_t>;
+
 // Returns fn(*tensors), of `tensors` DLTensors: the inputs, of which the first is the state, then the output, then the
 // results that are computed in place: each has the memory of the input whose number `in_place` gives.
-// `grid` is (programs, tensor, less): it launches `programs` blocks of `num_warps` warps for each entry of that
-// tensor's first axis but `less` of them, on the stream of TVM-FFI's environment. `arguments` are rows of
-// KernelArgument; `scratch_pointers` null pointers follow them. With `overlapping` the kernel may start before the one
-// ahead of it in the stream is done, and has to wait by itself. The cubin is loaded on each device when it is first
-// called there; a call with no entries only loads it.
-tvm::ffi::Function make_cubin_kernel(tvm::ffi::Bytes cubin, tvm::ffi::String name, int64_t shared_bytes,
-                                     int64_t num_warps, tvm::ffi::Array<int64_t> grid, int64_t tensors,
-                                     tvm::ffi::Array<int64_t> in_place,
-                                     tvm::ffi::Array<tvm::ffi::Array<int64_t>> arguments, int64_t scratch_pointers,
-                                     bool overlapping);
+// It launches the kernels in order on the stream of TVM-FFI's environment. A grid is a row of Grid; `arguments` are
+// rows of KernelArgument. With `overlapping` a kernel may start before the one ahead of it in the stream is done, and
+// has to wait by itself. The cubins are loaded on each device when they are first called there; a call with no entries
+// only loads them. If `scratch` is not 0, the kernels' last tensor is memory of as many bytes for each block of the
+// first of them: the one that the caller gives after the others, else it is allocated.
+tvm::ffi::Function make_cubin_kernel(tvm::ffi::Array<CubinLaunch> launches, int64_t tensors,
+                                     tvm::ffi::Array<int64_t> in_place, int64_t scratch, bool overlapping);
 
-// The values that such a kernel is given for these tensors, the number of its blocks first.
+// The values that a kernel is given for these tensors, the number of its blocks first.
 tvm::ffi::Array<int64_t> cubin_arguments(tvm::ffi::Array<int64_t> grid,
                                          tvm::ffi::Array<tvm::ffi::Array<int64_t>> arguments,
                                          tvm::ffi::Array<tvm::ffi::Tensor> tensors);

@@ -44,6 +44,8 @@ CudaDriver open_driver() {
   find(library, "cuFuncSetAttribute", driver.function_set_attribute);
   find(library, "cuLaunchKernel", driver.launch);
   driver.launch_with = find_overlapping_launch(library);
+  find(library, "cuMemAllocAsync", driver.allocate);
+  find(library, "cuMemFreeAsync", driver.free);
   find(library, "cuMemcpyDtoDAsync_v2", driver.copy);
   find(library, "cuEventCreate", driver.event_create);
   find(library, "cuEventRecord", driver.event_record);

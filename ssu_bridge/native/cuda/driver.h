@@ -45,6 +45,8 @@ struct CudaDriver {
                 void** extra);
   // Null where the driver cannot do it, or not inside a graph.
   int (*launch_with)(const struct CudaLaunch* launch, CudaFunction function, void** arguments, void** extra);
+  int (*allocate)(uint64_t* address, size_t bytes, CudaStream stream);
+  int (*free)(uint64_t address, CudaStream stream);
   int (*copy)(uint64_t to, uint64_t from, size_t bytes, CudaStream stream);
   int (*event_create)(CudaEvent* event, unsigned flags);
   int (*event_record)(CudaEvent event, CudaStream stream);

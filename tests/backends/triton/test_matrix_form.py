@@ -9,7 +9,7 @@ from thinned import thinned
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import compile_step, specialise
+from ssu_bridge.backends.triton.compile import compile_step, launches, specialise
 
 TABLE = ((0, 1, 2, 3),)
 CHAIN = (tuple(range(-1, 4)),)
@@ -24,9 +24,10 @@ def refusal_of(case, **flags):
     return backend.refusal(problem_of(case, backend="reference", **flags))
 
 
-def compiled(case, capability=(9, 0)):
+def specialisations(case, capability=(9, 0)):
+    """The kernels of a call in the matrix form."""
     problem = problem_of(case, capability, backend="triton", algorithm="matrix")
-    return compile_step(specialise(problem, forms.tile(problem)))
+    return launches(specialise(problem, forms.tile(problem)))
 
 
 LAYERS = {
@@ -38,6 +39,7 @@ LAYERS = {
     "prompt": layer(tokens=300),
     "prompt, bfloat16": layer("bfloat16", tokens=300),
     "prompt, dstate 64": layer(tokens=300, dstate=64),
+    "prompt, int8": layer("int8", tokens=300),
     "packed": layer(tokens=40, cu_seqlens=(0, 40)),
     "tree": layer("bfloat16", tokens=5, parents=CHAIN),
     "large tree": layer(tokens=64, parents=(tuple(range(-1, 63)),)),
@@ -47,15 +49,16 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_compiles_without_spills(name):
-    assert resources(compiled(LAYERS[name]).cubin) == {"STACK": 0, "LOCAL": 0}
+    for one in specialisations(LAYERS[name]):
+        assert resources(compile_step(one).cubin) == {"STACK": 0, "LOCAL": 0}, one.kernel
 
 
 # By default each for two of the GPUs.
 @pytest.mark.parametrize(("name", "capability"), thinned(["few, bfloat16", "prompt", "tree"], CAPABILITIES, one_in=2))
 def test_it_compiles_for_every_gpu(name, capability):
-    kernel = compiled(LAYERS[name], capability)
-    assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
-    assert kernel.cubin.startswith(b"\x7fELF")
+    for kernel in map(compile_step, specialisations(LAYERS[name], capability)):
+        assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
+        assert kernel.cubin.startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize(
@@ -73,10 +76,14 @@ def test_it_compiles_for_every_gpu(name, capability):
         (layer(tokens=17, untied=("A",)), 0),
         (layer(other="float32", tokens=17), 0),
         (layer(tokens=17, dstate=256), 0),
-        (layer(tokens=1, cu_seqlens=(0, 1)), 32),
+        (layer(tokens=11, cu_seqlens=(0, 11)), 0),
+        (layer(tokens=12, cu_seqlens=(0, 12)), 32),
+        (layer("int16", tokens=5), 0),
+        (layer("int16", tokens=6), 16),
         (layer(tokens=4, slots=4, indices=TABLE, destinations=TABLE, accepted=(1,)), 0),
         (layer("bfloat16", tokens=5, parents=CHAIN), 16),
-        (layer(tokens=5, cu_seqlens=(0, 5), parents=CHAIN[0]), 64),
+        (layer(tokens=5, cu_seqlens=(0, 5), parents=CHAIN[0]), 0),
+        (layer(tokens=20, cu_seqlens=(0, 20), parents=tuple(range(-1, 19))), 64),
     ],
     ids=str,
 )

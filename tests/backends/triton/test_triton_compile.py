@@ -164,7 +164,7 @@ def test_the_state_is_loaded_and_stored_16_bytes_at_a_time(dtype):
         case = layer(dtype, other="float32" if dtype == "float32" else "bfloat16")
         kernel = compiled(case, tile=tile)
         ptx = kernel.text["ptx"]
-        rows = -(-case.nheads * case.headdim // launch_of(specialisation(case, tile=tile)).grid.programs)
+        rows = -(-case.nheads * case.headdim // launch_of(specialisation(case, tile=tile)).grids[0].programs)
         vectors = rows * case.dstate * np.dtype(case.arrays(0)["state"].dtype).itemsize // 16 // (32 * kernel.warps)
         assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
         # Nothing but the output, an element a row, and with it nothing of the state, is stored in smaller pieces.
@@ -383,6 +383,7 @@ def test_the_interpreter_agrees_with_the_reference(first):
 def interpreted_cases(first):
     """Run in a process of its own, because Triton decides at its import whether it interprets."""
     multiply_bfloat16()
+    count_in_numbers()
     seen = set()
     for case in CASES:
         arrays = case.arrays(seed=len(case.name))
@@ -416,41 +417,59 @@ def multiply_bfloat16():
     InterpreterBuilder.create_dot = create_dot
 
 
+def count_in_numbers():
+    """Have the interpreter make ints of arrays of one element, which NumPy does not do any more."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
 def interpret(case, arrays, problem):
     import torch
 
     from ssu_bridge.backends import reference
-    from ssu_bridge.backends.triton.compile import Kind, constant_arguments, grid_of, kernel_of, runtime_arguments
+    from ssu_bridge.backends.triton.compile import (
+        Kind,
+        constant_arguments,
+        grid_of,
+        kernel_of,
+        launches,
+        runtime_arguments,
+    )
     from ssu_bridge.frontends.torch.host import from_host, to_host
     from ssu_bridge.testing.check import compare
 
-    specialisation = specialise(problem, forms.tile(problem))
+    whole = specialise(problem, forms.tile(problem))
     before = {**arrays, "out": np.full_like(arrays["x"], np.nan)}
     tensors = {name: from_host(array) for name, array in before.items()}
     # Float8 states are bytes to the kernel.
     bytes_of = {torch.float8_e4m3fn: torch.int8, torch.bool: torch.uint8}
     given = [tensors[name] for name in (*problem.names, "out")]
     given = [tensor.view(bytes_of.get(tensor.dtype, tensor.dtype)) for tensor in given]
-    kernel = kernel_of(specialisation)
-    # NumPy makes no int of an array of one element any more, which the interpreter asks of it.
-    kernel.fn.__globals__["range"] = lambda *n: range(*map(int_of, n))
-    values = dict.fromkeys(kernel.arg_names)
-    for name, (kind, tensor, axis, _) in runtime_arguments(specialisation).items():
-        array = given[tensor]
-        read = {Kind.ADDRESS: array, Kind.STRIDE: array.stride, Kind.SIZE: array.size}[kind]
-        values[name] = read if kind is Kind.ADDRESS else read(axis)
-    values = {**values, **constant_arguments(specialisation)}
-    grid = grid_of(specialisation)
-    programs = grid.programs * (len(given[grid.tensor]) - grid.less)
-    if programs:
-        kernel[(programs,)](**{name: values[name] for name in kernel.arg_names})
+    launch = launch_of(whole)
+    scratch = launch.scratch // 4 * launch.grids[0].blocks(problem.sequences, problem.tokens)
+    places = {**dict(enumerate(given)), launch.tensors: torch.full((scratch,), torch.nan)}
+    for specialisation in launches(whole):
+        kernel = kernel_of(specialisation)
+        values = dict.fromkeys(kernel.arg_names)
+        for name, (kind, tensor, axis, _) in runtime_arguments(specialisation).items():
+            array = places[tensor]
+            read = {Kind.ADDRESS: array, Kind.STRIDE: array.stride, Kind.SIZE: array.size}[kind]
+            values[name] = read if kind is Kind.ADDRESS else read(axis)
+        values = {**values, **constant_arguments(specialisation)}
+        grid = grid_of(specialisation)
+        programs = grid.blocks(len(given[grid.tensor]) - grid.less, problem.tokens)
+        if programs:
+            kernel[(programs,)](**{name: values[name] for name in kernel.arg_names})
     after = {name: to_host(tensors[name]) for name in problem.results}
     rows = compare(reference.compute(problem, arrays), before, after)
     assert all(row.passed for row in rows), (case.name, rows)
-
-
-def int_of(n):
-    return n if isinstance(n, int) else n.handle.data.item() if hasattr(n, "handle") else n.value
 
 
 WITHOUT_TORCH = """

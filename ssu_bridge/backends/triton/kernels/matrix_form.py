@@ -13,26 +13,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ssu_bridge.backends.triton.kernels.common import (
-    LOG2_E,
-    by_row,
-    checked,
-    gated_output,
-    inside,
-    load,
-    slot_of,
-    time_step,
-)
-from ssu_bridge.backends.triton.kernels.many_tokens import at_first, rounded, tokens_of
-from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, product, tile_of, unmixed
-from ssu_bridge.backends.triton.kernels.rounding import widen
-
-# Sums of decays are kept in two parts: a multiple of 1/1024, summed without an error, and what is left.
-_STEPS = tl.constexpr(1024.0)
-# 1.5 * 2**23: added to a number below 2**22 and taken away again, it leaves the nearest integer.
-_ROUNDER = tl.constexpr(12582912.0)
-# 2 to a power beyond this is 0 or infinite.
-_MOST_EXPONENT = tl.constexpr(256.0)
+from ssu_bridge.backends.triton.kernels.chunks import advanced, decayed, decays_after, exponents_of, summed
+from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_output, inside, load, slot_of
+from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
+from ssu_bridge.backends.triton.kernels.products import mixed, product
+from ssu_bridge.backends.triton.kernels.segments import bounds_of, first_record, segment_at, start_of_segment
+from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in, store_state
 
 
 @triton.jit
@@ -58,8 +44,10 @@ def matrix_form(
     has_initial_state,
     parent_tokens,
     out,
+    scratch,
     slots,
     tokens,
+    sequences,
     source_columns,
     entries,
     steps,
@@ -105,6 +93,10 @@ def matrix_form(
     W: tl.constexpr,
     Q: tl.constexpr,
     ONE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    UNIT: tl.constexpr,
+    RECORD: tl.constexpr,
     S_PARTS: tl.constexpr,
     X_PARTS: tl.constexpr,
     B_PARTS: tl.constexpr,
@@ -119,9 +111,19 @@ def matrix_form(
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+    # To mix columns takes time for each chunk, and to put the state in another order once.
+    MIX: tl.constexpr = W if ONE else 0
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
     sequence = (program // (H * blocks)).to(tl.int64)
+    segment = tl.full((), 0, tl.int64)
+    if SEGMENTS > 1:
+        sequences -= 0 if cu_seqlens is None else 1
+        if sequence >= sequences:
+            sequence, segment = segment_at(
+                sequence - sequences, cu_seqlens, cu_seqlens_stride, sequences, tokens, SEGMENTS, LEAST
+            )
+            segment += 1
     head = program // blocks % H
     first_row = program % blocks * BLOCK_P
     rows = first_row + tl.arange(0, BLOCK_P)
@@ -131,7 +133,10 @@ def matrix_form(
     first, length = tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
     if ONE:
         length = tl.minimum(length, Q)
-    if length <= 0:
+    begin, end = 0, length
+    if SEGMENTS > 1:
+        begin, end = bounds_of(segment, length, SEGMENTS, LEAST, UNIT)
+    if begin >= end:
         return
     x = at_first(x, x_stride, x_token_stride, sequence, first)
     dt = at_first(dt, dt_stride, dt_token_stride, sequence, first)
@@ -142,28 +147,30 @@ def matrix_form(
     if parent_tokens is not None:
         parent_tokens = at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
 
-    sources = state_batch_indices
-    if num_accepted_tokens is not None:
-        accepted = tl.load(num_accepted_tokens + sequence * num_accepted_tokens_stride).to(tl.int64)
-        column = tl.minimum(tl.maximum(accepted, 1), source_columns) - 1
-        sources += column * state_batch_indices_token_stride
-    source = slot_of(sources, state_batch_indices_stride, sequence, slots, PAD)
+    sources = (
+        state_batch_indices, state_batch_indices_stride, state_batch_indices_token_stride, num_accepted_tokens,
+        num_accepted_tokens_stride, source_columns,
+    )  # fmt: skip
+    source = source_of(sources, sequence, slots, PAD)
     live = source >= 0
     wanted = live
     if has_initial_state is not None:
         wanted = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)
     place = (head, first_row, 0)
-    threads_tile, threads_mask = tile_of(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
-    current = tl.load(state + source * state_stride + threads_tile, mask=threads_mask & wanted, other=0)
-    current = mixed(in_rows(current, BLOCK_P, BLOCK_N, WARPS, W), W)
-    if S_PARTS > 1:
-        current = widen(current, STORED)
-    if state_scale is not None:
-        current *= load(state_scale + source * state_scale_stride + channels, row_mask & wanted)[:, None]
+    if SEGMENTS > 1 and ((begin > 0) | (end < length)):
+        record = first_record(sequence, first, cu_seqlens, sequences, tokens, SEGMENTS, LEAST)
+        record = record * (H * blocks) + program % (H * blocks)
+        current = mixed(start_of_segment(scratch, record, segment, H * blocks, BLOCK_P, BLOCK_N, RECORD), MIX)
+    else:
+        source_scale = state_scale if state_scale is None else state_scale + source * state_scale_stride
+        current = state_in(
+            state + source * state_stride, source_scale, wanted, place, channels, row_mask, P, N, BLOCK_P, BLOCK_N,
+            STORED, WARPS, W, MIX, S_PARTS == 1,
+        )  # fmt: skip
 
     bias = dt_bias if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
-    skip = D if D is None else by_row(D, head, rows, row_mask, P, TIED_D)
     rate = tl.load(A + head).to(tl.float32) * LOG2_E
+    skip = D if D is None else D + (head if TIED_D else channels)
     group = head // (H // G) * N
     parameters = (rate, row_mask)
     x, dt, B, C, out = x + channels, dt + head, B + group, C + group, out + channels
@@ -173,47 +180,52 @@ def matrix_form(
     if ONE:
         current = _chunk(
             current, 0, length, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-            parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, W, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+            parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
         )  # fmt: skip
     elif intermediate_states is None:
-        for token in range(0, length, Q):
+        for token in range(begin, end, Q):
             current = _chunk(
-                current, token, length, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-                parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, W, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+                current, token, end, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
+                parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
             )  # fmt: skip
     else:
         entry = source
         if intermediate_state_indices is not None:
             entry = tl.load(intermediate_state_indices + sequence * intermediate_state_indices_stride).to(tl.int64)
         entry = checked(entry, entries, -1)
-        for begin in range(0, length, INTERMEDIATE_STRIDE):
-            end = tl.minimum(begin + INTERMEDIATE_STRIDE, length)
-            for token in range(begin, end, Q):
+        for start in range(begin, end, INTERMEDIATE_STRIDE):
+            after = start + INTERMEDIATE_STRIDE
+            stop = tl.minimum(after, end)
+            for token in range(start, stop, Q):
                 current = _chunk(
-                    current, token, end, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-                    parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, W, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+                    current, token, stop, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
+                    parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS,
+                    C_PARTS,
                 )  # fmt: skip
-            after = begin + INTERMEDIATE_STRIDE
-            step = tl.cast(begin // INTERMEDIATE_STRIDE, tl.int64)
+            step = tl.cast(start // INTERMEDIATE_STRIDE, tl.int64)
             scale = intermediate_state_scales
             if scale is not None:
                 scale = scale + entry * intermediate_state_scales_stride + step * (H * P)
-            _store(
+            store_state(
                 current, intermediate_states + entry * intermediate_states_stride + step * (H * P * N), scale,
                 live & (entry >= 0) & (step < steps) & (after <= length), place, channels, row_mask,
                 rand_seed if rand_seed is None else tl.load(rand_seed),
-                entry * (H * P * N), after - 1, 1, P, N, BLOCK_P, BLOCK_N, STORED, ROUNDS, WARPS, W,
+                entry * (H * P * N), after - 1, 1, P, N, BLOCK_P, BLOCK_N, STORED, ROUNDS, WARPS, W, MIX,
             )  # fmt: skip
 
     if STORE_STATE:
+        if not ONE:
+            # Read again, so that in between no registers are needed for what depends on it.
+            source = source_of(sources, sequence, slots, PAD)
         target = source
         if dst_state_batch_indices is not None:
             target = slot_of(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
         scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
-        _store(
-            current, state + target * state_stride, scale, live & (target >= 0), place, channels, row_mask,
+        store_state(
+            current, state + target * state_stride, scale,
+            (source >= 0) & (target >= 0) & (end == length), place, channels, row_mask,
             rand_seed if rand_seed is None else tl.load(rand_seed),
-            target * (H * P * N), length - 1, 0, P, N, BLOCK_P, BLOCK_N, STORED, ROUNDS, WARPS, W,
+            target * (H * P * N), length - 1, 0, P, N, BLOCK_P, BLOCK_N, STORED, ROUNDS, WARPS, W, MIX,
         )  # fmt: skip
 
 
@@ -235,7 +247,7 @@ def _chunk(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr,
-    W: tl.constexpr,
+    MIX: tl.constexpr,
     Q: tl.constexpr,
     S_PARTS: tl.constexpr,
     X_PARTS: tl.constexpr,
@@ -257,11 +269,9 @@ def _chunk(
     Bs = tl.load(B + at[:, None] * B_token_stride + columns[None, :], mask=columns_mask, other=0.0)
     Cs = tl.load(C + at[:, None] * C_token_stride + columns[None, :], mask=columns_mask, other=0.0)
 
-    d = tl.where(there, time_step(raw_d.to(tl.float32), bias, SOFTPLUS), 0.0)
-    coarse, fine = in_two(rate * d)
+    coarse, fine, d = exponents_of(raw_d, there, rate, bias, SOFTPLUS)
     if parent_tokens is None:
-        # d goes through, so that it is computed once, and not anew for every layout in which it is needed.
-        coarse, fine, d = tl.associative_scan((coarse, fine, d), 0, sums)
+        coarse, fine, d = summed(coarse, fine, d)
         on_path = t[:, None] <= t[None, :]
     else:
         on_path = _paths(parent_tokens, at, there, t, parent_tokens_token_stride, Q)
@@ -272,56 +282,24 @@ def _chunk(
     weights = decayed(weights, coarse, up, d, on_path)
     zeros = tl.zeros((BLOCK_P, Q), tl.float32)
     y = product(tl.trans(Xs), weights, zeros, X_PARTS, 3)
-    before = product(current, tl.trans(mixed(Cs, W)), zeros, S_PARTS, C_PARTS)
+    before = product(current, tl.trans(mixed(Cs, MIX)), zeros, S_PARTS, C_PARTS)
     y = tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :]
 
     y = tl.trans(y)
     if skip is not None:
-        y += Xs.to(tl.float32) * (skip if len(skip.shape) == 0 else skip[None, :])
+        # Loaded for each chunk, so that it needs no registers in between.
+        if len(skip.shape) == 0:
+            y += Xs.to(tl.float32) * tl.load(skip).to(tl.float32)
+        else:
+            y += Xs.to(tl.float32) * load(skip, row_mask)[None, :]
     if z is not None:
         y = gated_output(y, 0.0, None, load(z[None, :] + at[:, None] * z_token_stride, mask))
     tl.store(out[None, :] + at[:, None] * out_token_stride, y.to(out.dtype.element_ty), mask=mask)
 
     if parent_tokens is None:
-        last_coarse = tl.sum(tl.where(t == Q - 1, coarse, 0.0), 0)
-        last_fine = tl.sum(tl.where(t == Q - 1, fine, 0.0), 0)
-        after = tl.exp2((last_coarse - coarse) + (last_fine - fine)) * d
-        added = Xs.to(tl.float32) * after[:, None]
-        decay = tl.exp2(last_coarse + last_fine)
-        if S_PARTS == 1:
-            # What is cut off in these sums is far below the rounding to bfloat16, which comes next.
-            current = product(tl.trans(added), mixed(Bs, W), current.to(tl.float32) * decay, 3, B_PARTS)
-        else:
-            zeros = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-            added = product(tl.trans(added), mixed(Bs, W), zeros, 3, B_PARTS)
-            current = tl.fma(current, decay, added)
+        after, decay = decays_after(coarse, fine, d, t, Q)
+        current = advanced(current, Xs, mixed(Bs, MIX), after, decay, S_PARTS == 1, B_PARTS)
     return current
-
-
-@triton.jit
-def in_two(exponent):
-    """Return the exponents of tokens' decays as two numbers each, of which sums are exact but for the small ones'."""
-    exponent = tl.where(
-        exponent == exponent, tl.minimum(tl.maximum(exponent, -_MOST_EXPONENT), _MOST_EXPONENT), exponent
-    )
-    coarse = (exponent * _STEPS + _ROUNDER - _ROUNDER) / _STEPS
-    return coarse, exponent - coarse
-
-
-@triton.jit
-def decayed(products, coarse, up, d, on_path):
-    """Return the weights of tokens [j] in the outputs of others [i], but for the factor ``up`` [i].
-
-    ``coarse`` and ``up`` are of the sums of exponents: 2^fine is near 1, and taken out of the matrix of decays.
-    """
-    weights = products * (tl.exp2(coarse[None, :] - coarse[:, None]) * tl.div_rn(d, up)[:, None])
-    return tl.where(on_path, weights, 0.0)
-
-
-@triton.jit
-def sums(a, b, c, d, e, f):
-    """Add the first two of three numbers, and take the third of the later ones."""
-    return a + d, b + e, f
 
 
 @triton.jit
@@ -336,33 +314,3 @@ def _paths(parent_tokens, at, there, t, stride, Q: tl.constexpr):
         if (1 << i) < length:
             reached = tl.minimum(tl.dot(reached.to(tl.bfloat16), reached.to(tl.bfloat16)), 1.0)
     return reached > 0.5
-
-
-@triton.jit
-def _store(
-    current,
-    values,
-    scale,
-    wanted,
-    place,
-    channels,
-    row_mask,
-    seed,
-    first,
-    token,
-    last,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STORED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    WARPS: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Round a state to what is stored and store it, as ``many_tokens`` does with the same arguments."""
-    stored = rounded(
-        unmixed(current, W), scale, wanted, channels, row_mask, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS
-    )
-    tile, mask = tile_of(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
-    tl.store(values + tile, in_turns(stored, BLOCK_P, BLOCK_N, WARPS, W), mask=mask & wanted)

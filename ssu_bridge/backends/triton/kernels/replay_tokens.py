@@ -23,7 +23,7 @@ from ssu_bridge.backends.triton.kernels.common import (
     time_step,
 )
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.matrix_form import decayed, in_two, sums
+from ssu_bridge.backends.triton.kernels.chunks import decayed, in_two, sums
 from ssu_bridge.backends.triton.kernels.products import in_rows, mixed, product, tile_of
 from ssu_bridge.backends.triton.kernels.replay import advance_checkpoints, cursor_of, pending_steps, row_after
 from ssu_bridge.backends.triton.kernels.rounding import widen

@@ -1,0 +1,155 @@
+"""Long sequences in segments, in Triton's interpreter: right for every kind of call, with the same bits in any batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from test_matrix_form import tile_of
+from test_triton_compile import (  # noqa: F401
+    HELPERS,
+    _cache,
+    count_in_numbers,
+    interpret,
+    layer,
+    multiply_bfloat16,
+    problem_of,
+    resources,
+)
+
+from ssu_bridge.backends import triton as backend
+from ssu_bridge.backends.triton import forms
+from ssu_bridge.backends.triton.compile import compile_step, launches, specialise
+from ssu_bridge.backends.triton.tiles import Segments
+from ssu_bridge.testing.cases import Case
+
+LAYER = {
+    "sequences": 3,
+    "slots": 5,
+    "indices": (4, 0, 2),
+    "tokens": 150,
+    "dtypes": {"*": "float32"},
+    "nheads": 4,
+    "headdim": 16,
+    "dstate": 16,
+    "ngroups": 2,
+}
+TABLE = tuple((slot, 3, *[0] * 148) for slot in (4, 0, 2))
+# What a call can ask for, with sequences of more than the 32 tokens that a segment has here.
+CALLS = {
+    "several": {},
+    "one": {"tokens": 200, "sequences": 1, "indices": (2,)},
+    "odd sizes": {"headdim": 20, "dstate": 24},
+    "packed": {"tokens": 200, "cu_seqlens": (0, 1, 90, 200)},
+    "packed, many": {
+        "tokens": 200,
+        "cu_seqlens": (0, 3, 5, 7, 9, 11, 140, 141, 200),
+        "sequences": 8,
+        "slots": 9,
+        "indices": (0, 1, 2, 3, -1, 5, 6, 7),
+    },
+    "packed, out of order": {"tokens": 200, "cu_seqlens": (100, 200, 3, 100)},
+    "states on the way": {"steps": 4, "intermediate_stride": 40},
+    "states on the way, packed": {
+        "tokens": 200,
+        "steps": 12,
+        "intermediate_stride": 16,
+        "cu_seqlens": (0, 1, 90, 200),
+    },
+    "from zeros": {"has_initial_state": (True, False, True)},
+    "not stored": {"disable_state_update": True},
+    "stored elsewhere": {"destinations": (1, -1, 3)},
+    "accepted": {"indices": TABLE, "accepted": (1, 2, 7), "destinations": (4, -1, 2)},
+    "int8": {"dtypes": {"*": "float32", "state": "int8"}},
+}
+
+SCRIPT = """
+import sys
+sys.path[:0] = {tests!r}
+from test_segments import interpreted_calls
+interpreted_calls()
+"""
+
+
+def in_segments(programs, least):
+    """The table of forms with another split."""
+    return {**forms.measured("triton/forms", (9, 0)), "segments": {"programs": programs, "most": 16, "least": least}}
+
+
+@pytest.fixture
+def split(monkeypatch):
+    table = in_segments(264, 256)
+    monkeypatch.setattr(forms, "measured", lambda *_: table)
+
+
+def test_every_call_agrees_with_the_reference():
+    script = SCRIPT.format(tests=[HELPERS, str(Path(__file__).parent)])
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def interpreted_calls():
+    """Run in a process of its own, because Triton decides at its import whether it interprets."""
+    multiply_bfloat16()
+    count_in_numbers()
+    table = in_segments(12, 32)
+    forms.measured = lambda *_: table
+    for name, changes in CALLS.items():
+        case = Case(name, **{**LAYER, **changes})
+        problem = problem_of(case, (8, 0), algorithm="matrix")
+        assert forms.tile(problem).segments.most == 3
+        interpret(case, case.arrays(seed=1), problem)
+
+
+@pytest.mark.parametrize(
+    ("case", "segments"),
+    [
+        (layer(tokens=511), Segments()),
+        (layer(tokens=512), Segments(4, 256, 32)),
+        (layer(tokens=512, nheads=80, ngroups=1), Segments(3, 256, 32)),
+        (layer(tokens=512, nheads=8, ngroups=1), Segments(16, 256, 32)),
+        (layer(tokens=512, nheads=264, ngroups=1), Segments()),
+        (layer(tokens=512, nheads=64, headdim=128), Segments(2, 256, 32)),
+        (layer(tokens=600, cu_seqlens=(0, 600)), Segments(4, 256, 32)),
+        (layer(tokens=600, steps=6, intermediate_stride=100), Segments(4, 256, 100)),
+        (layer(tokens=64, parents=(tuple(range(-1, 63)),)), Segments()),
+    ],
+    ids=str,
+)
+def test_into_how_many_segments_a_prompt_is_split(case, segments, split):
+    assert tile_of(case, algorithm="matrix").segments == segments
+
+
+def test_a_split_does_not_depend_on_the_batch(split):
+    sizes = {"tokens": 4000, "nheads": 8, "ngroups": 1}
+    tiles = {tile_of(layer(**sizes, sequences=n, slots=n, indices=tuple(range(n)))) for n in (1, 3, 300)}
+    assert len(tiles) == 1
+
+
+SPLIT = {
+    "float32": layer(tokens=1100),
+    "bfloat16": layer("bfloat16", tokens=1100),
+    "int8": layer("int8", tokens=1100),
+    "packed": layer(tokens=1100, cu_seqlens=(0, 1100)),
+    "states on the way": layer(tokens=1100, steps=32, intermediate_stride=64),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_they_compile_and_spill_next_to_nothing(name):
+    problem = problem_of(SPLIT[name], backend="triton", algorithm="matrix")
+    kernels = launches(specialise(problem, forms.tile(problem)))
+    assert [kernel.kernel for kernel in kernels] == ["segment_states", "matrix_form"]
+    before, after = (resources(compile_step(kernel).cubin) for kernel in kernels)
+    assert before == {"STACK": 0, "LOCAL": 0}
+    assert after["LOCAL"] == 0
+    assert after["STACK"] <= 16  # four registers of 255
+
+
+def test_a_split_is_told(split):
+    said = backend.settings(problem_of(layer(tokens=2048), backend="triton"))
+    assert said.startswith("matrix form, 32 tokens at a time, in up to 4 segments of at least 256 tokens, tile of")
