@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ssu_bridge.backends.triton.kernels.chunks import decayed, in_two, sums
 from ssu_bridge.backends.triton.kernels.common import (
     LOG2_E,
     by_row,
@@ -23,7 +24,6 @@ from ssu_bridge.backends.triton.kernels.common import (
     time_step,
 )
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.chunks import decayed, in_two, sums
 from ssu_bridge.backends.triton.kernels.products import in_rows, mixed, product, tile_of
 from ssu_bridge.backends.triton.kernels.replay import advance_checkpoints, cursor_of, pending_steps, row_after
 from ssu_bridge.backends.triton.kernels.rounding import widen
