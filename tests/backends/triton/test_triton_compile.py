@@ -305,6 +305,22 @@ def test_a_tile_of_a_replay_step():
         backend.settings(problem_of(case))
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", "int8"])
+def test_every_number_of_heads_of_a_replay_step_lies_the_same_way(stored):
+    problem = problem_of(CLASSES[f"layer, {stored}, replay"])
+    problems = (dataclasses.replace(problem, sequences=n) for n in (1, 32, 1000))
+    kernels = [compile_step(specialise(p, forms.tile(p))) for p in problems]
+    reductions = re.compile(r"\}\) : \(tensor<(\d+x\S+)xf32, (#\w+)>\)")
+    found = [{(shape, definition(k, name)) for shape, name in reductions.findall(k.text["ttgir"])} for k in kernels]
+    assert found[0]
+    assert all(one == found[0] for one in found)
+
+
+def definition(kernel, name):
+    """A layout by what it is, whatever its name in a kernel."""
+    return re.search(rf"^{name} = (.*)$", kernel.text["ttgir"], re.MULTILINE)[1]
+
+
 def test_a_replay_step_reads_ahead():
     ptx = compiled(CLASSES["layer, bfloat16, replay"]).text["ptx"]
     assert "cp.async" in ptx
