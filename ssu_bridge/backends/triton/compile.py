@@ -25,6 +25,9 @@ from ssu_bridge.core.problem import Problem
 # From this compute capability on, a kernel can start before those ahead of it are done.
 _OVERLAPPING = (9, 0)
 
+# From this one on, GPUs convert float8 numbers themselves.
+_WITH_FLOAT8 = (8, 9)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Specialisation:
@@ -68,13 +71,14 @@ class Specialisation:
             flags += ";each=1"
         if self.window:
             flags += f";replay={self.window}+{self.most_tokens}"
+        ahead = f"+{self.tile.ahead}" if self.tile.ahead else ""
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
         heads = f"*{self.tile.heads}" if self.tile.heads > 1 else ""
         if self.tile.segments.most > 1:
             chunk += f";segments={self.tile.segments.most}x{self.tile.segments.least}"
         return (
             f"ssu_bridge.triton(sm{self.capability[0]}{self.capability[1]};{self.layout};{sizes};{arrays}->"
-            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk}{heads})"
+            f"{','.join(self.results)};{flags};tile={self.tile.rows}x{self.tile.warps}{chunk}{heads}{ahead})"
         )
 
 
@@ -356,13 +360,19 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
-    state = {"STORED": dict(s.dtypes)["state"], "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
-    state |= {"ROUND_EACH": s.rounds_each_token}
+    state = {"STORED": _stored(s), "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
+    state |= {"ROUND_EACH": s.rounds_each_token, "AHEAD": s.tile.ahead}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = replay.constants(s, _PARTS) if s.window else _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.
     no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.layout == "single"}
     return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
+
+
+def _stored(s: Specialisation) -> str:
+    """Return what the kernels call the dtype of the state's elements: Triton's name of float8 where GPUs have it."""
+    dtype = dict(s.dtypes)["state"]
+    return "float8e4nv" if dtype == "float8_e4m3fn" and s.capability >= _WITH_FLOAT8 else dtype
 
 
 _CHUNK_OF_SEGMENT_STATES = 64
@@ -399,6 +409,8 @@ _REPLAY_REGISTERS = {"bfloat16": 144, "int8": 168}
 
 def _options(s: Specialisation) -> dict[str, int]:
     """Return Triton's options for products and loops that read ahead; with few registers where that was measured."""
+    if s.kernel == "single_token":
+        return _single_token_options(s)
     dtypes = dict(s.dtypes)
     inputs = {dtypes[name] for name in ("x", "B", "C")}
     fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dtypes and inputs == {"bfloat16"}
@@ -410,6 +422,14 @@ def _options(s: Specialisation) -> dict[str, int]:
         return {}
     few = fits and not s.window and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
     return {"num_stages": 1} | ({"maxnreg": 128} if few else {})
+
+
+def _single_token_options(s: Specialisation) -> dict[str, int]:
+    """Return, for 64 elements of 8 bits in a thread, so few registers that five programs of four warps fit."""
+    dtypes = dict(s.dtypes)
+    fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dtypes
+    few = np.dtype(dtypes["state"]).itemsize == 1 and s.tile.rows * s.tile.columns == 64 * 32 * s.tile.warps
+    return {"maxnreg": 96} if fits and few and "A" in s.tied else {}
 
 
 def _scratch_pointers(compiled: Any, passed: int) -> int:

@@ -17,6 +17,11 @@ from ssu_bridge.core.problem import Problem
 _THREADS = 32
 # Of a program whose rows are longer than what a warp's threads hold in one vector each.
 _WARPS_FOR_LONG_ROWS = 4
+# From this compute capability on, and from so many bytes of state in a call on, programs have later tiles brought from
+# memory to the second-level cache: those that begin so many bytes later. Twice as many are too many for it.
+_PREFETCHING = (9, 0)
+_LEAST_BYTES = 20 << 20
+_BYTES_AHEAD = 4 << 20
 
 
 class Segments(NamedTuple):
@@ -41,12 +46,15 @@ class Tile(NamedTuple):
     # Of a replay step: how many heads a program does.
     heads: int = 1
     segments: Segments = Segments()
+    # Of the kernel for one token: how many programs later the tile is that a program has brought to the cache; 0: none.
+    ahead: int = 0
 
     def __str__(self) -> str:
         form = f"matrix form, {self.chunk} tokens at a time, " if self.chunk else ""
         if self.segments.most > 1:
             form += f"in up to {self.segments.most} segments of at least {self.segments.least} tokens, "
-        return f"{form}tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}"
+        ahead = f", prefetched {self.ahead} programs ahead" if self.ahead else ""
+        return f"{form}tile of {self.rows} x {self.columns}, {self.warps} warp{'s' * (self.warps > 1)}{ahead}"
 
 
 def tile(problem: Problem) -> Tile:
@@ -62,21 +70,25 @@ def tile(problem: Problem) -> Tile:
         if not least or requested[0] < least:
             can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
             raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {requested}")
-        return Tile(requested[0], columns, requested[1])
-    elements, warps = _table_entry(problem)
+        return Tile(requested[0], columns, requested[1], ahead=_ahead(problem, requested[0]))
+    return fitted(problem, *_table_entry(problem))
+
+
+def fitted(problem: Problem, elements: int, warps: int) -> Tile:
+    """Return the tile of so many elements and warps, or the nearest that is possible for a problem."""
+    columns = power_of_two(problem.dstate)
     if not least_rows(problem, warps):
         warps = _WARPS_FOR_LONG_ROWS
     rows = max(1, min(elements // columns, power_of_two(problem.headdim)))
     while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
         warps //= 2
-    return Tile(max(rows, least_rows(problem, warps)), columns, warps)
+    rows = max(rows, least_rows(problem, warps))
+    return Tile(rows, columns, warps, ahead=_ahead(problem, rows))
 
 
 def is_plain(problem: Problem) -> bool:
     """Return whether a problem is one token for each sequence and nothing more, for which there is a kernel."""
-    more = {"intermediate_states", "state_scale", "rand_seed", "parent_tokens", "has_initial_state"}.intersection(
-        problem.names
-    )
+    more = {"intermediate_states", "parent_tokens", "has_initial_state"}.intersection(problem.names)
     return problem.layout == "single" and not (problem.tables or more or problem.options.disable_state_update)
 
 
@@ -98,15 +110,33 @@ def _vector(problem: Problem) -> int:
     )
 
 
+def _ahead(problem: Problem, rows: int) -> int:
+    """Return how many programs later the tile is that a program of one token has brought to the cache."""
+    assert problem.capability is not None
+    # Stochastic rounding takes longer than memory does.
+    if not is_plain(problem) or problem.stochastic_rounding or problem.capability < _PREFETCHING:
+        return 0
+    itemsize = np.dtype(dict(problem.dtypes)["state"]).itemsize
+    size = rows * problem.dstate * itemsize
+    is_whole = problem.headdim % rows == 0 and size % VECTOR_BYTES == 0 and "state" not in problem.unaligned
+    return _BYTES_AHEAD // size if is_whole and _work(problem) * itemsize >= _LEAST_BYTES else 0
+
+
+def _work(problem: Problem) -> int:
+    return problem.sequences * problem.nheads * problem.headdim * problem.dstate
+
+
 def _table_entry(problem: Problem) -> tuple[int, int]:
     table = measured("triton/tiles", problem.capability)
-    work = problem.sequences * problem.nheads * problem.headdim * problem.dstate
-    stored = f"bytes{np.dtype(dict(problem.dtypes)['state']).itemsize}"
+    work, state = _work(problem), dict(problem.dtypes)["state"]
+    stored = f"bytes{np.dtype(state).itemsize}"
     if not is_plain(problem):
         table = table["many_tokens"]
-        if problem.stochastic_rounding:
-            each_token = "intermediate_states" in problem.names or "dst_state_batch_indices" in problem.tables
-            stored = "stochastic_steps" if each_token else "stochastic"
+    elif state == "int16":
+        stored = state
+    if problem.stochastic_rounding:
+        each_token = "intermediate_states" in problem.names or "dst_state_batch_indices" in problem.tables
+        stored = "stochastic_steps" if each_token else "stochastic"
     rows = table[stored]
     return next((elements, warps) for most, elements, warps in rows if work <= most)
 

@@ -1,20 +1,42 @@
-"""Measures the tiles of the Triton kernel and writes the table that the triton backend chooses from."""
+"""Measures the tiles of the Triton kernel for one token, and writes the table that the triton backend chooses from."""
 
+import itertools
+import math
 import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ssu_bridge import explain
 from ssu_bridge.backends.triton import tiles
-from ssu_bridge.bench.cuda.steps import LAYER, Steps
+from ssu_bridge.bench.cuda.steps import Sizes, Steps
 from ssu_bridge.bench.cuda.timing import graph_times
 from ssu_bridge.progress import progress, say
 
 _TABLE = Path(tiles.__file__).with_suffix(".toml")
-_CANDIDATES = [(rows, warps) for warps in (2, 4, 8) for rows in (4, 8, 16, 32, 64)]
-# A tile must be this much faster than the one that the next smaller work has, to be a row of its own.
-_WORTH_A_ROW = 0.995
+# The layers of Mamba-2 models, one of them as a device of eight has it.
+_LAYERS = {
+    "mamba2-130m": Sizes(24, 64, 128, 1),
+    "mamba2-2.7b": Sizes(80, 64, 128, 1),
+    "granite4-tiny": Sizes(48, 64, 128, 1),
+    "granite4-small": Sizes(128, 64, 128, 1),
+    "nemotron-h-8b": Sizes(128, 64, 128, 8),
+    "nemotron-h-56b": Sizes(256, 64, 256, 8),
+    "nemotron-h-56b on one of 8": Sizes(32, 64, 256, 1),
+    "falcon-h1-34b": Sizes(32, 128, 256, 2),
+    "zamba2-7b": Sizes(112, 64, 64, 2),
+}
+# More elements in a thread take more registers than there are.
+_CANDIDATES = [
+    (elements, warps)
+    for elements, warps in itertools.product((1024, 2048, 4096, 8192), (1, 2, 4, 8))
+    if elements <= 2048 * warps
+]
+# What a row of the table has to save: the sum, over the calls that it holds, of the shares of their times.
+_WORTH_A_ROW = 0.02
 
 
 class Row(NamedTuple):
@@ -25,57 +47,90 @@ class Row(NamedTuple):
     warps: int
 
 
+class Point(NamedTuple):
+    """A call: the elements of state that it updates, and its time by the elements and warps of the tile."""
+
+    work: int
+    times: dict[tuple[int, int], float]
+
+
 def main(batches: list[int], dtypes: list[str]) -> None:
-    """Time every tile at every batch; print the times and write this GPU's part of the table."""
-    tables: dict[str, list[Row]] = {}
-    for dtype in sorted(dtypes, key=lambda dtype: getattr(torch, dtype).itemsize):
-        tables[f"bytes{getattr(torch, dtype).itemsize}"] = _table(batches, getattr(torch, dtype))
+    """Time every tile at every batch for each layer; print the times and write this GPU's part of the table."""
+    # Integers stand for all states of 8 bits.
+    by_bytes = {torch.int8.itemsize: torch.int8} | {d.itemsize: d for d in (getattr(torch, name) for name in dtypes)}
+    tables = {}
+    for size, dtype in sorted(by_bytes.items()):
+        calls = [(name, batch, dtype) for name in _LAYERS for batch in batches]
+        points = [_measured(*call) for call in progress(calls, label=lambda call: ", ".join(map(str, call)))]
+        tables[f"bytes{size}"] = rows_of(points)
     major, minor = torch.cuda.get_device_capability()
-    section = _section(f"sm{major}{minor}", tables)
-    print(section)
-    _TABLE.write_text(_replaced(_TABLE.read_text(), section))
-    print(f"written to {_TABLE}")
+    _TABLE.write_text(replaced(_TABLE.read_text(), f"sm{major}{minor}", tables))
+    print(f"written to {_TABLE}: {tables}")
 
 
-def _table(batches: list[int], dtype: torch.dtype) -> list[Row]:
-    work = [batch * LAYER.nheads * LAYER.headdim * LAYER.dstate for batch in batches]
-    rows: list[Row] = []
-    for i, batch in enumerate(progress(batches, label=lambda batch: f"batch {batch}, {dtype}")):
-        times = _times(batch, dtype)
-        best = min(times, key=lambda tile: times[tile])
-        kept = (rows[-1].elements // LAYER.dstate, rows[-1].warps) if rows else best
-        say(f"{batch:>5} {dtype}: best {best} {times[best]:.2f} us, {kept} {times[kept]:.2f} us")
-        # Half way, on a scale of factors, to the next batch that was measured.
-        most = (work[i] * work[i + 1]) ** 0.5 if i + 1 < len(work) else float("inf")
-        if rows and times[best] > _WORTH_A_ROW * times[kept]:
-            rows[-1] = rows[-1]._replace(most=most)
-        else:
-            rows.append(Row(most, best[0] * LAYER.dstate, best[1]))
-    return rows
+def _measured(name: str, batch: int, dtype: torch.dtype) -> Point:
+    sizes = _LAYERS[name]
+    steps = Steps(batch, dtype, sizes=sizes)
+    problem = explain(steps.state, **steps.calls[0]).choices[0].problem
+    fitted = {candidate: tiles.fitted(problem, *candidate) for candidate in _CANDIDATES}
+    updates = {str(tile): steps.updates((tile.rows, tile.warps)) for tile in fitted.values()}
+    with ThreadPoolExecutor() as pool:  # each is compiled at its first call
+        list(pool.map(lambda calls: calls[0](), updates.values()))
+    times = graph_times(updates, rounds=9)
+    point = Point(
+        batch * sizes.nheads * sizes.headdim * sizes.dstate,
+        {candidate: times[str(tile)].median * 1e6 for candidate, tile in fitted.items()},
+    )
+    best = min(point.times, key=lambda candidate: point.times[candidate])
+    say(f"{name:<27}{batch:>5} {dtype}: best {best} {point.times[best]:.2f} us")
+    del steps, updates
+    torch.cuda.empty_cache()
+    return point
 
 
-def _times(batch: int, dtype: torch.dtype) -> dict[tuple[int, int], float]:
-    steps = Steps(batch, dtype)
-    least = 16 // dtype.itemsize * 32  # what a warp holds in one vector a thread
-    tiles = [tile for tile in _CANDIDATES if tile[0] * LAYER.dstate >= least * tile[1]]
-    times = graph_times({str(tile): steps.updates(tile) for tile in tiles}, rounds=9)
-    return {tile: times[str(tile)].median * 1e6 for tile in tiles}
+def rows_of(points: Sequence[Point]) -> list[Row]:
+    """Return the rows that cost least: what each call takes longer than its best tile, and something for each row."""
+    points = sorted(points, key=lambda point: point.work)
+    # Of the first so many points: the cost, and the rows.
+    best: list[tuple[float, list[Row]]] = [(0.0, [])]
+    for end in range(1, len(points) + 1):
+        best.append(min(_with_last_row(points, end, best), key=lambda option: option[0]))
+    rows = best[-1][1]
+    return [*rows[:-1], rows[-1]._replace(most=math.inf)]
 
 
-def _section(name: str, tables: dict[str, list[Row]]) -> str:
-    lines = [f"[{name}]"]
-    for key, rows in tables.items():
-        entries = [f"    [{_number(row.most)}, {row.elements}, {row.warps}],\n" for row in rows]
-        lines.append(f"{key} = [\n{''.join(entries)}]")
-    return "\n".join(lines) + "\n"
+def _with_last_row(
+    points: Sequence[Point], end: int, best: Sequence[tuple[float, list[Row]]]
+) -> Iterator[tuple[float, list[Row]]]:
+    """Yield ways to hold the first points, by where their last row starts."""
+    # Half way, on a scale of factors, to the next point.
+    most = math.sqrt(points[end - 1].work * points[min(end, len(points) - 1)].work)
+    for start in range(end):
+        held = points[start:end]
+        if start and points[start - 1].work == held[0].work:
+            continue
+        costs = {tile: sum(_excess(point, tile) for point in held) for tile in held[0].times}
+        tile = min(costs, key=lambda tile: costs[tile])
+        yield best[start][0] + _WORTH_A_ROW + costs[tile], [*best[start][1], Row(most, *tile)]
+
+
+def _excess(point: Point, tile: tuple[int, int]) -> float:
+    return math.log(point.times[tile] / min(point.times.values()))
+
+
+def replaced(text: str, gpu: str, tables: dict[str, list[Row]]) -> str:
+    """Put rows in the place of those of their name in a GPU's part of the table's text; leave all others."""
+    before, heading, after = text.partition(f"[{gpu}]\n")
+    if not heading:
+        before, heading = f"{text}\n", f"[{gpu}]\n"
+    end = re.search(r"^\[|\Z", after, re.MULTILINE).start()  # type: ignore[union-attr]
+    part, others = after[:end], after[end:]
+    for key, rows in reversed(tables.items()):
+        entries = "".join(f"    [{_number(row.most)}, {row.elements}, {row.warps}],\n" for row in rows)
+        part = re.sub(rf"^{key} = \[\n(?: .*\n)*\]\n", "", part, flags=re.MULTILINE)
+        part = f"{key} = [\n{entries}]\n{part}"
+    return before + heading + part + others
 
 
 def _number(most: float) -> str:
-    return "inf" if most == float("inf") else f"{int(most):_}"
-
-
-def _replaced(text: str, section: str) -> str:
-    """Put a section in the place of the one of its name, or at the end."""
-    name = re.escape(section.split("\n", 1)[0])
-    found = re.search(rf"^{name}\n(?:(?!\[sm).*\n)*", text, re.MULTILINE)
-    return text[: found.start()] + section + text[found.end() :] if found else f"{text}\n{section}"
+    return "inf" if most == math.inf else f"{int(most):_}"

@@ -14,6 +14,7 @@ import pytest
 from thinned import covering, thinned
 
 from ssu_bridge.api import explain
+from ssu_bridge.core.rounding import LARGEST
 from ssu_bridge.testing.cases import CASES, Case, arguments
 
 triton = pytest.importorskip("triton")
@@ -21,7 +22,7 @@ from ssu_bridge import using  # noqa: E402
 from ssu_bridge.backends import triton as backend  # noqa: E402
 from ssu_bridge.backends.triton import forms, tiles  # noqa: E402
 from ssu_bridge.backends.triton.compile import compile_step, launch_of, specialise  # noqa: E402
-from ssu_bridge.bench.cuda.tune import Row, _replaced, _section  # noqa: E402
+from ssu_bridge.bench.cuda.tune import Point, Row, replaced, rows_of  # noqa: E402
 
 HELPERS = str(Path(__file__).parents[2] / "helpers")
 
@@ -90,10 +91,17 @@ MANY = {
     for dtype, (name, changes), rounded in itertools.product(STORED, FEATURES.items(), (0, 1))
     if not rounded or dtype not in ("float32", "int16")
 }
+# One token for each sequence, of a state that is quantised or rounded stochastically.
+SINGLE = {
+    f"layer, {dtype}, one token{', stochastic' * rounded}": layer(dtype, seed=rounded or None)
+    for dtype, rounded in itertools.product(STORED, (0, 1))
+    if dtype in ("int16", "int8", "float8_e4m3fn")[rounded:] or (rounded and dtype in ("bfloat16", "float16"))
+}
 RING = {"window": 16, "starts": (0,), "pending": (0,)}
 CLASSES = (
     {case.name: case for case in CASES if case.sequences}
     | MANY
+    | SINGLE
     | {f"layer, {dtype}, replay": layer(dtype, **RING) for dtype in STORED}
     | {f"layer, {dtype}, replay, tokens": layer(dtype, **RING, most=4, tokens=4) for dtype in STORED}
     | {
@@ -137,6 +145,7 @@ def test_every_class_compiles_without_spills(spelt):
 FOR_EVERY_GPU = (
     *("mamba2", "mamba1, bfloat16", "odd sizes, untied, float16", "layer, bfloat16", "layer, bfloat16, packed"),
     *(name for name in MANY if "intermediates, stochastic" in name),
+    *SINGLE,
     "layer, int16, tables",
     *("layer, bfloat16, replay", "layer, int8, replay", "layer, bfloat16, replay, tokens"),
 )
@@ -158,18 +167,67 @@ def resources(cubin, names=("STACK", "LOCAL")):
     return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in names}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", STORED)
 def test_the_state_is_loaded_and_stored_16_bytes_at_a_time(dtype):
-    for tile in (None, (16, 8), (64, 4)):
+    for tile in (None, (32, 8), (64, 4)):
         case = layer(dtype, other="float32" if dtype == "float32" else "bfloat16")
         kernel = compiled(case, tile=tile)
         ptx = kernel.text["ptx"]
         rows = -(-case.nheads * case.headdim // launch_of(specialisation(case, tile=tile)).grids[0].programs)
         vectors = rows * case.dstate * np.dtype(case.arrays(0)["state"].dtype).itemsize // 16 // (32 * kernel.warps)
         assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
-        # Nothing but the output, an element a row, and with it nothing of the state, is stored in smaller pieces.
-        assert len(re.findall(r"st\.global", ptx)) == vectors + 1
+        # Nothing but an element a row of the output and of the scales, and so nothing of the state, is stored in smaller
+        # pieces.
+        assert len(re.findall(r"st\.global", ptx)) == vectors + 1 + (dtype in LARGEST)
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= vectors
+
+
+# Instructions for an element of the state. Moving its bytes takes a Hopper GPU as long as about 10 for each byte.
+MOST_INSTRUCTIONS = {"bfloat16": 14, "int16": 22, "int8": 18, "float8_e4m3fn": 18}
+
+
+@pytest.mark.parametrize(("dtype", "most"), MOST_INSTRUCTIONS.items())
+def test_a_step_of_one_token_takes_few_instructions(dtype, most):
+    case = layer(dtype, absent=("z",))
+    kernel = compiled(case, tile=(64, 4))
+    code = disassembled(kernel.cubin)
+    assert len(code) <= most * 64 * case.dstate / (32 * kernel.warps)
+    # Those that convert to or from integers of 8 and 16 bits have a quarter of the speed.
+    assert not [line for line in code if line.startswith(("I2F.", "F2I.S"))]
+
+
+def disassembled(cubin):
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "code.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([TOOLS / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@\S+ )?(?!NOP)(\S+)", text)
+
+
+PREFETCH = "cp.async.bulk.prefetch.L2.global"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16", "int8"])
+def test_tiles_of_large_states_are_prefetched(dtype):
+    """4 MiB ahead, from 20 MiB of state on, where GPUs can and memory is what a step waits for."""
+    few, many = (dataclasses.replace(problem_of(layer(dtype)), sequences=n) for n in (1, 100))
+    tile = tiles.tile(many)
+    assert tile.ahead * tile.rows * tile.columns * np.dtype(dtype).itemsize == 4 << 20
+    assert PREFETCH in compile_step(specialise(many, tile)).text["ptx"]
+    assert "prefetched" in str(tile)
+    assert tiles.tile(few).ahead == 0
+    assert PREFETCH not in compile_step(specialise(few, tiles.tile(few))).text["ptx"]
+    with using(triton_tile=(64, 4)):
+        requested = dataclasses.replace(problem_of(layer(dtype)), sequences=100)
+    assert tiles.tile(requested).ahead * 64 * 128 * np.dtype(dtype).itemsize == 4 << 20
+    # An address is a multiple of 16 bytes, and a tile lies in one piece.
+    for other in (
+        many.on("cuda", (8, 9)),
+        dataclasses.replace(many, unaligned=("state",)),
+        dataclasses.replace(many, headdim=72),
+        dataclasses.replace(problem_of(layer("int8", seed=1)), sequences=100),
+        dataclasses.replace(problem_of(layer(dtype, tokens=2)), sequences=100),
+    ):
+        assert tiles.tile(other).ahead == 0
 
 
 def test_it_waits_for_other_kernels_before_it_touches_memory():
@@ -187,7 +245,7 @@ def test_subnormal_rows_and_scales_count(dtype, capability):
     ptx = compiled(layer(dtype, tokens=4, steps=4), capability).text["ptx"]
     flushing = set(re.findall(r"\S+\.ftz\S*", ptx))
     assert flushing <= {"ex2.approx.ftz.f32"}  # of the decay, softplus and the gate
-    assert "div.rn.f32" in ptx
+    assert "rcp.rn.f32" in ptx
     # The scale is compared with 2**-128 as a float32.
     assert re.search(r"setp\.\w+\.f32 .*, 0f00200000;", ptx)
     assert not re.search(r"\.f64 \t", ptx)
@@ -272,7 +330,11 @@ def test_tiles_of_the_table_are_allowed():
 UNMEASURED = {(8, 0): 48, (8, 6): 48, (8, 9): 48, (10, 0): 48, (12, 0): 48}
 # What the table can be asked for: every row of it, by the number of sequences.
 KINDS = {
-    **{f"one token, {dtype}": layer(dtype) for dtype in ("bfloat16", "float32")},
+    **{f"one token, {dtype}": layer(dtype) for dtype in STORED},
+    **{
+        f"one token, stochastic {dtype}": layer(dtype, seed=1)
+        for dtype in ("int8", "float8_e4m3fn", "bfloat16", "float16")
+    },
     **{f"tokens, {dtype}": layer(dtype, tokens=4) for dtype in ("int8", "bfloat16", "float32")},
     **{f"tokens, stochastic {dtype}": layer(dtype, tokens=4, seed=1) for dtype in ("int8", "bfloat16")},
     **{f"steps, stochastic {dtype}": layer(dtype, tokens=4, steps=4, seed=1) for dtype in ("int8", "bfloat16")},
@@ -370,13 +432,28 @@ def test_without_triton(monkeypatch):
     assert "pip install triton" in backend.missing("torch")
 
 
-def test_tuning_rewrites_only_its_gpu():
-    text = "# a comment\n\n[sm80]\nbytes2 = [\n    [inf, 1, 1],\n]\n[sm90]\nbytes4 = []\n[sm100]\nx = 1\n"
-    section = _section("sm90", {"bytes2": [Row(1e6, 2048, 8), Row(float("inf"), 8192, 4)]})
-    before, after = tomllib.loads(text), tomllib.loads(_replaced(text, section))
-    assert after["sm90"] == {"bytes2": [[1_000_000, 2048, 8], [float("inf"), 8192, 4]]}
-    assert {**after, "sm90": None} == {**before, "sm90": None}
-    assert tomllib.loads(_replaced("", section)).keys() == {"sm90"}
+def test_tuning_rewrites_only_what_it_measured():
+    text = (
+        "# a comment\n\n[sm80]\nbytes2 = [\n    [inf, 1, 1],\n]\n[sm90]\nbytes2 = [\n    [2, 1, 1],\n    [inf, 1, 1],\n]\n"
+        "bytes4 = [\n    [inf, 3, 1],\n]\n\n# another\n[sm90.many_tokens]\nbytes2 = [\n    [inf, 4, 1],\n]\n[sm100]\nx = 1\n"
+    )
+    rows = {"bytes2": [Row(1e6, 2048, 8), Row(float("inf"), 8192, 4)], "bytes1": [Row(float("inf"), 2, 2)]}
+    before, written = tomllib.loads(text), replaced(text, "sm90", rows)
+    own = {"bytes2": [[1_000_000, 2048, 8], [float("inf"), 8192, 4]], "bytes1": [[float("inf"), 2, 2]]}
+    assert tomllib.loads(written) == {**before, "sm90": {**before["sm90"], **own}}
+    assert written.count("#") == 2
+    assert tomllib.loads(replaced(written, "sm90", rows)) == tomllib.loads(written)
+    assert tomllib.loads(replaced(text, "sm120", rows)) == {**before, "sm120": own}
+
+
+def test_tuning_takes_the_rows_that_cost_least():
+    best, other = (1024, 1), (2048, 2)
+    small = [Point(work, {best: 1.0, other: 1.5}) for work in (1, 4)]
+    large = [Point(work, {best: 1.2, other: 1.0}) for work in (16, 16)]
+    assert rows_of([*large, *small]) == [Row(8.0, *best), Row(float("inf"), *other)]
+    # What a row would save is too little.
+    alike = [Point(work, {best: 1.0, other: 1.0 + 0.001 * (work < 5)}) for work in (1, 4, 16)]
+    assert rows_of(alike) == [Row(float("inf"), *best)]
 
 
 INTERPRET = """

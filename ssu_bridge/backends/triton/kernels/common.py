@@ -6,7 +6,10 @@ told not to choose), so that an element's bits do not depend on the tile that co
 
 import triton
 import triton.language as tl
+from triton import knobs
 
+# The interpreter runs no inline assembly. What it runs in its place gives the same bits.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -48,6 +51,23 @@ def inside(indices, size: tl.constexpr, BLOCK: tl.constexpr):
 def load(pointers, mask):
     """Load as float32, 0 where the mask is false."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def to_float32(loaded):
+    """Convert what each thread loaded a part of and every warp needs.
+
+    Of a plain conversion the compiler hands the narrow numbers from thread to thread, one at a time, and each thread
+    converts all that it gets.
+    """
+    if INTERPRETED or loaded.dtype == tl.float32:
+        return loaded.to(tl.float32)
+    elif loaded.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "=f,h", [loaded], tl.float32, True, 1
+        )
+    else:
+        return tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [loaded], tl.float32, True, 1)
 
 
 @triton.jit

@@ -18,14 +18,9 @@ from ssu_bridge.backends.triton.kernels.common import (
     load,
     slot_of,
     time_step,
+    to_float32,
 )
-from ssu_bridge.backends.triton.kernels.rounding import (
-    random_words,
-    round_stochastically,
-    round_to_nearest,
-    row_scale,
-    widen,
-)
+from ssu_bridge.backends.triton.kernels.rounding import as_stored, rounded, row_scale, widen
 from ssu_bridge.core import arguments
 
 MOST_TOKENS_OF_A_TREE = tl.constexpr(arguments.MOST_TOKENS_OF_A_TREE)
@@ -174,6 +169,8 @@ def many_tokens(
         dst_state_batch_indices, dst_state_batch_indices_stride, dst_state_batch_indices_token_stride, target_columns,
         sequence, source, length, slots,
     )  # fmt: skip
+    # After the last token. What is rounded after each one and has no scale is no other number when it is rounded again.
+    STORED_LAST: tl.constexpr = dst_state_batch_indices_token_stride is None and (not ROUND_EACH or state_scale is None)
     if parent_tokens is not None:
         start = current
         parents = at_first(parent_tokens, parent_tokens_stride, parent_tokens_token_stride, sequence, first)
@@ -181,7 +178,7 @@ def many_tokens(
     next_B, next_C = tl.load(B, mask=column_mask, other=0), tl.load(C, mask=column_mask, other=0)
     for token in range(length):
         xs, d = next_x.to(tl.float32), next_dt.to(tl.float32)
-        Bs, Cs = next_B.to(tl.float32), next_C.to(tl.float32)
+        Bs, Cs = to_float32(next_B), to_float32(next_C)
         # The next token's inputs are loaded before this token is computed, so that the next one does not wait.
         following = tl.minimum(token + 1, length - 1)
         next_x = tl.load(x + following * x_token_stride, mask=row_mask)
@@ -226,7 +223,7 @@ def many_tokens(
                 current, scales, channels, rand_seed if rand_seed is None else tl.load(rand_seed),
                 _named(goes_to, source) * (H * P * N), token, 0, N, BLOCK_N, STORED, ROUNDS,
             )  # fmt: skip
-            if STORE_STATE:
+            if STORE_STATE and not STORED_LAST:
                 scale = state_scale if state_scale is None else state_scale + goes_to * state_scale_stride
                 _put(numbers, scales, state + goes_to * state_stride, scale, goes_to >= 0, place)
         elif dst_state_batch_indices_token_stride is not None:
@@ -262,14 +259,14 @@ def many_tokens(
         if ROUND_EACH:
             current = _worth(numbers, scales, STORED)
 
-    if STORE_STATE and not ROUND_EACH and dst_state_batch_indices_token_stride is None:
+    if STORE_STATE and STORED_LAST:
         target = source
         if dst_state_batch_indices is not None:
             target = slot_of(dst_state_batch_indices, dst_state_batch_indices_stride, sequence, slots, PAD)
         scale = state_scale if state_scale is None else state_scale + target * state_scale_stride
         _store(
             current, state + target * state_stride, scale, live & (target >= 0), place,
-            seed, target * (H * P * N), length - 1, 0, N, STORED, ROUNDS,
+            None if ROUND_EACH else seed, target * (H * P * N), length - 1, 0, N, STORED, ROUNDS,
         )  # fmt: skip
 
 
@@ -384,50 +381,3 @@ def _store(
         current, scale, wanted, channels, row_mask, seed, first, token, last, N, tile.shape[1], STORED, ROUNDS
     )
     tl.store(values + tile, stored, mask=tile_mask & wanted)
-
-
-@triton.jit
-def rounded(
-    current,
-    scale,
-    wanted,
-    channels,
-    row_mask,
-    seed,
-    first,
-    token,
-    last,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STORED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):
-    """Return a tile of a state as it is stored, and store its scales if there are any and that is ``wanted``."""
-    scales = scale if scale is None else row_scale(current, STORED)
-    if scale is not None:
-        tl.store(scale + channels, scales, mask=row_mask & wanted)
-    return as_stored(current, scales, channels, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS)
-
-
-@triton.jit
-def as_stored(
-    current,
-    scales,
-    channels,
-    seed,
-    first,
-    token,
-    last,
-    N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STORED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-):
-    """Return a tile of a state as it is stored, with these scales if it has any."""
-    if scales is not None:
-        current = current * tl.div_rn(1.0, scales)[:, None]
-    if seed is None:
-        return round_to_nearest(current, STORED)
-    else:
-        words = random_words(seed, first, channels, token, last, N, BLOCK_N, ROUNDS)
-        return round_stochastically(current, words, STORED)

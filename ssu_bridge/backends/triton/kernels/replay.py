@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, inside, load
-from ssu_bridge.backends.triton.kernels.many_tokens import as_stored
 from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, product, tile_of, unmixed
-from ssu_bridge.backends.triton.kernels.rounding import row_scale, widen
+from ssu_bridge.backends.triton.kernels.rounding import as_stored, row_scale, widen
 
 
 @triton.jit

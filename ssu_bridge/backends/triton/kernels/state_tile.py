@@ -4,9 +4,8 @@ import triton
 import triton.language as tl
 
 from ssu_bridge.backends.triton.kernels.common import load, slot_of
-from ssu_bridge.backends.triton.kernels.many_tokens import rounded
 from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, tile_of, unmixed
-from ssu_bridge.backends.triton.kernels.rounding import widen
+from ssu_bridge.backends.triton.kernels.rounding import rounded, widen
 
 
 @triton.jit
