@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from without_torch import WITHOUT_TORCH
 
 import ssu_bridge
 from ssu_bridge import config
@@ -54,8 +55,9 @@ def test_a_wrong_environment_variable_is_named(capsys, monkeypatch, name, value)
 
 
 def test_a_wrong_number_of_threads_is_named():
+    program = WITHOUT_TORCH + "from ssu_bridge.__main__ import main; sys.exit(main(['check']))"
     shown = subprocess.run(
-        [sys.executable, "-m", "ssu_bridge", "check"],
+        [sys.executable, "-c", program],
         env={"SSU_BRIDGE_NUM_THREADS": "many"},
         capture_output=True,
         text=True,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from copied import copied
 from modes import bits
 
 import ssu_bridge
@@ -32,8 +33,8 @@ def rounds(count, device):
     del second["state"]
     alone, place = jnp.copy(state), state.unsafe_buffer_pointer()
     in_torch = {name: torch.from_numpy(array).to(device) for name, array in first.items()}
-    as_in_torch = {name: jnp.array(array) for name, array in first.items()}
-    in_jax = {name: jnp.array(array) for name, array in second.items()}
+    as_in_torch = copied(first)
+    in_jax = copied(second)
     spoilt, busy = [], 64 if device == "cpu" else 2048
     for number in range(count):
         view = ssu_bridge.to_torch(state)

@@ -6,6 +6,7 @@ import sys
 
 import ml_dtypes
 import numpy as np
+from without_torch import WITHOUT_TORCH
 
 from ssu_bridge.backends.rows import row as table_row
 from ssu_bridge.core.arguments import ARGUMENTS, MOST_TOKENS_OF_A_TREE, WRITTEN
@@ -207,5 +208,5 @@ def _store(results, a, kind, place, t, state, rounds):
 
 
 def run_script(script, **environment):
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script if "torch" in script else WITHOUT_TORCH + script]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)

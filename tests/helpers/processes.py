@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from without_torch import WITHOUT_TORCH
+
 # What each process of JAX begins with: its devices are those of all processes.
-JAX = """
-import sys
+JAX = (
+    WITHOUT_TORCH
+    + """
 import jax
 jax.distributed.initialize(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 from sharded import *
@@ -23,6 +26,7 @@ def same_here(got, expected):
             here = np.array(expected[name])[shard.index]
             assert np.array(shard.data).tobytes() == here.tobytes(), (name, shard.index)
 """
+)
 TORCH = """
 import sys
 import torch

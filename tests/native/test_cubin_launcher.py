@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from without_torch import WITHOUT_TORCH
 
 from ssu_bridge.backends.triton.compile import Grid
 from ssu_bridge.native import library
@@ -211,7 +212,9 @@ def run_with_driver(code, driver_folder, **env):
     script = SCRIPT.format(
         tests=[HELPERS, os.path.dirname(__file__)], code=code if code != "None" else "step(s(), t(), s())"
     )
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH + script], env=environment, capture_output=True, text=True
+    )
 
 
 class OnDevice:

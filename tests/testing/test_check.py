@@ -1,10 +1,10 @@
 """The checker passes what is right, fails what is wrong, and says where; and the command line runs it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from copied import copied
 from modes import bits, to_mode
 
 import ssu_bridge
@@ -217,7 +217,7 @@ def test_check_is_not_for_tracers():
 
 
 def test_check_works_on_what_jax_holds_elsewhere():
-    arrays = {name: jnp.array(array) for name, array in CASE.arrays(seed=5).items()}
+    arrays = copied(CASE.arrays(seed=5))
     assert ssu_bridge.check(**arrays, **CASE.flags)
     assert not arrays["state"].is_deleted()
 

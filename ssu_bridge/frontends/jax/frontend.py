@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ssu_bridge.backends.base import HostKernel
@@ -85,9 +84,10 @@ def from_host(array: np.ndarray, like: Any = None) -> Any:
     """Return a JAX array with a copy of the values; a NumPy one where JAX was given one of those."""
     if isinstance(like, np.ndarray):
         return np.array(array)
-    # Of the NumPy array itself device_put would take the memory where it can, and JAX would then not donate the result.
-    copy = jnp.array(array)
-    return copy if like is None else jax.device_put(copy, like.sharding)
+    # Where that can be, the first has the memory of the NumPy array, may_alias or not, which JAX does not donate; the
+    # copy has not. jnp.array compiles a program for each shape.
+    first = jax.device_put(array, None if like is None else like.sharding)
+    return jax.block_until_ready(jax.device_put(first, may_alias=False))  # type: ignore[no-untyped-call]
 
 
 def _run_on_host(options: Options, arrays: Arrays, out: Any) -> tuple[Any, ...]:

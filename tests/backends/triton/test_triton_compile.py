@@ -14,10 +14,13 @@ import pytest
 from thinned import covering, thinned
 
 from ssu_bridge.api import explain
+from ssu_bridge.core.arguments import FLOATS, WRITTEN
 from ssu_bridge.core.rounding import LARGEST
 from ssu_bridge.testing.cases import CASES, Case, arguments
 
 triton = pytest.importorskip("triton")
+from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
+
 from ssu_bridge import using  # noqa: E402
 from ssu_bridge.backends import triton as backend  # noqa: E402
 from ssu_bridge.backends.triton import forms, tiles  # noqa: E402
@@ -151,8 +154,8 @@ FOR_EVERY_GPU = (
 )
 
 
-# By default each for two of the GPUs.
-@pytest.mark.parametrize(("name", "capability"), thinned(FOR_EVERY_GPU, CAPABILITIES, one_in=2))
+# By default each for one of the GPUs.
+@pytest.mark.parametrize(("name", "capability"), thinned(FOR_EVERY_GPU, CAPABILITIES, one_in=4))
 def test_it_compiles_for_every_gpu(name, capability):
     kernel = compiled(CLASSES[name], capability)
     assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
@@ -255,9 +258,29 @@ LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], th
                     r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip
 
 
-def layouts_along_dstate(kernel):
+class LaidOut(Exception):
+    """Raised with a kernel's text when its arrays lie in registers: what follows takes as long again, and moves none."""
+
+
+@pytest.fixture
+def ttgir(monkeypatch):
+    """Return a function that compiles so far and returns the text."""
+
+    def stop(self, module, *_):
+        raise LaidOut(str(module))
+
+    def text(case, tile=None):
+        with pytest.raises(LaidOut) as stopped:
+            compiled(case, tile=tile)
+        return str(stopped.value)
+
+    monkeypatch.setattr(CUDABackend, "make_llir", stop)
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    return text
+
+
+def layouts_along_dstate(text):
     """How the tiles that are reduced lie along dstate: elements a thread, threads, warps."""
-    text = kernel.text["ttgir"]
     by_name = {match[1]: match.groups()[1:] for match in LAYOUT.finditer(text)}
     reduced = re.findall(r"\}\) : \(tensor<\d+x\d+xf32, #(\w+)>\)", text)
     assert reduced
@@ -280,11 +303,11 @@ SHAPES = [
     thinned(SHAPES, [(), ("A", "dt", "D", "dt_bias")], ["float32", "bfloat16"], one_in=3),
     ids=str,
 )
-def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype):
+def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype, ttgir):
     """For one token and for many: the same sums are taken in the same order."""
     one, many = layer(dtype, untied=untied, **shape), layer(dtype, untied=untied, tokens=2, **shape)
-    kernels = [compiled(one, tile=tile) for tile in (None, *tiles_of(one))]
-    kernels += [compiled(many), compiled(many, tile=list(tiles_of(many))[-1])]
+    kernels = [ttgir(one, tile) for tile in (None, *tiles_of(one))]
+    kernels += [ttgir(many), ttgir(many, list(tiles_of(many))[-1])]
     found = set().union(*map(layouts_along_dstate, kernels))
     assert len(found) == 1, found
 
@@ -300,11 +323,11 @@ def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype):
     ),
     ids=str,
 )
-def test_every_tile_of_a_state_lies_the_same_way_however_it_is_stored(dstate, dtype, changes):
+def test_every_tile_of_a_state_lies_the_same_way_however_it_is_stored(dstate, dtype, changes, ttgir):
     if "seed" in changes and dtype == "int16":
         pytest.skip("int16 is not rounded stochastically")
     case = layer(dtype, dstate=dstate, **changes)
-    kernels = [compiled(case, tile=tile) for tile in (None, *list(tiles_of(case))[1::2])]
+    kernels = [ttgir(case, tile) for tile in (None, *list(tiles_of(case))[1::2])]
     found = set().union(*map(layouts_along_dstate, kernels))
     assert len(found) == 1, found
 
@@ -464,13 +487,17 @@ interpreted_cases({first})
 """
 
 
-# By default each value of a field of a specialisation is in some case.
+# By default each value of a field of a specialisation that changes what is computed is in some case of few heads.
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["first", "others"])
 def test_the_interpreter_agrees_with_the_reference(first):
     script = INTERPRET.format(tests=[HELPERS, str(Path(__file__).parent)], first=first)
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+# The interpreter takes about a second for the programs of a head.
+MOST_HEADS_AT_FIRST = 8
 
 
 def interpreted_cases(first):
@@ -488,11 +515,21 @@ def interpreted_cases(first):
         problems = [problem_of(case, (8, 0), algorithm=algorithm) for algorithm in ("loop", "matrix")]
         # One token has one form.
         distinct = {specialise(p, forms.tile(p)): p for p in problems if forms.refusal(p) is None}
-        own = set().union(*map(values, distinct))
-        if (not own <= seen) == first:
+        own = set().union(*map(interpreted_values, distinct))
+        if (not own <= seen and case.nheads <= MOST_HEADS_AT_FIRST) == first:
             for problem in distinct.values():
                 interpret(case, arrays, problem)
         seen |= own
+
+
+def interpreted_values(specialisation):
+    """Return the values that make another computation: not sizes, and not the float dtypes of what is only read."""
+    return {
+        (field, value)
+        for field, value in values(specialisation)
+        if field not in ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
+        and not (field == "dtypes" and value[1] in FLOATS and value[0] not in WRITTEN)
+    }
 
 
 def multiply_bfloat16():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import assert_step
+from copied import copied
 from modes import int64_as_it_is, to_mode
 
 import ssu_bridge
@@ -186,7 +187,7 @@ def test_gradients_against_differences(form, rng):
         out, state = ssu_bridge.update(**arrays, **edges, dt_softplus=True, backend="xla", algorithm="matrix")
         return (out * weights).sum() + (state * of_state).sum()
 
-    got = jax.jit(jax.grad(loss))({name: jnp.array(array) for name, array in arrays.items()})
+    got = jax.jit(jax.grad(loss))(copied(arrays))
     rows = {n: a[0] if form == "tokens" and n in ("x", "dt", "B", "C", "z") else a for n, a in arrays.items()}
     wide = {name: array.astype(np.complex128) for name, array in rows.items()}
     weights = weights[0] if form == "tokens" else weights

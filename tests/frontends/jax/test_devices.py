@@ -3,8 +3,8 @@
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from copied import copied
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded import refused
@@ -15,11 +15,6 @@ from ssu_bridge.cases import CASES
 devices, case = jax.devices()[:4], CASES[0]
 arrays = case.arrays(seed=0)
 expected = ssu_bridge.update(**case.arrays(seed=0), **case.flags)
-
-
-def copied(arrays, device):
-    """Put arrays on a device, not in the memory of the NumPy ones, which JAX would not donate."""
-    return jax.device_put({name: jnp.array(array) for name, array in arrays.items()}, device)
 
 
 def test_runs_where_its_arrays_are():

@@ -37,14 +37,14 @@ TREES = Case(
 LARGE = Case("export", headdim=64, dstate=128)
 
 ELSEWHERE = """
-path = sys.argv[1]
-with open(path + "/program", "rb") as file:
-    exported = jax.export.deserialize(bytearray(file.read()))
-arrays = dict(np.load(path + "/arrays.npz"))
-targets = ssu_bridge.prepare(exported)
-assert len(targets) == 1, targets
-out, state = exported.call(**arrays)
-np.savez(path + "/results.npz", out=out, state=state)
+for path in sys.argv[1:]:
+    with open(path + "/program", "rb") as file:
+        exported = jax.export.deserialize(bytearray(file.read()))
+    arrays = dict(np.load(path + "/arrays.npz"))
+    targets = ssu_bridge.prepare(exported)
+    assert len(targets) == 1, targets
+    out, state = exported.call(**arrays)
+    np.savez(path + "/results.npz", out=out, state=state)
 """
 
 
@@ -57,18 +57,43 @@ def exported_function(function, types):
     return export.export(jax.jit(function), disabled_checks=ssu_bridge.export_checks())(**types)
 
 
-def called_elsewhere(path, exported, arrays, platform="cpu"):
-    """Call a program in another process, which finds no compiled kernel; return the output and the state."""
-    (path / "program").write_bytes(exported.serialize())
-    np.savez(path / "arrays.npz", **arrays)
-    run(ELSEWHERE, path, devices=1, JAX_PLATFORMS=platform, SSU_BRIDGE_CACHE_DIR=str(path / "kernels"))
-    results = np.load(path / "results.npz")
-    return results["out"], results["state"]
+def called_elsewhere(folder, *programs, platform="cpu"):
+    """Call programs with arrays in another process, which finds no compiled kernel; return outputs and states."""
+    places = []
+    for exported, arrays in programs:
+        places.append(folder / str(len(places)))
+        places[-1].mkdir()
+        (places[-1] / "program").write_bytes(exported.serialize())
+        np.savez(places[-1] / "arrays.npz", **arrays)
+    run(ELSEWHERE, *places, devices=1, JAX_PLATFORMS=platform, SSU_BRIDGE_CACHE_DIR=str(folder / "kernels"))
+    results = [np.load(place / "results.npz") for place in places]
+    return [(result["out"], result["state"]) for result in results]
 
 
 def same(got, expected):
     for array, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(bits(array), bits(np.array(other)))
+
+
+def exported_call(case, backend, export_it=exported_step):
+    """Return an exported step, its arrays, and what it has to give."""
+    arrays = case.arrays(seed=3)
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
+    return export_it(case, backend=backend), arrays, expected
+
+
+def exported_vmap(backend):
+    """Return the same of two mapped steps."""
+    calls = [CASE.arrays(seed) for seed in (3, 4)]
+    stacked = {**calls[0], **{name: np.stack([call[name] for call in calls]) for name in ("state", "x")}}
+    step = functools.partial(ssu_bridge.update, **{**CASE.flags, "pad_slot_id": 5}, backend=backend)
+
+    def both(state, x, **rest):
+        return jax.vmap(lambda state, x: step(state, x, **rest))(state, x)
+
+    alone = [step(**to_mode({**calls[0], "state": call["state"], "x": call["x"]}, "jax")) for call in calls]
+    together = [np.stack(pair) for pair in zip(*alone, strict=True)]
+    return exported_function(both, to_mode(stacked, "jax")), stacked, together
 
 
 @pytest.mark.parametrize(
@@ -79,18 +104,21 @@ def same(got, expected):
         pytest.param("cuda", "flashinfer", marks=pytest.mark.gpu),
     ],
 )
-def test_a_fresh_process_runs_an_exported_program(tmp_path, platform, backend):
-    case = LARGE if backend == "flashinfer" else CASE
-    arrays = case.arrays(seed=3)
-    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
-    same(called_elsewhere(tmp_path, exported_step(case, backend=backend), arrays, platform), expected)
+def test_a_fresh_process_runs_exported_programs(tmp_path, platform, backend):
+    """One process for all of them: the target of each is another, and so as unknown there as in its own."""
+    programs = [exported_call(LARGE if backend == "flashinfer" else CASE, backend)]
+    if backend != "flashinfer":
+        programs.append(exported_vmap(backend))
+    if backend == "cpu":
+        programs.append(exported_call(TREES, backend))
+        with_open_sizes = functools.partial(exported_open, opened="bS")
+        programs.append(exported_call(dataclasses.replace(CASE, pad_slot_id=4), backend, with_open_sizes))
+    targets = [target for exported, _, _ in programs for target in ssu_bridge.prepare(exported)]
+    assert len({*targets}) == len(programs)
+    elsewhere = called_elsewhere(tmp_path, *(program[:2] for program in programs), platform=platform)
+    for got, (_, _, expected) in zip(elsewhere, programs, strict=True):
+        same(got, expected)
     assert (tmp_path / "kernels").exists() == (backend == "triton")
-
-
-def test_a_fresh_process_runs_exported_trees(tmp_path):
-    arrays = TREES.arrays(seed=3)
-    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **TREES.flags, backend="cpu")
-    same(called_elsewhere(tmp_path, exported_step(TREES, backend="cpu"), arrays), expected)
 
 
 def test_the_stride_is_spelt_only_where_there_is_one():
@@ -113,24 +141,6 @@ def test_rounding_each_token_is_spelt_only_where_it_makes_a_difference(tokens, s
     assert (plain != each) is differs
     assert not parse(plain).options.config.round_each_token
     assert parse(each).options.config.round_each_token is differs
-
-
-@pytest.mark.parametrize(
-    ("platform", "backend"), [("cpu", "cpu"), pytest.param("cuda", "triton", marks=pytest.mark.gpu)]
-)
-def test_a_fresh_process_runs_an_exported_vmap(tmp_path, platform, backend):
-    calls = [CASE.arrays(seed) for seed in (3, 4)]
-    stacked = {**calls[0], **{name: np.stack([call[name] for call in calls]) for name in ("state", "x")}}
-    step = functools.partial(ssu_bridge.update, **CASE.flags, backend=backend)
-
-    def both(state, x, **rest):
-        return jax.vmap(lambda state, x: step(state, x, **rest))(state, x)
-
-    exported = exported_function(both, to_mode(stacked, "jax"))
-    outs, states = called_elsewhere(tmp_path, exported, stacked, platform)
-    for j, call in enumerate(calls):
-        alone = {**calls[0], "state": call["state"], "x": call["x"]}
-        same((outs[j], states[j]), step(**to_mode(alone, "jax")))
 
 
 @pytest.mark.gpu
@@ -235,19 +245,13 @@ def test_the_number_of_mapped_calls_may_be_open(case):
         same([array[j] for array in got], jax.tree.leaves(expected))
 
 
-def test_a_fresh_process_runs_a_program_with_open_sizes(tmp_path):
-    arrays = CASE.arrays(seed=3)
-    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags, backend="cpu")
-    same(called_elsewhere(tmp_path, exported_open(CASE, "bS", backend="cpu"), arrays), expected)
-
-
 @pytest.mark.gpu
 def test_a_tile_that_is_given_lets_sizes_be_open_on_a_gpu(tmp_path):
     arrays = CASE.arrays(seed=3)
     with ssu_bridge.using(backend="triton", triton_tile=(8, 1)):
         exported = exported_open(CASE, "bS")
         expected = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
-    same(called_elsewhere(tmp_path, exported, arrays, "cuda"), expected)
+    same(*called_elsewhere(tmp_path, (exported, arrays), platform="cuda"), expected)
 
 
 def test_a_size_that_a_kernel_is_made_for_must_not_be_open():
@@ -347,6 +351,7 @@ def test_prepare_makes_no_text_of_a_program(monkeypatch):
 
 
 CACHED = """
+import jax.numpy as jnp
 from ssu_bridge.cases import Case
 jax.config.update("jax_compilation_cache_dir", sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -354,48 +359,53 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 misses = []
 jax.monitoring.register_event_listener(lambda name, **_: misses.append(name) if name.endswith("cache_misses") else None)
-mesh = mesh_of(getattr(AxisType, sys.argv[2]), h=jax.device_count())
-for softplus in (True, False):
-    case = Case("cached", headdim=8, dstate=16, dt_softplus=softplus)
+
+
+def run(mesh, case):
     # Nothing but the flag differs.
     arrays = {n: abs(a) if n in ("dt", "dt_bias") else a for n, a in Case("cached", headdim=8, dstate=16).arrays(5).items()}
     def program(arrays):
         return step(case, arrays)
     with jax.set_mesh(mesh):
         after = jax.jit(program)(put(arrays, mesh, heads()))
-    same(after, step(case, {n: jnp.array(a) for n, a in arrays.items()}))
-    if jax.device_count() > 1:
+    same(after, step(case, copied(arrays)))
+    if mesh.size > 1:
         def mapped(x, dt, arrays):
             return jax.vmap(lambda x, dt: step(case, {**arrays, "x": x, "dt": dt})["out"])(x, dt)
         with jax.set_mesh(mesh):
             there = put(arrays, mesh, heads())
             out = jax.jit(mapped)(*(jnp.stack([there.pop(name)] * 2) for name in ("x", "dt")), there)
         same({"out": out[1]}, {"out": after["out"]})
+
+
+for devices, kind in zip(sys.argv[2::2], sys.argv[3::2]):
+    for softplus in (True, False):
+        run(mesh_of(getattr(AxisType, kind), h=int(devices)), Case("cached", headdim=8, dstate=16, dt_softplus=softplus))
 print(len(misses))
 """
+AUTO, EXPLICIT = (4, "Auto"), (4, "Explicit")
 
 
-def kept_programs(tmp_path, kind, devices, platform="cpu"):
+def kept_programs(tmp_path, *meshes, platform="cpu"):
     """Run those programs in a process; return the names of what JAX keeps then, and how many it did not find."""
-    misses = run(CACHED, tmp_path, kind, devices=devices, JAX_PLATFORMS=platform)
+    misses = run(CACHED, tmp_path, *sum(meshes, ()), devices=4, JAX_PLATFORMS=platform)
     return sorted(file.name for file in tmp_path.iterdir()), int(misses)
 
 
-def require_found_again(first, second):
+def require_found_again(first, second, count):
     programs, misses = first
-    assert sum(name.startswith("jit_program-") for name in programs) == 2
-    assert misses >= 2
+    assert sum(name.startswith("jit_program-") for name in programs) == count
+    assert misses >= count
     assert second == (programs, 0)
 
 
-@pytest.mark.parametrize(("kind", "devices"), [("Auto", 1), ("Auto", 4), ("Explicit", 4)])
-def test_the_compilation_cache_of_jax(tmp_path, kind, devices):
-    require_found_again(*(kept_programs(tmp_path, kind, devices) for _ in range(2)))
+def test_the_compilation_cache_of_jax(tmp_path):
+    require_found_again(*(kept_programs(tmp_path, (1, "Auto"), AUTO, EXPLICIT) for _ in range(2)), count=6)
 
 
 @pytest.mark.gpu
 def test_the_compilation_cache_of_jax_on_a_gpu(tmp_path):
-    require_found_again(*(kept_programs(tmp_path, "Explicit", 1, "cuda") for _ in range(2)))
+    require_found_again(*(kept_programs(tmp_path, (1, "Explicit"), platform="cuda") for _ in range(2)), count=2)
 
 
 FORGETFUL = """
@@ -406,5 +416,5 @@ step_primitive.kernels_in = lambda program: ()
 
 def test_a_partitioned_program_in_the_cache_whose_kernel_is_not_registered_is_compiled_again(tmp_path):
     """As on a GPU, where a shard's kernel is known only to the process that has partitioned the program."""
-    counts = [run(FORGETFUL + CACHED, tmp_path, "Auto", devices=4) for _ in range(2)]
+    counts = [run(FORGETFUL + CACHED, tmp_path, *AUTO, devices=4) for _ in range(2)]
     assert int(counts[1]) >= 2

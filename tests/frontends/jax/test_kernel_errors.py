@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from copied import copied
 from native import run_script
 
 import ssu_bridge
@@ -26,7 +27,7 @@ def unchecked_groups(monkeypatch):
 
 
 def call_of_three_groups():
-    given = {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
+    given = copied(CASE.arrays(seed=1))
     given |= {name: jnp.zeros((len(given["x"]), 3, 16), given[name].dtype) for name in ("B", "C")}
     return given
 
@@ -79,7 +80,7 @@ def test_a_kernel_checks_each_signature_once(monkeypatch):
 
     monkeypatch.setattr(cpu, "load", counted)
     case = Case("checked once", nheads=2, ngroups=1, headdim=3, dstate=5)
-    given = {name: jnp.array(array) for name, array in case.arrays(seed=2).items()}
+    given = copied(case.arrays(seed=2))
     arrays = len(given) + 2  # out, and the state as a result
     for _ in range(3):
         _, given["state"] = ssu_bridge.update(**given, backend="cpu")
@@ -89,7 +90,7 @@ def test_a_kernel_checks_each_signature_once(monkeypatch):
 def test_a_check_looks_at_every_argument():
     """Scales, seeds and intermediate states have types as good as the others'."""
     case = Case("all", tokens=3, steps=3)
-    given = {name: jnp.array(array) for name, array in case.arrays(seed=3).items()}
+    given = copied(case.arrays(seed=3))
     shape = given["state"].shape
     quantized = QuantizedState(jnp.zeros(shape, jnp.int8), jnp.ones(shape[:-1], jnp.float32))
     buffer = given["intermediate_states"].shape
@@ -121,7 +122,7 @@ def failing_kernel(monkeypatch):
 
 
 def arrays():
-    return {name: jnp.array(array) for name, array in CASE.arrays(seed=1).items()}
+    return copied(CASE.arrays(seed=1))
 
 
 def is_noted_as_lost(error):

@@ -1,7 +1,7 @@
 """Calls leave nothing behind: neither memory nor XLA FFI targets."""
 
-import jax.numpy as jnp
 import pytest
+from copied import copied
 from sharded import run
 
 import ssu_bridge
@@ -33,7 +33,7 @@ def test_few_bytes_that_each_call_leaves_behind_are_seen():
 def test_sizes_that_vary_need_no_targets_of_their_own():
     def step(sequences):
         case = Case("sizes", sequences=sequences, slots=sequences + 1, indices=tuple(range(sequences)), headdim=8)
-        given = {name: jnp.array(array) for name, array in case.arrays(seed=0).items()}
+        given = copied(case.arrays(seed=0))
         ssu_bridge.update(**given, **case.flags, backend="cpu")
 
     step(1)
@@ -49,7 +49,7 @@ import tvm_ffi
 from ssu_bridge.cases import Case
 from ssu_bridge.frontends.jax.ffi_targets import registered
 case = Case("targets", headdim=8, dstate=16)
-arrays = lambda: {n: jnp.array(a) for n, a in drawn(case).items()}
+arrays = lambda: copied(drawn(case))
 another = lambda arrays: ssu_bridge.update(**arrays, dt_softplus=False, backend="cpu")
 others = tvm_ffi.convert(lambda *_: None)
 while jax_tvm_ffi.registered_count() < 1023:

@@ -7,11 +7,13 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from copied import copied
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded import (
     COLLECTIVE,
     addresses,
+    alone,
     check,
     check_mapped,
     check_reference,
@@ -36,7 +38,7 @@ from ssu_bridge.testing.check import results_by_name
 def test_xla_and_what_does_not_vary():
     # Each shard steps sequences of its own, of rows that all have.
     mesh, packed = mesh_of(d=2), Case("rows of all", nheads=2, tokens=6, cu_seqlens=(0, 2, 3, 3), slots=8)
-    arrays = {n: jnp.array(a) for n, a in drawn(packed).items()}
+    arrays = copied(drawn(packed))
     arrays["cu_seqlens"] = jnp.array([[0, 2, 3, 3], [3, 4, 6, 6]], "int32")
 
     def call(arrays):
@@ -199,7 +201,7 @@ def test_shard_map():
 
 def test_compiled_ahead():
     case = Case("ahead", nheads=8, headdim=8, dstate=16)
-    expected = step(case, {n: jnp.array(a) for n, a in drawn(case).items()})
+    expected = alone(case, 1)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = mesh_of(kind, h=4)
         with jax.set_mesh(mesh):
@@ -234,7 +236,7 @@ def test_axes_of_one_device_and_axes_of_both_kinds():
     with jax.set_mesh(mesh):
         check(case, mesh, {"state": P(None, "h"), "x": P(None, "h")}, eager=True)
         # What an automatic axis shards beside an explicit one is gathered: right, but not in place.
-        expected = step(case, {n: jnp.array(a) for n, a in drawn(case).items()})
+        expected = alone(case, 1)
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
             gathered = step(case, put(drawn(case), mesh, {"state": P(None, "h", "d")}))
         same(gathered, expected)
@@ -314,6 +316,5 @@ def test_mapped_twice_around_a_scan():
             assert not re.search(COLLECTIVE, run.lower(states, xs).compile().as_text())
             changed, outs = jax.tree.map(np.array, run(states, xs))
         for i, j in np.ndindex(4, 4):
-            alone = {n: jnp.array(a) for n, a in {**shared, "state": calls[i]["state"], "x": calls[j]["x"]}.items()}
-            after, out = decode(case, 2, *parted(alone))
-            same({"out": outs[i, j], "state": changed["state"][i, j]}, {"out": out, **after})
+            one = {**shared, "state": calls[i]["state"], "x": calls[j]["x"]}
+            same({"out": outs[i, j], "state": changed["state"][i, j]}, alone(case, 2, one))

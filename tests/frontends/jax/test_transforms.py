@@ -349,7 +349,7 @@ case, results = Case("cold"), {}
 started = threading.Barrier(8)
 
 def step(number, transform):
-    arrays = {name: jnp.array(array) for name, array in case.arrays(number).items()}
+    arrays = copied(case.arrays(number))
     started.wait()
     for _ in range(3):
         out, arrays["state"] = transform(lambda arrays: ssu_bridge.update(**arrays, **case.flags))(arrays)

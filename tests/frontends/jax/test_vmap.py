@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from copied import copied
 from modes import GPU_BACKENDS, bits, int64_as_it_is, skip_if_refused, to_mode
 from thinned import covering, thinned
 
@@ -59,10 +60,17 @@ def call(flags, arrays, window=0):
     return ssu_bridge.update(**paired(arrays, window), **flags)
 
 
+def unmapped(flags, arrays, backend):
+    """Make one of the calls. The cpu backend gives the same bits for NumPy arrays, with which JAX compiles nothing."""
+    if backend != "cpu" or "rand_seed" in arrays:
+        return call({**flags, "donate": False}, arrays)
+    return call(flags, {name: np.array(array) for name, array in arrays.items()})
+
+
 def stacked(calls, mapped):
     """Return the arrays of all calls: those that ``mapped`` gives an axis have them all, the others those of the first."""
     # By NumPy, which compiles nothing.
-    stack = {n: jnp.array(np.stack([c[n] for c in calls], axis)) for n, axis in mapped.items() if n in calls[0]}
+    stack = copied({n: np.stack([c[n] for c in calls], axis) for n, axis in mapped.items() if n in calls[0]})
     return {**calls[0], **stack}
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from copied import copied
 from flax import nnx
 
 import ssu_bridge
@@ -27,7 +28,7 @@ def wrap(request):
 
 
 def arrays(case=CASE):
-    return jax.tree.map(jnp.array, case.arrays(seed=3))
+    return copied(case.arrays(seed=3))
 
 
 def expected():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tvm_ffi
+from copied import copied
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from modes import to_mode
@@ -91,7 +92,7 @@ def sharded():
     mesh = mesh_of(AxisType.Auto)
     arrays = {name: NamedSharding(mesh, P()) for name in CASE.arrays(0)}
     arrays["state"] = NamedSharding(mesh, P(None, "d"))
-    copies = {name: jnp.array(array) for name, array in CASE.arrays(0).items()}
+    copies = copied(CASE.arrays(0))
     return jax.device_put(copies, arrays)
 
 
