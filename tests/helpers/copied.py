@@ -6,4 +6,4 @@ import jax
 def copied(arrays, places=None):
     """Return a tree of NumPy arrays as JAX arrays, with these shardings, in memory of their own, which JAX donates."""
     # The first have the NumPy arrays' own memory where that can be, which JAX does not donate, may_alias or not.
-    return jax.block_until_ready(jax.device_put(jax.device_put(arrays, places), may_alias=False))
+    return jax.block_until_ready(jax.device_put(jax.device_put(arrays, places), places, may_alias=False))
