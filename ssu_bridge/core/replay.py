@@ -65,7 +65,7 @@ class ReplayCursor:
                 f"tokens: expected a number from 1 to window = {self.window}, the most tokens of a sequence in one "
                 f"call, got {self.tokens}"
             )
-        if "jax" in sys.modules:
+        if sys.modules.get("jax"):  # None where it is hidden
             with _lock:
                 register_with_jax()
 
