@@ -561,9 +561,22 @@ def count_in_numbers():
 
 
 def interpret(case, arrays, problem):
+    from ssu_bridge.backends import reference
+    from ssu_bridge.frontends.torch.host import from_host, to_host
+    from ssu_bridge.testing.check import compare
+
+    before = {**arrays, "out": np.full_like(arrays["x"], np.nan)}
+    tensors = {name: from_host(array) for name, array in before.items()}
+    run_interpreted(problem, tensors)
+    after = {name: to_host(tensors[name]) for name in problem.results}
+    rows = compare(reference.compute(problem, arrays), before, after)
+    assert all(row.passed for row in rows), (case.name, rows)
+
+
+def run_interpreted(problem, tensors):
+    """Run the kernels of a problem on tensors in host memory, by their names, in place."""
     import torch
 
-    from ssu_bridge.backends import reference
     from ssu_bridge.backends.triton.compile import (
         Kind,
         constant_arguments,
@@ -572,12 +585,8 @@ def interpret(case, arrays, problem):
         launches,
         runtime_arguments,
     )
-    from ssu_bridge.frontends.torch.host import from_host, to_host
-    from ssu_bridge.testing.check import compare
 
     whole = specialise(problem, forms.tile(problem))
-    before = {**arrays, "out": np.full_like(arrays["x"], np.nan)}
-    tensors = {name: from_host(array) for name, array in before.items()}
     # Float8 states are bytes to the kernel.
     bytes_of = {torch.float8_e4m3fn: torch.int8, torch.bool: torch.uint8}
     given = [tensors[name] for name in (*problem.names, "out")]
@@ -597,9 +606,48 @@ def interpret(case, arrays, problem):
         programs = grid.blocks(len(given[grid.tensor]) - grid.less, problem.tokens)
         if programs:
             kernel[(programs,)](**{name: values[name] for name in kernel.arg_names})
-    after = {name: to_host(tensors[name]) for name in problem.results}
-    rows = compare(reference.compute(problem, arrays), before, after)
-    assert all(row.passed for row in rows), (case.name, rows)
+
+
+SCHEDULE = """
+import sys
+sys.path[:0] = {tests!r}
+from test_triton_compile import interpreted_schedule
+interpreted_schedule({number})
+"""
+
+
+# Of one token, and of several in packed sequences.
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_server_decodes_in_the_interpreter(number):
+    script = SCHEDULE.format(tests=[HELPERS, str(Path(__file__).parent)], number=number)
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def interpreted_schedule(number):
+    """Run in a process of its own a short schedule whose steps the reference backend leaves to the interpreter."""
+    import torch
+    from replays import CONFIGS, serve
+
+    from ssu_bridge.backends import reference
+    from ssu_bridge.backends.base import HostKernel
+
+    multiply_bfloat16()
+    count_in_numbers()
+    steps = []
+
+    def load(problem):
+        def run(arrays, out):
+            steps.append(problem)
+            tensors = {name: torch.from_numpy(array) for name, array in {**arrays, "out": out}.items()}
+            run_interpreted(problem.on("cuda", (8, 0)), tensors)
+
+        return HostKernel(run)
+
+    reference.load = load
+    serve(dataclasses.replace(CONFIGS[number], window=5, steps=12), "numpy", "reference", prompts="cpu")
+    assert len(steps) == 12
 
 
 WITHOUT_TORCH = """
