@@ -30,8 +30,8 @@ LAYER = Sizes(64, 64, 128, 8)
 class Steps:
     """The arguments of several calls on one cache. Together their states are many times what the GPU's cache holds.
 
-    A call is of one token for each sequence, or of several ``tokens``; a state of integers is a quantised one. With
-    ``slots_each`` it is packed, and each token of a sequence has a slot of its own to go to.
+    A call is of one token for each sequence, or of several ``tokens``; a state of integers or of float8 is a quantised
+    one. With ``slots_each`` it is packed, and each token of a sequence has a slot of its own to go to.
     """
 
     def __init__(
@@ -59,11 +59,14 @@ class Steps:
 
         slots = self.count * sequences * slots_each
         self.state: Any
-        if dtype.is_floating_point:
+        if dtype in (torch.bfloat16, torch.float16, torch.float32):
             self.state = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").normal_(generator=generator)
         else:
-            values = torch.empty(slots, H, P, N, dtype=dtype, device="cuda").random_(-127, 128, generator=generator)
-            self.state = QuantizedState(values, torch.rand(slots, H, P, device="cuda", generator=generator))
+            kept = dtype if dtype in (torch.int8, torch.int16) else torch.int8
+            values = torch.empty(slots, H, P, N, dtype=kept, device="cuda")
+            # Bytes that are numbers as float8 too.
+            values.random_(0, 127, generator=generator)
+            self.state = QuantizedState(values.view(dtype), torch.rand(slots, H, P, device="cuda", generator=generator))
         order = torch.randperm(slots, device="cuda", generator=generator).int().view(self.count, sequences, slots_each)
         starts = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * slots_each
         model = {"A": -torch.exp(normal(H, dtype=torch.float32)), "D": normal(H), "dt_bias": normal(H)}
@@ -86,14 +89,12 @@ class Steps:
         read: int = sum(array.nbytes for array in self.calls[0].values())
         return 2 * self.state_bytes + read
 
-    def updates(
-        self, tile: tuple[int, int] | None = None, backend: str = "triton", algorithm: str = "auto"
-    ) -> Sequence[Call]:
-        """Return the calls of a backend."""
+    def updates(self, tile: tuple[int, int] | None = None, backend: str = "triton", **options: Any) -> Sequence[Call]:
+        """Return the calls of a backend, with further arguments of ``update``."""
 
         def call(arguments: dict[str, Any]) -> None:
             with using(triton_tile=tile):
-                update(self.state, **arguments, dt_softplus=True, backend=backend, algorithm=algorithm)
+                update(self.state, **arguments, dt_softplus=True, backend=backend, **options)
 
         return [functools.partial(call, arguments) for arguments in self.calls]
 

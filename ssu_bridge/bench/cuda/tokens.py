@@ -17,9 +17,9 @@ from ssu_bridge.progress import progress, say
 _BATCHES = (16, 64, 256)
 _TOKENS = (1, 2, 4, 8, 16)
 _FLOATS = (torch.bfloat16, torch.float32)
-_QUANTISED = (torch.int8, torch.int16)
+_QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.int16)
 # Of which the forms differ, and which FlashInfer runs too.
-_CURVES = ("triton", "triton, loop", "flashinfer")
+_CURVES = ("triton", "triton, loop", "triton, rounded each", "flashinfer")
 
 
 class _Row(NamedTuple):
@@ -83,6 +83,7 @@ def _times(row: _Row, with_flashinfer: bool) -> dict[str, Timing]:
     calls: dict[str, list[Call]] = {"triton": [*steps.updates()]}
     if row.tokens > 1:
         calls["triton, loop"] = [*steps.updates(algorithm="loop")]
+        calls["triton, rounded each"] = [*steps.updates(algorithm="loop", round_each_token=True)]
     if with_flashinfer and row.dtype in _FLOATS:
         calls["flashinfer"] = [*steps.updates(backend="flashinfer")]
     times = graph_times(calls)
