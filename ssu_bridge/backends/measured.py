@@ -6,11 +6,19 @@ from importlib import resources
 from typing import Any
 
 
-def measured(name: str, capability: tuple[int, int] | None) -> Any:
-    """Return the table of a file for a compute capability: its own, else that of the next lower one, or the lowest."""
+def measured(name: str, capability: tuple[int, int] | None, *keys: str) -> Any:
+    """Return the table of a file for a compute capability: its own, else that of the next lower one, or the lowest.
+
+    With ``keys``, return what that table has under them, one in the other; of a table that lacks it, the next one's.
+    """
     tables = _tables(name)
-    known = sorted(tables)
-    return tables[max((c for c in known if capability and c <= capability), default=known[0])]
+    lower = sorted((c for c in tables if capability and c <= capability), reverse=True)
+    for found in (tables[c] for c in (*lower, *sorted(tables))):
+        for key in keys:
+            found = found.get(key, {})
+        if found or not keys:
+            return found
+    raise KeyError(f"{name}: {keys}")
 
 
 # Unbounded: there are a few files.

@@ -127,17 +127,13 @@ def _work(problem: Problem) -> int:
 
 
 def _table_entry(problem: Problem) -> tuple[int, int]:
-    table = measured("triton/tiles", problem.capability)
     work, state = _work(problem), dict(problem.dtypes)["state"]
-    stored = f"bytes{np.dtype(state).itemsize}"
-    if not is_plain(problem):
-        table = table["many_tokens"]
-    elif state == "int16":
-        stored = state
+    plain = is_plain(problem)
+    stored = "int16" if plain and state == "int16" else f"bytes{np.dtype(state).itemsize}"
     if problem.stochastic_rounding:
         each_token = "intermediate_states" in problem.names or "dst_state_batch_indices" in problem.tables
         stored = "stochastic_steps" if each_token else "stochastic"
-    rows = table[stored]
+    rows = measured("triton/tiles", problem.capability, *(() if plain else ("many_tokens",)), stored)
     return next((elements, warps) for most, elements, warps in rows if work <= most)
 
 

@@ -469,6 +469,17 @@ def test_tuning_rewrites_only_what_it_measured():
     assert tomllib.loads(replaced(text, "sm120", rows)) == {**before, "sm120": own}
 
 
+def test_what_was_not_tuned_comes_from_another_gpu(monkeypatch):
+    rows = {"bytes1": [Row(float("inf"), 4096, 8)]}
+    text = replaced(Path(tiles.__file__).with_suffix(".toml").read_text(), "sm120", rows)
+    tables = {(int(name[2:-1]), int(name[-1])): table for name, table in tomllib.loads(text).items()}
+    before = [tiles.tile(problem_of(case, (12, 0))) for case in KINDS.values()]
+    monkeypatch.setattr("ssu_bridge.backends.measured._tables", lambda name: tables)
+    after = [tiles.tile(problem_of(case, (12, 0))) for case in KINDS.values()]
+    changed = {name for name, old, new in zip(KINDS, before, after, strict=True) if old != new}
+    assert changed == {"one token, int8", "one token, float8_e4m3fn"}
+
+
 def test_tuning_takes_the_rows_that_cost_least():
     best, other = (1024, 1), (2048, 2)
     small = [Point(work, {best: 1.0, other: 1.5}) for work in (1, 4)]
