@@ -46,12 +46,12 @@ def sums(a, b, c, d, e, f):
 
 
 @triton.jit
-def decayed(products, coarse, up, d, on_path):
+def decayed(products, coarse, weighted, on_path):
     """Return the weights of tokens [j] in the outputs of others [i], but for the factor ``up`` [i].
 
-    ``coarse`` and ``up`` are of the sums of exponents: 2^fine is near 1, and taken out of the matrix of decays.
+    ``weighted`` is d / ``up``: 2^fine is near 1, and taken out of the matrix of decays.
     """
-    weights = products * (tl.exp2(coarse[None, :] - coarse[:, None]) * tl.div_rn(d, up)[:, None])
+    weights = products * (tl.exp2(coarse[None, :] - coarse[:, None]) * weighted[:, None])
     return tl.where(on_path, weights, 0.0)
 
 

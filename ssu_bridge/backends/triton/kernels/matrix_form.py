@@ -279,7 +279,7 @@ def _chunk(
         fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
     up = tl.exp2(fine)
     weights = product(Bs, tl.trans(Cs), tl.zeros((Q, Q), tl.float32), B_PARTS, C_PARTS)
-    weights = decayed(weights, coarse, up, d, on_path)
+    weights = decayed(weights, coarse, tl.div_rn(d, up), on_path)
     zeros = tl.zeros((BLOCK_P, Q), tl.float32)
     y = product(tl.trans(Xs), weights, zeros, X_PARTS, 3)
     before = product(current, tl.trans(mixed(Cs, MIX)), zeros, S_PARTS, C_PARTS)

@@ -189,7 +189,7 @@ def replay_tokens(
     zeros = tl.zeros((BLOCK_P, Q), tl.float32)
     before = tl.fma(before, tl.exp2(tl.sum(old_d, 0) * rate), product(tl.trans(old_x), old_weights, zeros, X_PARTS, 3))
     up = tl.exp2(fine)
-    weights = decayed(weights, coarse, up, d, t[:, None] <= t[None, :])
+    weights = decayed(weights, coarse, tl.div_rn(d, up), t[:, None] <= t[None, :])
     y = product(tl.trans(xs), weights, zeros, X_PARTS, 3)
     y = tl.trans(tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :])
 
