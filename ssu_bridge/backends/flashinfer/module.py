@@ -129,13 +129,12 @@ def _spelt(module: tuple[object, ...]) -> str:
 
 def missing() -> str | None:
     """Return why FlashInfer cannot be called, and the remedy; or None. This does not import FlashInfer."""
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None or not spec.submodule_search_locations:
+    if (package := _package()) is None:
         return f"FlashInfer is not installed: {_INSTALL}"
     version = _version()
     if version and _numbers(version) < _OLDEST:
         return f"FlashInfer {version} is too old, known are {_KNOWN}: {_INSTALL}"
-    source = Path(spec.submodule_search_locations[0]) / _ENTRIES.format(_STEP)
+    source = package / _ENTRIES.format(_STEP)
     if _signature(source, _STEP) != (Module._fields, ARGUMENTS):
         return f"FlashInfer {version} calls its kernels in another way than those known, {_KNOWN}: {_INSTALL}"
     if not _has_compiler() and importlib.util.find_spec("flashinfer_jit_cache") is None:
@@ -148,10 +147,8 @@ def missing() -> str | None:
 
 def lacks_replay() -> str | None:
     """Return why the FlashInfer that is installed is not called for a ReplayState, or None."""
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None or not spec.submodule_search_locations:
+    if (package := _package()) is None:
         return None
-    package = Path(spec.submodule_search_locations[0])
     fields, _ = _signature(package / _ENTRIES.format(_REPLAY), _REPLAY)
     if (fields, _declared(package / _REPLAY_BINDING)) == (ReplayModule._fields, REPLAY_ARGUMENTS):
         return None
@@ -159,6 +156,14 @@ def lacks_replay() -> str | None:
         f"FlashInfer {_version()} has no function for a checkpoint with the tokens since, or another one than 0.7.4, "
         "whose checkpointing_ssu is known: pip install flashinfer-python==0.7.4"
     )
+
+
+def _package() -> Path | None:
+    """Return FlashInfer's folder; None where it is not installed: a folder of that name with no code is not it."""
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0])
 
 
 def rounds_subnormals() -> bool:

@@ -56,6 +56,13 @@ def installed(monkeypatch, tmp_path):
     return install
 
 
+def test_a_folder_of_its_name_is_not_flashinfer(monkeypatch, tmp_path):
+    (tmp_path / "flashinfer" / "mamba").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module.lacks_replay() is None
+    assert flashinfer.missing("torch").startswith("FlashInfer is not installed: ")
+
+
 def test_it_is_there(installed):
     installed()
     assert flashinfer.missing("torch") is None
