@@ -234,7 +234,9 @@ def _places(state: State, slots: jax.Array) -> jax.Array:
     """Return where the states of sequences lie, (batch, those of a slot)."""
     states = state.ssm.dt if isinstance(state.ssm, ssu_bridge.ReplayState) else state.ssm
     of_a_slot = states.shape[0] // state.conv.shape[0]
-    return jnp.where(slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype))
+    return jnp.where(
+        slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype)[None]
+    )
 
 
 def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[str, Any]:
