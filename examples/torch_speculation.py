@@ -140,14 +140,23 @@ def look_up(text: list[int], count: int) -> list[int]:
 
 
 @torch.inference_mode()
-def decode(model: Mamba2ForCausalLM, prompts: list[list[int]], count: int, tokens: int) -> tuple[list[list[int]], int]:
-    """Decode so many greedy tokens after prompts of one length; return them, and the number of calls."""
+def decode(
+    model: Mamba2ForCausalLM,
+    prompts: list[list[int]],
+    count: int,
+    tokens: int,
+    draft: Callable[[list[int], int], list[int]] = look_up,
+) -> tuple[list[list[int]], int]:
+    """Decode so many greedy tokens after prompts of one length; return them, and the number of calls.
+
+    ``draft`` returns so many tokens that may follow a text.
+    """
     verifier = Verifier(model, len(prompts), tokens)
     verify = recorded(verifier, len(prompts), tokens) if model.device.type == "cuda" else verifier.verify
     first = verifier.read(torch.tensor(prompts, device=model.device)).tolist()
     texts, calls = [[*prompt, token] for prompt, token in zip(prompts, first, strict=True)], 0
     while min(map(len, texts)) < len(prompts[0]) + count:
-        fed = [[text[-1], *look_up(text, tokens - 1)] for text in texts]
+        fed = [[text[-1], *draft(text, tokens - 1)] for text in texts]
         drawn = verify(torch.tensor(fed, device=model.device)).tolist()
         for text, own, accepted in zip(texts, drawn, verifier.accepted.tolist(), strict=True):
             text += own[: accepted + 1]
