@@ -97,7 +97,8 @@ def launcher(state_type: type, options: Options) -> Launch:
             _draw(arrays[SEED])
         if not step.run(True, *addresses):
             if needs_fresh_output(step.problem, named(arrays, out)):
-                result[...] = launch(arrays, None)[0]
+                # A copy: rows that belong to no sequence keep what they have.
+                result[...] = launch(arrays, np.array(result, order="C"))[0]
             elif step.host is None:
                 step.run(False, *addresses)
             else:

@@ -74,6 +74,43 @@ def test_out_beside_what_is_read_row_by_row(name, distance, case, mode, backend)
             given["state"][...], given[name][...] = fresh["state"], fresh[name]
 
 
+REPLAYS = [{"tokens": None}, {"tokens": 2}, {"tokens": 4, "cu_seqlens": (0, 1, 2, 4)}]
+
+
+@pytest.mark.parametrize(("mode", "backend"), PAIRS)
+@pytest.mark.parametrize("layout", REPLAYS, ids=["single", "multi", "packed"])
+@pytest.mark.parametrize("name", ["x", "z"])
+def test_rings_keep_the_tokens_where_out_is_x(name, layout, mode, backend):
+    """Not the output that is written over them."""
+    case = Case("replay", **layout, window=3, most=2, starts=(0, 1, 2, 3, 4, 0), pending=(0, 3, 1, 2, 3, 2))
+    separate, given = (to_mode(case.arrays(seed=5), mode, case.window) for _ in range(2))
+    out, expected = ssu_bridge.update(**separate, **case.flags, backend=backend)
+    ssu_bridge.update(**given, **case.flags, out=given[name], backend=backend)
+    after, expected = (
+        to_host({"out": o, "state": state}, mode) for o, state in ((given[name], given["state"]), (out, expected))
+    )
+    for array in expected:
+        np.testing.assert_array_equal(bits(after[array]), bits(expected[array]), array)
+
+
+@pytest.mark.parametrize(("mode", "backend"), PAIRS)
+@pytest.mark.parametrize("name", ["x", "z", "C"])
+def test_rows_of_no_sequence_keep_what_an_overlapping_out_has(name, mode, backend):
+    """As those of an out apart from all else do: what is computed elsewhere is not copied there."""
+    case = Case("rows of none", tokens=7, cu_seqlens=(1, 3, 3, 5), headdim=8, nheads=4, ngroups=1)
+    expected = separate(case, mode, backend)
+    for _ in range(2):
+        given = to_mode(case.arrays(seed=5), mode)
+        given[name], inside = pair_in_one_buffer(given[name], 0, mode)
+        out = inside.reshape(given["x"].shape)
+        before = to_host({"out": out}, mode)["out"].copy()
+        np.full_like(before, 9e9)  # the next array of this size finds other numbers than the last results
+        ssu_bridge.update(**given, **case.flags, out=out, backend=backend)
+        after = to_host({"out": out}, mode)["out"]
+        np.testing.assert_array_equal(after[[0, 5, 6]], before[[0, 5, 6]])
+        np.testing.assert_array_equal(after[1:5], expected["out"][1:5])
+
+
 @pytest.mark.parametrize(("mode", "backend"), PAIRS)
 @pytest.mark.parametrize("case", [SINGLE, MULTI], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["dt", "B", "C"])

@@ -59,8 +59,8 @@ class Launcher:
         given["out"] = torch.empty_like(given["x"], memory_format=torch.contiguous_format) if out is None else out
         written = [given[name] for name in results]
         output = given["out"]
-        if fresh_output:
-            output = torch.empty_like(output, memory_format=torch.contiguous_format)
+        if fresh_output:  # a copy: rows that belong to no sequence keep what they have
+            output = output.detach().clone(memory_format=torch.contiguous_format)
         if isinstance(kernel, DeviceKernel):
             kernel.check(*{**given, "out": output}.values(), *written[1:])
         if draws:

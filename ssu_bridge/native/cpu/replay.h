@@ -321,6 +321,7 @@ SSU_BRIDGE_INLINE void replay_item(const StepArguments& a, Item item, const Repl
   StoredRows stored = {};
   if (has_slot) stored = stored_rows(a, item, a.state, tokens.phase.slot, 0);
   read_replayed_item(a, item, tokens, scratch, numbers);
+  if (has_slot) store_tokens(a, item, tokens, scratch);  // before the output is written, which may be where x is
   for (int64_t i = 0; i < tokens.fresh.count; ++i) {
     item.token = tokens.fresh.first + i;
     int64_t count = tokens.phase.pending + i + 1;
@@ -335,9 +336,7 @@ SSU_BRIDGE_INLINE void replay_item(const StepArguments& a, Item item, const Repl
     read_rows(numbers.x, a.x, item, item.rows);
     finish_rows(a, item, numbers);
   }
-  if (!has_slot) return;
-  if (flushes(a, tokens.phase, tokens.fresh.count)) flush<State>(a, item, stored, tokens, scratch);
-  store_tokens(a, item, tokens, scratch);
+  if (has_slot && flushes(a, tokens.phase, tokens.fresh.count)) flush<State>(a, item, stored, tokens, scratch);
 }
 
 template <class State>
