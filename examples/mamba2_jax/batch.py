@@ -14,7 +14,7 @@ from mamba2_jax import model, steps
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import bucket
 from mamba2_jax.prefix_cache import Place, PrefixCache
-from mamba2_jax.requests import Present, Running
+from mamba2_jax.requests import Present
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.speculate import Counts, Speculation, look_up
 
@@ -28,6 +28,7 @@ class Batch:
         config, weights, sampling, state_dtype: the model's, and how tokens are drawn.
         width, slots: places, and slots of the state cache.
         tokens: of a sequence that can be verified in a step.
+        replay: the window of states that are replayed; None for states that are written in each step.
         cache: which states on the way through prompts are kept, and ``kept`` how many.
     """
 
@@ -41,16 +42,21 @@ class Batch:
         width: int,
         slots: int,
         tokens: int = 1,
+        replay: int | None = None,
         cache: PrefixCache | None = None,
         kept: tuple[int, int] = (0, 0),
     ):
         self.config, self.weights, self.sampling, self.width, self.cache = config, weights, sampling, width, cache
-        states = model.zero_states(config, slots, weights.embedding.dtype.name, state_dtype, tokens=tokens)
+        of_a_slot, dtypes = tokens if replay is None else 1, (weights.embedding.dtype.name, state_dtype)
+        states = model.zero_states(config, slots, *dtypes, tokens=tokens, of_a_slot=of_a_slot)
         snapshots = (
             jax.tree.map(lambda array: jnp.zeros((*kept, *array.shape[1:]), array.dtype), states) if cache else ()
         )
+        cursor = None
+        if replay is not None:
+            states, cursor = model.with_replay(config, weights, states, replay, tokens)
         logits = jnp.zeros((width, config.vocab_size), jnp.float32)
-        self.carry = steps.Carry(states, snapshots, logits, jnp.zeros(width, jnp.int32))
+        self.carry = steps.Carry(states, snapshots, logits, jnp.zeros(width, jnp.int32), cursor)
 
     def take(self, present: Present) -> Drawn:
         """Take a step, or several."""
@@ -148,7 +154,7 @@ class Verified(Chunks):
     """
 
     def __init__(self, *arguments: Any, speculation: Speculation, **options: Any):
-        super().__init__(*arguments, tokens=speculation.tokens, **options)
+        super().__init__(*arguments, tokens=speculation.tokens, replay=speculation.replay, **options)
         self._speculation, self.counts = speculation, Counts(0, 0, 0)
 
     def take(self, present: Present) -> Drawn:
@@ -163,10 +169,12 @@ class Verified(Chunks):
         goes_on = self.by_place(present, "read", 0) > 0
         rows = sum(map(len, own))
         pieces, entries = self.pieces(reading, self._rows - rows)
-        tokens = self._call(present, own, pieces if reading else [], goes_on, entries)
+        tokens, accepted = self._call(present, own, pieces if reading else [], goes_on, entries)
         drawn: Drawn = {}
         for place, running in decoding:
-            drawn[place] = self._accepted(running, drafts[place], tokens[place])
+            count, drafted = accepted[place], len(drafts[place])
+            drawn[place], running.accepted, running.rejected = tokens[place][: count + 1], count, drafted - count
+            self.counts = Counts(*map(sum, zip(self.counts, (1, drafted, count), strict=True)))
         for place, running in reading:
             if not running.unread:
                 drawn[place], running.accepted, running.rejected = tokens[place][:1], 0, 0
@@ -193,8 +201,11 @@ class Verified(Chunks):
         pieces: list[list[int]],
         goes_on: np.ndarray,
         entries: np.ndarray,
-    ) -> list[list[int]]:
-        """Feed the rows of those who decode and pieces of prompts; return what each place draws after its rows."""
+    ) -> tuple[list[list[int]], list[int]]:
+        """Feed the rows of those who decode and pieces of prompts.
+
+        Returns what each place draws after its rows, and how many of its drafts that confirms.
+        """
         fed, edges = _packed(own + pieces, self._rows if pieces else bucket(sum(map(len, own))))
         slots, ends = self.by_place(present, "slot", -1), np.maximum(edges[1:] - 1, 0)
         decodes = np.array([bool(rows) for rows in own])
@@ -219,16 +230,9 @@ class Verified(Chunks):
             drawn=drawn,
         )
         stride = self.stride if pieces else 0
-        tokens, self.carry = steps.verified(self.config, self.weights, self.carry, call, self.sampling, stride)
-        found: list[list[int]] = np.asarray(tokens).tolist()
-        return found
-
-    def _accepted(self, running: Running, drafts: list[int], drawn: list[int]) -> list[int]:
-        """Return the tokens that are new: the drafts that are what was drawn, and the draw after them."""
-        count = next((i for i, draft in enumerate(drafts) if draft != drawn[i]), len(drafts))
-        running.accepted, running.rejected = count, len(drafts) - count
-        self.counts = Counts(*map(sum, zip(self.counts, (1, len(drafts), count), strict=True)))
-        return drawn[: count + 1]
+        *found, self.carry = steps.verified(self.config, self.weights, self.carry, call, self.sampling, stride)
+        tokens, accepted = jax.device_get(found)
+        return tokens.tolist(), accepted.tolist()
 
 
 def _packed(pieces: list[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -147,9 +147,7 @@ def whole_verifications(
     of_a_slot = length if replay is None else 1
     states = model.zero_states(config, batch, dtype, state_dtype, tokens=length, of_a_slot=of_a_slot)
     text = jnp.zeros((batch, 2), jnp.int32)  # nothing is looked up in it
-    progress = speculate.under_way(states, text, jnp.ones(batch, jnp.int32))
-    if replay is not None:
-        progress = progress.replayed(config, weights, replay, length)
+    progress = speculate.under_way(config, weights, states, text, jnp.ones(batch, jnp.int32), length, replay)
     drafts = jnp.zeros((batch, 1, length - 1), jnp.int32)
 
     def verify(weights: model.Weights, progress: speculate.Progress, drafts: jax.Array) -> speculate.Progress:

@@ -225,7 +225,10 @@ def _advance(
     verified_y, ssm = step(state.ssm, *tokens, **own)
     if edges is None or first == len(places):
         return verified_y, ssm, None
-    y, ssm, *kept_ssm = step(ssm, *tokens, **_read_arguments(call, places, kept))
+    # What a prompt leaves is a checkpoint, without tokens to replay.
+    states = ssm if call.cursor is None else ssm.checkpoint
+    y, states, *kept_ssm = step(states, *tokens, **_read_arguments(call, places, kept))
+    ssm = states if call.cursor is None else ssm._replace(checkpoint=states)
     is_read = jnp.arange(len(y)) >= edges[first]
     return jnp.where(is_read[:, None, None], y, verified_y), ssm, kept_ssm[0] if kept_ssm else None
 
@@ -242,7 +245,9 @@ def _places(state: State, slots: jax.Array) -> jax.Array:
 def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[str, Any]:
     """Return the arguments of ``update`` for the sequences that are read, whose rows come after the verified ones."""
     first = call.verified
-    arguments: dict[str, Any] = {"state_batch_indices": places[first:, 0], "replay": call.cursor}
+    arguments: dict[str, Any] = {"state_batch_indices": places[first:, 0]}
+    if call.drafts is None:
+        arguments["replay"] = call.cursor
     if call.has_initial_state is not None:
         arguments["has_initial_state"] = call.has_initial_state[first:]
     if call.rows is not None:

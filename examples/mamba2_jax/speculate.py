@@ -75,7 +75,7 @@ class Speculation:
         """How many drafts of a branch are verified, by how many tokens stood in the text before."""
         if self.branches > 1 or self.tokens < 4:
             return {0: 0, self.shortest: self.depth}
-        return {0: 0, self.shortest: self.tokens // 2 - 1, self.shortest + self.tokens: self.depth}
+        return {0: 0, self.shortest: self.tokens // 2 - 1, self.shortest + self.tokens // 2: self.depth}
 
 
 def tree_depths(branches: int, depth: int) -> np.ndarray:
@@ -198,11 +198,6 @@ class Progress(NamedTuple):
     counts: Counts
     cursor: ssu_bridge.ReplayCursor | None = None
 
-    def replayed(self, config: Mamba2Config, weights: model.Weights, window: int, tokens: int) -> "Progress":
-        """Return the same with states that are written once in a window of tokens, at most so many in a call."""
-        states, cursor = model.with_replay(config, weights, self.states, window, tokens)
-        return self._replace(states=states, cursor=cursor)
-
 
 def begin(
     config: Mamba2Config,
@@ -224,19 +219,51 @@ def begin(
     text, lengths = np.zeros((batch, capacity), np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
     for own, prompt in zip(text, prompts, strict=True):
         own[: len(prompt)] = prompt
-    text[np.arange(batch), lengths] = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, 0), sampling)
-    progress = under_way(states, jnp.asarray(text), jnp.asarray(lengths + 1))
-    return (
-        progress.replayed(config, weights, speculation.replay, speculation.tokens) if speculation.replay else progress
+    begun: Progress = _begun(
+        config, weights, states, logits, text, lengths, keys, speculation=speculation, sampling=sampling
     )
+    return begun
 
 
-def under_way(states: tuple[model.State, ...], text: jax.Array, lengths: jax.Array) -> Progress:
-    """Return the Progress of texts whose newest token is the first that was drawn."""
+@functools.partial(jax.jit, static_argnames=("config", "speculation", "sampling"), donate_argnames=("states", "text"))
+def _begun(
+    config: Mamba2Config,
+    weights: model.Weights,
+    states: tuple[model.State, ...],
+    logits: jax.Array,
+    text: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    speculation: Speculation,
+    sampling: Sampling,
+) -> Progress:
+    """Draw the first token of each text from the logits after its prompt."""
+    first = _draw(logits[:, None], keys, jnp.zeros((len(lengths), 1), jnp.int32), sampling)[:, 0]
+    text = text.at[jnp.arange(len(lengths)), lengths].set(first)
+    return under_way(config, weights, states, text, lengths + 1, speculation.tokens, speculation.replay)
+
+
+def under_way(
+    config: Mamba2Config,
+    weights: model.Weights,
+    states: tuple[model.State, ...],
+    text: jax.Array,
+    lengths: jax.Array,
+    tokens: int,
+    replay: int | None = None,
+) -> Progress:
+    """Return the Progress of texts whose newest token is the first that was drawn, for calls of up to so many tokens.
+
+    With ``replay`` states are written once in a window of tokens.
+    """
     zeros, ones = (jnp.full(lengths.shape, number, jnp.int32) for number in (0, 1))
     kept = convolution.after_rejected(states[0].conv.shape[1], zeros)
+    cursor = None
+    if replay is not None:
+        states, cursor = model.with_replay(config, weights, states, replay, tokens)
     counts = Counts(*(jnp.copy(zeros) for _ in Counts._fields))
-    return Progress(states, text, lengths, ones, jnp.copy(ones), kept, counts)
+    return Progress(states, text, lengths, ones, jnp.copy(ones), kept, counts, cursor)
 
 
 @functools.partial(
@@ -368,16 +395,18 @@ def _stream(
 ) -> Iterator[int]:
     keys = jax.random.key(np.uint32(seed))[None]
     how: dict[str, Any] = {"speculation": speculation, "sampling": sampling}
-    capacity = bucket(len(prompt) + count + PIECE + speculation.tokens)
+    capacity = bucket(len(prompt) + count + 2 * PIECE + speculation.tokens)
     progress = begin(config, weights, [prompt], keys, capacity=capacity, state_dtype=state_dtype, **how)
     read, end, ended = len(prompt), len(prompt) + count, False
     while read < end and not ended:
-        progress = speculate(config, weights, progress, keys, count=PIECE, **how)
-        now = min(int(progress.lengths[0]), end)
-        for token in np.asarray(progress.text[0])[read:now].tolist():
+        # About as many calls of the model as single tokens in a piece.
+        progress = speculate(config, weights, progress, keys, count=2 * PIECE, **how)
+        text, lengths = jax.device_get((progress.text, progress.lengths))
+        now = min(int(lengths[0]), end)
+        for token in text[0, read:now].tolist():
             yield token
             ended = token in config.eos_token_ids
             if ended:
                 break
         read = now
-    report(Counts(*(int(number[0]) for number in progress.counts)))
+    report(Counts(*(int(number[0]) for number in jax.device_get(progress.counts))))

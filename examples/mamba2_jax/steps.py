@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import ssu_bridge
 from mamba2_jax import convolution, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.sampling import Sampling, sample
@@ -16,13 +17,15 @@ DRAW = -1
 class Carry(NamedTuple):
     """What a step leaves to the next one: all states, those on the way through prompts, and what each place draws from.
 
-    The last are the logits (width, vocab_size) and how many tokens each place has drawn; steps with drafts use neither.
+    The latter are the logits (width, vocab_size) and how many tokens each place has drawn; steps with drafts use
+    neither. ``cursor`` is that of states which are replayed.
     """
 
     states: tuple[model.State, ...]
     snapshots: tuple[model.State, ...]
     logits: jax.Array
     drawn: jax.Array
+    cursor: ssu_bridge.ReplayCursor | None = None
 
 
 class Step(NamedTuple):
@@ -44,7 +47,13 @@ def restore(carry: Carry, slot: jax.Array, entry: jax.Array, step: jax.Array) ->
         of_a_slot = len(state) // len(carry.states[0].conv)
         return state.at[slot * of_a_slot].set(kept[entry, step])
 
-    return carry._replace(states=jax.tree.map(put, carry.states, carry.snapshots))
+    if carry.cursor is None:
+        return carry._replace(states=jax.tree.map(put, carry.states, carry.snapshots))
+    states = tuple(
+        model.State(put(state.conv, kept.conv), state.ssm._replace(checkpoint=put(state.ssm.checkpoint, kept.ssm)))
+        for state, kept in zip(carry.states, carry.snapshots, strict=True)
+    )
+    return carry._replace(states=states, cursor=ssu_bridge.reset_replay(carry.cursor, slot[None]))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "stride"), donate_argnames="carry")
@@ -137,7 +146,7 @@ class Verification(NamedTuple):
         fed: (rows,) tokens.
         edges: (batch + 1,), of each place that decodes, and where prompts are read of each place that reads.
         slots, has_initial_state, entries: (batch,).
-        start, rejected: (width,), the tokens of the last call that were kept and that were not, for those that decode.
+        start, rejected: (width,), of those that decode, the tokens of the last call that were kept and that were not.
         last: (width, tokens), the rows after which to draw.
         seeds: (width,).
         drawn: (width,), how many tokens a place drew before.
@@ -158,8 +167,17 @@ class Verification(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "stride"), donate_argnames="carry")
 def verified(
     config: Mamba2Config, weights: model.Weights, carry: Carry, call: Verification, sampling: Sampling, stride: int
-) -> tuple[jax.Array, Carry]:
-    """Take a step with drafts; return what each place draws after each of its rows, (width, tokens)."""
+) -> tuple[jax.Array, jax.Array, Carry]:
+    """Take a step with drafts.
+
+    Returns:
+        What each place draws after each of its rows, (width, tokens); how many of its drafts, (width,), that confirms;
+        and what is carried on.
+    """
+    width = len(call.start)
+    cursor, own_edges = carry.cursor, call.edges[: width + 1]
+    if cursor is not None:  # whose prompt begins has a slot that another sequence may have left
+        cursor = ssu_bridge.reset_replay(cursor, jnp.where(call.has_initial_state, -1, call.slots))
     kept = convolution.after_rejected(carry.states[0].conv.shape[1], call.rejected)
     x, states, snapshots = model.forward(
         config,
@@ -171,10 +189,17 @@ def verified(
         has_initial_state=call.has_initial_state,
         drafts=model.Drafts(call.start, kept),
         snapshots=model.Snapshots(carry.snapshots, call.entries, stride) if stride else None,
+        cursor=cursor,
     )
     own = jax.vmap(jax.random.key)(call.seeds)
     numbers = call.drawn[:, None] + jnp.arange(call.last.shape[1])
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(own, numbers).reshape(-1)
-    drawn = sample(model.logits(config, weights, x[call.last.reshape(-1)]), keys, sampling)
+    drawn = sample(model.logits(config, weights, x[call.last.reshape(-1)]), keys, sampling).reshape(call.last.shape)
+    drafts = call.fed[jnp.minimum(own_edges[:-1, None] + 1 + jnp.arange(call.last.shape[1]), len(call.fed) - 1)]
+    is_draft = jnp.arange(call.last.shape[1]) + 1 < (own_edges[1:] - own_edges[:-1])[:, None]
+    accepted = jnp.cumprod((drafts == drawn) & is_draft, axis=1).sum(axis=1)
+    if cursor is not None:
+        lengths = {"cu_seqlens": own_edges, "num_accepted": accepted + 1}
+        cursor = ssu_bridge.advance_replay(cursor, call.slots[:width], **lengths)
     kept_states = carry.snapshots if snapshots is None else snapshots
-    return drawn.reshape(call.last.shape), carry._replace(states=states, snapshots=kept_states)
+    return drawn, accepted, carry._replace(states=states, snapshots=kept_states, cursor=cursor)

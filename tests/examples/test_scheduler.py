@@ -205,9 +205,10 @@ def test_decoding_goes_on_while_a_prompt_is_read(trained):
         assert next(r.read for r in batch._places if r and r.request is long) == 8 * step
 
 
-def test_each_sequence_is_verified_by_itself(trained):
+@pytest.mark.parametrize("replay", [None, 8])
+def test_each_sequence_is_verified_by_itself(trained, replay):
     """Beside pieces of prompts, with the same texts; drafts are taken back, and leave no trace in who comes next."""
-    batch, requests = scheduler(trained, rows=40, speculation=Speculation(6)), sequences()
+    batch, requests = scheduler(trained, rows=40, speculation=Speculation(6, replay=replay)), sequences()
     for request in requests:
         batch.submit(request)
     list(batch.run())
@@ -217,7 +218,7 @@ def test_each_sequence_is_verified_by_itself(trained):
     assert counts.calls + counts.accepted + len(requests) >= sum(len(request.drawn) for request in requests)
 
 
-@pytest.mark.parametrize("speculation", [None, Speculation(4)])
+@pytest.mark.parametrize("speculation", [None, Speculation(4), Speculation(4, replay=4)], ids=str)
 def test_prompts_that_begin_alike_start_from_a_snapshot(trained, speculation):
     begin = list(b"And the LORD spake unto Moses, saying, ")
     batch = scheduler(trained, width=2, rows=24, prefixes=3, prefix_stride=8, speculation=speculation)
