@@ -119,7 +119,9 @@ def _ahead(problem: Problem, rows: int) -> int:
     itemsize = np.dtype(dict(problem.dtypes)["state"]).itemsize
     size = rows * problem.dstate * itemsize
     is_whole = problem.headdim % rows == 0 and size % VECTOR_BYTES == 0 and "state" not in problem.unaligned
-    return _BYTES_AHEAD // size if is_whole and _work(problem) * itemsize >= _LEAST_BYTES else 0
+    # Of a symbolic number of JAX nothing is known.
+    is_large = isinstance(problem.sequences, int) and _work(problem) * itemsize >= _LEAST_BYTES
+    return _BYTES_AHEAD // size if is_whole and is_large else 0
 
 
 def _work(problem: Problem) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.export import symbolic_shape
 from thinned import covering, thinned
 
 from ssu_bridge.api import explain
@@ -231,6 +232,21 @@ def test_tiles_of_large_states_are_prefetched(dtype):
         dataclasses.replace(problem_of(layer(dtype, tokens=2)), sequences=100),
     ):
         assert tiles.tile(other).ahead == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.sequences and case.tokens is None], ids=lambda case: case.name)
+def test_a_requested_tile_needs_no_number_of_sequences(case):
+    """A symbolic number of jax.export cannot be compared with those of the table."""
+    with using(triton_tile=(16, 1)):
+        problem = problem_of(case)
+    sequences, slots = symbolic_shape("b, s")
+    try:
+        expected = tile_of(problem)
+    except ValueError as impossible:
+        pytest.skip(str(impossible))
+    # What depends on the number of sequences is left out.
+    few = expected._replace(ahead=0, heads=1)
+    assert tile_of(dataclasses.replace(problem, sequences=sequences, slots=slots)) == few
 
 
 def test_it_waits_for_other_kernels_before_it_touches_memory():
