@@ -1,5 +1,6 @@
 """Long sequences in segments, in Triton's interpreter: right for every kind of call, with the same bits in any batch."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -32,17 +33,17 @@ LAYER = {
     "indices": (4, 0, 2),
     "tokens": 150,
     "dtypes": {"*": "float32"},
-    "nheads": 4,
+    "nheads": 2,
     "headdim": 16,
     "dstate": 16,
-    "ngroups": 2,
+    "ngroups": 1,
 }
 TABLE = tuple((slot, 3, *[0] * 148) for slot in (4, 0, 2))
 # What a call can ask for, with sequences of more than the 32 tokens that a segment has here.
 CALLS = {
     "several": {},
     "one": {"tokens": 200, "sequences": 1, "indices": (2,)},
-    "odd sizes": {"headdim": 20, "dstate": 24},
+    "odd sizes": {"nheads": 4, "ngroups": 2, "headdim": 20, "dstate": 24},
     "packed": {"tokens": 200, "cu_seqlens": (0, 1, 90, 200)},
     "packed, many": {
         "tokens": 200,
@@ -70,8 +71,10 @@ SCRIPT = """
 import sys
 sys.path[:0] = {tests!r}
 from test_segments import interpreted_calls
-interpreted_calls()
+interpreted_calls({names})
 """
+# Of which each does what no other does.
+DAILY = ("odd sizes", "packed, many", "states on the way, packed", "accepted", "int8")
 
 
 def in_segments(programs, least):
@@ -85,21 +88,26 @@ def split(monkeypatch):
     monkeypatch.setattr(forms, "measured", lambda *_: table)
 
 
-def test_every_call_agrees_with_the_reference():
-    script = SCRIPT.format(tests=[HELPERS, str(Path(__file__).parent)])
+@pytest.mark.parametrize(
+    "names",
+    [DAILY, pytest.param([name for name in CALLS if name not in DAILY], marks=pytest.mark.nightly)],
+    ids=["daily", "others"],
+)
+def test_every_call_agrees_with_the_reference(names):
+    script = SCRIPT.format(tests=[HELPERS, str(Path(__file__).parent)], names=names)
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def interpreted_calls():
+def interpreted_calls(names):
     """Run in a process of its own, because Triton decides at its import whether it interprets."""
     multiply_bfloat16()
     count_in_numbers()
-    table = in_segments(12, 32)
-    forms.measured = lambda *_: table
-    for name, changes in CALLS.items():
-        case = Case(name, **{**LAYER, **changes})
+    for name in names:
+        case = Case(name, **{**LAYER, **CALLS[name]})
+        table = in_segments(3 * case.nheads, 32)
+        forms.measured = lambda *_, table=table: table
         problem = problem_of(case, (8, 0), algorithm="matrix")
         assert forms.tile(problem).segments.most == 3
         interpret(case, case.arrays(seed=1), problem)
@@ -126,8 +134,10 @@ def test_into_how_many_segments_a_prompt_is_split(case, segments, split):
 
 def test_a_split_does_not_depend_on_the_batch(split):
     sizes = {"tokens": 4000, "nheads": 8, "ngroups": 1}
-    tiles = {tile_of(layer(**sizes, sequences=n, slots=n, indices=tuple(range(n)))) for n in (1, 3, 300)}
+    problem = problem_of(layer(**sizes), algorithm="matrix")
+    tiles = {forms.tile(dataclasses.replace(problem, sequences=n, slots=n)) for n in (1, 3, 300)}
     assert len(tiles) == 1
+    assert tiles.pop().segments.most > 1
 
 
 SPLIT = {
@@ -139,7 +149,9 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name not in ("packed", "int8"))) for name in SPLIT]
+)
 def test_they_compile_and_spill_next_to_nothing(name):
     problem = problem_of(SPLIT[name], backend="triton", algorithm="matrix")
     kernels = launches(specialise(problem, forms.tile(problem)))

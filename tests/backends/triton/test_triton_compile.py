@@ -140,8 +140,18 @@ def values(specialisation):
     return {(name, one) for name, value in fields for one in (value if isinstance(value, tuple) else [str(value)])}
 
 
-# By default each value of a field is compiled in some class.
-@pytest.mark.parametrize("spelt", covering(LAYERS_FIRST, values))
+def computed_values(specialisation):
+    """Return the values that make another computation: not sizes, and not the float dtypes of what is only read."""
+    return {
+        (field, value)
+        for field, value in values(specialisation)
+        if field not in ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
+        and not (field == "dtypes" and value[1] in FLOATS and value[0] not in WRITTEN)
+    }
+
+
+# By default each value of a field that makes another computation is compiled in some class.
+@pytest.mark.parametrize("spelt", covering(LAYERS_FIRST, computed_values))
 def test_every_class_compiles_without_spills(spelt):
     assert resources(compile_step(spelt).cubin) == {"STACK": 0, "LOCAL": 0}
 
@@ -234,7 +244,9 @@ def test_tiles_of_large_states_are_prefetched(dtype):
         assert tiles.tile(other).ahead == 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.sequences and case.tokens is None], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.sequences and case.tokens is None], ids=lambda case: case.name
+)
 def test_a_requested_tile_needs_no_number_of_sequences(case):
     """A symbolic number of jax.export cannot be compared with those of the table."""
     with using(triton_tile=(16, 1)):
@@ -542,21 +554,11 @@ def interpreted_cases(first):
         problems = [problem_of(case, (8, 0), algorithm=algorithm) for algorithm in ("loop", "matrix")]
         # One token has one form.
         distinct = {specialise(p, forms.tile(p)): p for p in problems if forms.refusal(p) is None}
-        own = set().union(*map(interpreted_values, distinct))
-        if (not own <= seen and case.nheads <= MOST_HEADS_AT_FIRST) == first:
-            for problem in distinct.values():
+        for specialisation, problem in distinct.items():
+            own = computed_values(specialisation)
+            if (not own <= seen and case.nheads <= MOST_HEADS_AT_FIRST) == first:
                 interpret(case, arrays, problem)
-        seen |= own
-
-
-def interpreted_values(specialisation):
-    """Return the values that make another computation: not sizes, and not the float dtypes of what is only read."""
-    return {
-        (field, value)
-        for field, value in values(specialisation)
-        if field not in ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
-        and not (field == "dtypes" and value[1] in FLOATS and value[0] not in WRITTEN)
-    }
+            seen |= own
 
 
 def multiply_bfloat16():
@@ -644,7 +646,7 @@ interpreted_schedule({number})
 
 
 # Of one token, and of several in packed sequences.
-@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("number", [1, pytest.param(4, marks=pytest.mark.nightly)])
 def test_a_server_decodes_in_the_interpreter(number):
     script = SCHEDULE.format(tests=[HELPERS, str(Path(__file__).parent)], number=number)
     env = {**os.environ, "TRITON_INTERPRET": "1"}
