@@ -98,9 +98,14 @@ REPLAY_TOKENS = sized(REPLAY, tokens=MOST, most=MOST, starts=(0, 7, 6, 2, 1, 4))
 REPLAY_PACKED = sized(REPLAY_TOKENS, tokens=6, cu_seqlens=(0, 3, 4, 6))
 
 
+RINGS = ("replay_x", "replay_B", "replay_dt")
+
+
 def without_nan(arrays):
     """The same with numbers in all rows of the rings, which FlashInfer multiplies with zeros."""
-    return {n: np.nan_to_num(array, nan=1.5) if n.startswith("replay") else array for n, array in arrays.items()}
+    # np.nan_to_num leaves bfloat16 alone.
+    finite = {n: np.where(np.isnan(array), array.dtype.type(1.5), array) for n, array in arrays.items() if n in RINGS}
+    return {**arrays, **finite}
 
 
 def as_checkpointing_wants(tensors, layout):

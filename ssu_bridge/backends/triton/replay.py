@@ -86,12 +86,11 @@ def tile(problem: Problem) -> Tile:
 
 def _heads(problem: Problem, rows: int, best: _Measured) -> int:
     """Return how many heads of a group a program does, one after the other."""
-    if not isinstance(problem.sequences, int):  # a symbolic number of JAX
-        return 1
     programs = problem.sequences * problem.nheads * -(-problem.headdim // rows)
     heads = 1
     while (
-        2 * heads <= best.heads
+        isinstance(problem.sequences, int)  # not a symbolic number of JAX
+        and 2 * heads <= best.heads
         and problem.nheads // problem.ngroups % (2 * heads) == 0
         and programs >= 2 * heads * best.programs
     ):
