@@ -81,6 +81,8 @@ BITWISE = {
     "float8, dstate 256": quantized(sized(REPLAY, dstate=256), "float8_e4m3fn"),
     "five heads in a group": sized(REPLAY, nheads=5, ngroups=1),
 }
+# The others need modules of their own.
+DAILY = ("one token", "tokens", "packed", "pads", "pads, packed", "no slots", "float32", "int8", "float8, stochastic")
 SIZES = {"nheads": 4, "ngroups": 2, "headdim": 64, "dstate": 64, "dtype": "bfloat16"}
 # Outputs are sums of some hundred products of numbers with eight bits.
 SERVERS = {
@@ -113,6 +115,11 @@ def _compiled(request):
         load.exception()
 
 
+def by_names(names):
+    """Mark those nightly that need a module of their own."""
+    return [pytest.param(name, marks=[pytest.mark.nightly] * (name not in DAILY)) for name in names]
+
+
 def test_there_are_cases():
     assert len(CONTRACT) >= 12
     names = {"replay", "replay, tokens", "replay, packed", "replay, int8 state", "replay, odd sizes"}
@@ -120,7 +127,7 @@ def test_there_are_cases():
 
 
 @pytest.mark.parametrize("mode", GPU_MODES)
-@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("name", by_names(BITWISE))
 def test_bits_are_flashinfers_own(name, mode):
     case = BITWISE[name]
     expected, own = theirs(case)
@@ -158,15 +165,16 @@ def ours(case, mode):
 
 
 @pytest.mark.parametrize("mode", GPU_MODES)
-@pytest.mark.parametrize("case", [*BITWISE.values()], ids=[*BITWISE])
-def test_results(case, mode):
+@pytest.mark.parametrize("name", by_names(BITWISE))
+def test_results(name, mode):
     """With pads, which FlashInfer's own function leaves alone."""
+    case = BITWISE[name]
     assert_step(case, without_nan(case.arrays(seed=3)), mode, "flashinfer")
 
 
 def by_modules(cases):
-    """Mark those nightly that need a module of their own."""
-    common = {module_of(name) for name in BITWISE} | {module_of(CONTRACT[0])}
+    """The same for cases."""
+    common = {module_of(name) for name in DAILY} | {module_of(CONTRACT[0])}
     for case in cases:
         marks = () if module_of(case) in common else pytest.mark.nightly
         yield pytest.param(case, id=case.name, marks=marks)
