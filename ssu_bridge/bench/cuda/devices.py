@@ -15,19 +15,21 @@ from ssu_bridge.bench.timing import microseconds
 
 _BY_HEAD = dict.fromkeys(("A", "D", "dt_bias"), ("h",))
 _BY_ROW = ("x", "dt", "B", "C")
-_VERIFIED = 8
+_VERIFIED, _WINDOW = 8, 16
 _PROMPT = Work(1, 8192, Sizes(128, 64, 128, 8), "float32")
 
 
 def main(devices: int, batches: Sequence[int]) -> None:
-    """Print the times of a token, of several and of a prompt in jitted loops, on one GPU and on several."""
+    """Print the times of a token, of several, of a replayed one and of a prompt in jitted loops, on one and several."""
     there = jax.devices("gpu")
     if len(there) < devices:
         raise SystemExit(f"expected {devices} GPUs, found {len(there)}")
     mesh = Mesh(np.array(there[:devices]), ("h",))
     print("one call inside jax.jit and lax.fori_loop, heads and groups sharded, us: median (quartiles)")
     print(f"{'':<44}{'one GPU':<26}{f'{devices} GPUs':<28}{'times the calls per second':>26}")
-    for work in (*map(Work, batches), *(Work(batch, _VERIFIED) for batch in batches), _PROMPT):
+    several_tokens = [Work(batch, _VERIFIED) for batch in batches]
+    replayed = [Work(batch, window=_WINDOW) for batch in batches]
+    for work in (*map(Work, batches), *several_tokens, *replayed, _PROMPT):
         caches = jax_loops.cold_caches(work)
         places = (dict, functools.partial(_sharded, mesh, bool(work.tokens)))
         one, several = jax_loops.in_turn([jax_loops.loop(work, caches, "triton", place) for place in places])
@@ -40,6 +42,7 @@ def _sharded(mesh: Mesh, token_axis: bool, arrays: dict[str, Any]) -> dict[str, 
     axes: dict[str, Any] = {**_BY_HEAD, **dict.fromkeys(_BY_ROW, rows), "state": (None, "h")}
 
     def put(name: str, array: Any) -> Any:
+        # Those of a replay state too have heads or groups on their second axis.
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes.get(name, ()))))  # type: ignore[no-untyped-call]
 
     return {name: put(name, array) for name, array in arrays.items()}

@@ -8,27 +8,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssu_bridge import update
+from ssu_bridge import ReplayCursor, advance_replay, to_replay, update
 from ssu_bridge.bench.cuda.steps import LAYER, Sizes
 from ssu_bridge.bench.jax_calls import eager_calls, ratios
 from ssu_bridge.bench.timing import Timing, microseconds, summary
 
 _LAYERS = 16
-_ITERATIONS = 30
+# Of a replay state with a window of 16, whole cycles.
+_ITERATIONS = 32
 # The states of the caches are together about this large, so that none is found in the GPU's cache.
 _COLD_BYTES = 500 * 2**20
 
 
 class Work(NamedTuple):
-    """What a call of the loop computes: one token of each sequence, or several on an axis of their own."""
+    """What a call of the loop computes: one token of each sequence, or several on an axis of their own.
+
+    With a window, one token on a replay state of that window.
+    """
 
     batch: int
     tokens: int = 0
     sizes: Sizes = LAYER
     state: str = "bfloat16"
+    window: int = 0
 
     def __str__(self) -> str:
         tokens = f"{self.tokens} tokens" if self.tokens else "one token"
+        tokens += f", replay of {self.window}" if self.window else ""
         return f"{self.batch}, {tokens}, H {self.sizes.nheads}, {self.state} state"
 
 
@@ -49,8 +55,8 @@ def _print_loop(label: str, batch: int, caches: int) -> None:
     print(f"{label:<34}{microseconds(ours):<26}{microseconds(xla):<28}{xla.median / ours.median:>6.2f}", flush=True)
 
 
-def _arguments(work: Work, calls: int) -> dict[str, jax.Array]:
-    """Return the arrays of a step, and the slots of each call."""
+def _arguments(work: Work, calls: int) -> dict[str, Any]:
+    """Return the arrays of a step, and the slots of each call: of one cache."""
     keys = iter(jax.random.split(jax.random.key(0), 10))
     H, P, N, G = work.sizes
     batch, rows = work.batch, (work.batch, work.tokens) if work.tokens else (work.batch,)
@@ -72,6 +78,18 @@ def _arguments(work: Work, calls: int) -> dict[str, jax.Array]:
     }
 
 
+def _replayed(work: Work, arrays: dict[str, Any], calls: int) -> dict[str, Any]:
+    """Return the same for replay states, one for each call; they share a cursor, as the layers of a model do."""
+    groups = work.sizes.ngroups
+    states = jnp.split(arrays["state"], calls)
+    slots = jnp.tile(jnp.arange(work.batch, dtype="int32"), (calls, 1))
+    return arrays | {
+        "state": tuple(to_replay(state, work.window, 1, groups, "bfloat16", "bfloat16") for state in states),
+        "state_batch_indices": slots,
+        "replay": ReplayCursor.empty(work.batch, work.window, 1, slots),
+    }
+
+
 def cold_caches(work: Work) -> int:
     """Return how many caches of so many sequences to go through for none to be found in the GPU's cache."""
     H, P, N, _ = work.sizes
@@ -79,24 +97,30 @@ def cold_caches(work: Work) -> int:
 
 
 def loop(
-    work: Work, caches: int, backend: str, place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = dict
+    work: Work, caches: int, backend: str, place: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> Callable[[], float]:
     """Return a function that runs a jitted loop over steps, on so many caches in turn, and returns the time of a step.
 
     ``place`` puts the arrays where they are to be.
     """
-    arrays = place(_arguments(work, caches))
-    carry = arrays.pop("state"), arrays.pop("x")
+    arrays = _arguments(work, caches)
+    arrays = place(_replayed(work, arrays, caches) if work.window else arrays)
+    state, cursor = arrays.pop("state"), arrays.pop("replay", None)
+    carry = state if work.window else (state,), cursor, arrays.pop("x")
     slots = arrays.pop("state_batch_indices")
 
     @functools.partial(jax.jit, donate_argnums=0)
     def steps(carry: Any, arrays: Any, slots: Any) -> Any:
         def body(_: Any, carry: Any) -> Any:
-            state, x = carry
+            states, cursor, x = carry
+            states = [*states]
             for layer in range(_LAYERS):
-                rows = slots[layer % caches]
-                x, state = update(state, x, **arrays, state_batch_indices=rows, dt_softplus=True, backend=backend)
-            return state, x
+                at, rows = layer % len(states), slots[layer % caches]
+                call = {**arrays, "state_batch_indices": rows, "dt_softplus": True, "backend": backend}
+                x, states[at] = update(states[at], x, **call, replay=cursor)
+            if cursor is not None:
+                cursor = advance_replay(cursor, slots[0], tokens=1)
+            return tuple(states), cursor, x
 
         return jax.lax.fori_loop(0, _ITERATIONS, body, carry)
 
