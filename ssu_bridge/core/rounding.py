@@ -46,7 +46,8 @@ def stored(values: np.ndarray, dtype: str, words: np.ndarray | None = None) -> t
 def widened(numbers: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
     """Return the float32 states (..., N) that stored ones stand for."""
     values = numbers.astype(np.float32)
-    return values if scales is None else values * scales[..., None]
+    with np.errstate(invalid="ignore"):  # an infinite scale times 0
+        return values if scales is None else values * scales[..., None]
 
 
 def grid_step(values: np.ndarray, scales: np.ndarray | None, dtype: str) -> np.ndarray:

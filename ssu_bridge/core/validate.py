@@ -59,7 +59,7 @@ def describe(
             shapes.match(name, arrays[name])
     shapes.check_sizes(options.intermediate_stride)
     _check_tree(arrays, options, shapes)
-    tied = tuple(name for name in TIED_AXES if name in arrays and shapes.is_tied(name, arrays[name]))
+    tied = tuple(name for name in TIED_AXES if name in arrays and _is_tied(name, arrays[name], shapes, options))
     if options.replay_window:
         replay_rules.check_sizes(arrays, options, shapes, tied)
     for name, info in arrays.items():
@@ -98,6 +98,11 @@ def axes(arrays: Mapping[str, ArrayInfo]) -> dict[str, str]:
     """Return the symbols of each array's axes, whatever their sizes are."""
     shapes = Shapes(arrays)
     return {name: shapes.pattern(name, len(info.shape)) for name, info in arrays.items()}
+
+
+def _is_tied(name: str, info: ArrayInfo, shapes: Shapes, options: Options) -> bool:
+    # With replay, which takes nothing else, none of no step sizes differs from another.
+    return shapes.is_tied(name, info) or (options.replay_window > 0 and 0 in info.shape)
 
 
 def _unaligned(shapes: "Shapes", arrays: Mapping[str, ArrayInfo], tied: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import tiny
 import torch
 from modes import bits, to_host, to_mode
 
+import ssu_bridge
 from ssu_bridge import QuantizedState
 from ssu_bridge.core.rounding import LARGEST, rounded
 
@@ -113,3 +114,12 @@ def test_what_it_does_not_take():
         QuantizedState.quantize(np.ones((1, 4)), "int32")
     with pytest.raises(TypeError, match="state: expected a JAX, Torch or NumPy array, got list"):
         QuantizedState.quantize([1.0], "int8")
+
+
+def test_a_scale_that_is_no_number_warns_of_nothing():
+    """Nor does one that is infinite, times 0: both read back as NaN."""
+    scale = np.full((2, 1, 1), np.inf, "float32")
+    state = QuantizedState(np.zeros((2, 1, 1, 4), "int8"), scale)
+    ones, rows = np.ones((2, 1, 1), "float32"), np.ones((2, 4), "float32")
+    out, _ = ssu_bridge.update(state, ones, ones, -np.ones(1, "float32"), rows, rows, backend="reference")
+    assert np.isnan(out).all()

@@ -412,3 +412,17 @@ def test_steps_agree_in_every_mode():
         out, _ = jitted(given) if mode == "jax.jit" else ssu_bridge.update(**given)
         outs[mode] = to_host({"x": out}, mode)["x"]
         np.testing.assert_allclose(outs[mode], outs["numpy"], 1e-5, 1e-5, err_msg=mode)
+
+
+@pytest.mark.parametrize("mode", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_empty_batch_whose_step_sizes_repeat_is_tied(mode, backend):
+    """As one of some sequences is, whatever else the strides of an empty array say."""
+    case = Case("empty", sequences=0, indices=(), window=2, most=1, starts=(0,) * 6, pending=(0,) * 6)
+    given = to_mode(case.arrays(seed=0), mode, case.window)
+    shape = (0, case.nheads, case.headdim)
+    wide = given["dt"][..., None]
+    given["dt"] = np.broadcast_to(wide, shape) if mode == "numpy" else wide.expand(shape)
+    out, state = ssu_bridge.update(**given, **case.flags, backend=backend)
+    assert tuple(out.shape) == shape
+    assert state is given["state"]

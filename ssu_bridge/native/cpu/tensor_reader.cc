@@ -168,7 +168,9 @@ const Pattern& check(Argument argument, Call& call) {
   if (tensor.data == nullptr && !is_empty(tensor)) TVM_FFI_THROW(ValueError) << name << " has no memory";
   const Pattern& pattern = match(tensor, name, rule, call);
   check_strides(tensor, name, rule, pattern, call.has_heads);
-  if (rule.must_repeat && pattern.is_full && repeated_axes(tensor, rule, pattern, call.has_heads) == 0)
+  bool repeats = repeated_axes(tensor, rule, pattern, call.has_heads) > 0 ||
+                 (call.tensors[Argument::kReplayX] && is_empty(tensor));  // no step size differs from another
+  if (rule.must_repeat && pattern.is_full && !repeats)
     TVM_FFI_THROW(ValueError) << name << " must be tied to the head: one number, or strides of 0, along its last axes";
   return pattern;
 }
