@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-all fuzz check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -14,6 +14,12 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Drawn calls against an oracle; each that goes wrong is printed as a script. SEED draws others.
+CALLS ?= 20000
+SEED ?= 0
+fuzz: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --calls $(CALLS) --seed $(SEED) --jobs $(JOBS)
 
 check: .venv/installed
 	$(BIN)/python -m ssu_bridge check

@@ -16,12 +16,12 @@ from ssu_bridge.core.quantized import SCALES
 # n at worst; the exponential, softplus and sigmoid add a few. So much is allowed, in units of 2**-24 of the sum of
 # absolute values, before the result is rounded to its dtype; and as much as the subnormal numbers, which XLA may take
 # for zero. Rounding is exact: what is stored must be what the dtype's rule makes of a number within that distance.
-_ROUNDINGS = 16
+ROUNDINGS = 16
 _SMALLEST_NORMAL = 2.0**-126
-_TOLERANCE = f"rounding of what is within {_ROUNDINGS} * 2**-24 * sum of |terms|"
+_TOLERANCE = f"rounding of what is within {ROUNDINGS} * 2**-24 * sum of |terms|"
 # Four times the rounding of a bfloat16 number, for what is made of several that were rounded.
 _COARSER = 2.0**13
-_COARSE = f"rounding of what is within {_ROUNDINGS} * 2**-11 * sum of |terms|"
+_COARSE = f"rounding of what is within {ROUNDINGS} * 2**-11 * sum of |terms|"
 # The shares of it that are tried.
 _SHARES = (0, 1 / 8, 1 / 4, 1 / 2, 1)
 
@@ -165,7 +165,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _slack(bounds: np.ndarray, share: float) -> np.ndarray:
     """Return a share of what is allowed; none of what is infinite is 0."""
-    allowed = _ROUNDINGS * 2.0**-24 * bounds + _SMALLEST_NORMAL
+    allowed = ROUNDINGS * 2.0**-24 * bounds + _SMALLEST_NORMAL
     return share * allowed if share else np.zeros_like(allowed)
 
 

@@ -1,0 +1,181 @@
+"""``python -m fuzz --calls 100000 --seed 3``: draw calls, run them and print each that goes wrong as a script."""
+
+import argparse
+import collections
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+# Of so many calls in a row those that JAX compiles are of one form, so that XLA compiles one program for them.
+BLOCK = 250
+# A call that takes longer than this, in seconds, hangs; XLA may compile in it.
+HANGS = 180
+
+
+def parsed(arguments):
+    """Return the arguments of the command."""
+    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first call")
+    parser.add_argument("--traced", type=int, default=10, help="one call in so many is traced by JAX; 0 for none")
+    parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--most", type=int, default=10, help="stop after so many wrong calls")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--progress", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def drawn(options, number):
+    """Return the call of a number."""
+    from fuzz.draw import EAGER, ON_GPU, TRACED, TRACED_ON_GPU, draw
+
+    is_traced = bool(options.traced) and number % options.traced == 0
+    form = f"{options.seed} {number // BLOCK if is_traced else number}"
+    modes = (TRACED_ON_GPU if is_traced else ON_GPU) if options.gpu else (TRACED if is_traced else EAGER)
+    return draw(f"{form} {is_traced}", options.seed * 10**9 + number, modes)
+
+
+def numbers_of(options):
+    """Return the numbers of a worker's calls: whole blocks of them."""
+    numbers = range(options.first, options.first + options.calls)
+    return [number for number in numbers if number // BLOCK % options.jobs == options.worker]
+
+
+def work(options):
+    """Run a worker's calls. Its progress is the number of the call that it runs; what it says goes to stdout as JSON."""
+    from fuzz.run import run
+    from fuzz.script import script
+
+    with open(options.progress, "r+b") as file:
+        progress = mmap.mmap(file.fileno(), 8)
+    begin = int.from_bytes(progress[:8], "little", signed=True)
+    counts = collections.Counter()
+    for number in numbers_of(options):
+        if number < begin:
+            continue
+        progress[:8] = number.to_bytes(8, "little", signed=True)
+        call = drawn(options, number)
+        try:
+            outcome = run(call)
+        except Exception:
+            say(number=number, wrong=f"{traceback.format_exc()}\n{script(call, crash('an exception'))}")
+            continue
+        counts[f"{call.mode}, {call.backend}: {outcome.what}{' as it must' if call.spoils else ''}"] += 1
+        if outcome.wrong is not None:
+            say(number=number, wrong=script(call, outcome.wrong, f"call {number} of seed {options.seed}"))
+    say(counts=counts)
+
+
+def say(**what):
+    """Print what the parent process reads."""
+    print(json.dumps(what), flush=True)
+
+
+def crash(how):
+    """Return what is wrong with a call that ended its process."""
+    from fuzz.judge import Wrong
+
+    return Wrong("the process", (), "results or an error", how)
+
+
+class Worker:
+    """A process that runs calls, and is started again behind one that ends or stops it."""
+
+    def __init__(self, options, number, folder):
+        self.options, self.number = options, number
+        self.progress, self.said = Path(folder, f"{number}"), Path(folder, f"{number}.jsonl")
+        self.progress.write_bytes((-1).to_bytes(8, "little", signed=True))
+        self.ended, self.wrong = False, 0
+        self.start()
+
+    def start(self):
+        """Run the calls from the one that the progress says on."""
+        passed = {n: v for n, v in vars(self.options).items() if n not in ("worker", "progress", "gpu", "most")}
+        command = [sys.executable, "-m", "fuzz", *(f"--{name}={value}" for name, value in passed.items())]
+        command += ["--gpu"] if self.options.gpu else []
+        command += [f"--worker={self.number}", f"--progress={self.progress}"]
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        with self.said.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, env=os.environ | {"PYTHONPATH": path})
+        self.seen, self.since = self.current(), time.monotonic()
+
+    def current(self):
+        """Return the number of the call that runs."""
+        return int.from_bytes(self.progress.read_bytes(), "little", signed=True)
+
+    def poll(self):
+        """Look after the process; print what went wrong."""
+        status, current = self.process.poll(), self.current()
+        if status == 0:
+            self.ended = True
+        elif status is not None:
+            name = signal.Signals(-status).name if status < 0 else f"status {status}"
+            self.skip(current, f"ended with {name}")
+        elif current != self.seen:
+            self.seen, self.since = current, time.monotonic()
+        elif time.monotonic() - self.since > HANGS:
+            self.process.kill()
+            self.process.wait()
+            self.skip(current, f"no end in {HANGS} seconds")
+
+    def skip(self, number, how):
+        """Print the call that ended the process, and go on with the next."""
+        from fuzz.script import script
+
+        self.wrong += 1
+        print(script(drawn(self.options, max(number, 0)), crash(how), f"call {number} of seed {self.options.seed}"))
+        self.progress.write_bytes((number + 1).to_bytes(8, "little", signed=True))
+        if number < 0:  # before its first call
+            self.ended = True
+        else:
+            self.start()
+
+    def results(self):
+        """Return all that it has said."""
+        return [json.loads(line) for line in self.said.read_text().splitlines() if line.startswith("{")]
+
+
+def main(arguments=None):
+    """Run the fuzz; return 1 if a call went wrong."""
+    options = parsed(arguments)
+    options.jobs = max(1, min(options.jobs, -(-options.calls // BLOCK)))
+    if options.worker is not None:
+        work(options)
+        return 0
+    begin, printed = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [Worker(options, number, folder) for number in range(options.jobs)]
+        while not all(worker.ended for worker in workers):
+            time.sleep(0.2)
+            for worker in (worker for worker in workers if not worker.ended):
+                worker.poll()
+            found = [said["wrong"] for worker in workers for said in worker.results() if "wrong" in said]
+            print(*found[printed:], sep="\n", end="\n" * (len(found) > printed), flush=True)
+            printed = len(found)
+            if printed + sum(worker.wrong for worker in workers) >= options.most:
+                print(f"stopped at {options.most} wrong calls")
+                break
+        for worker in workers:
+            worker.process.kill()
+            worker.process.wait()
+        wrong = printed + sum(worker.wrong for worker in workers)
+        counts = collections.Counter()
+        for said in (said for worker in workers for said in worker.results() if "counts" in said):
+            counts.update(said["counts"])
+    for name, count in sorted(counts.items()):
+        print(f"{count:>8}  {name}")
+    print(f"{sum(counts.values())} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s: {wrong} wrong")
+    return 1 if wrong or sum(counts.values()) < options.calls else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The fuzz itself: a short run of it, and that it finds what is wrong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ssu_bridge
+from fuzz import draw, memory
+from fuzz.__main__ import main
+from fuzz.run import run
+from fuzz.script import script
+
+FOLDER = Path(__file__).parent
+NUMPY = {"numpy": ("cpu", "reference")}
+# Another seed than that of ``make fuzz``, whose calls would be the same.
+SEED = 10**12
+
+
+def calls(count, modes, first=0):
+    """Draw calls that are right, of these modes."""
+    drawn = (draw.draw(number, number, modes) for number in range(first, first + 10 * count))
+    right = (call for call in drawn if call.spoils is None)
+    return [next(right) for _ in range(count)]
+
+
+@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize(("modes", "count"), [(draw.EAGER, 230), (draw.TRACED, 20)], ids=["eager", "traced"])
+def test_drawn_calls(block, modes, count):
+    outcomes = {}
+    for number in range(SEED + block * count, SEED + block * count + count):
+        call = draw.draw(number if modes is draw.EAGER else f"traced {block}", number, modes)
+        outcome = run(call)
+        assert outcome.wrong is None, script(call, outcome.wrong)
+        outcomes[outcome.what] = outcomes.get(outcome.what, 0) + 1
+    assert outcomes["computed"] > count / 2, outcomes
+
+
+def test_the_oracle_knows_nothing_of_the_package():
+    for name in ("oracle", "judge"):
+        for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.startswith("ssu_bridge")], name
+
+
+# --- What it finds ---
+
+UPDATE = ssu_bridge.update
+
+
+def nudged(**given):
+    """One step of float32 in an output is less than what is allowed; a thousandth is not."""
+    results = UPDATE(**given)
+    results[0][...] = (results[0] * 1.01).astype(results[0].dtype)
+    return results
+
+
+def elsewhere(**given):
+    """A bit of an argument that is only read."""
+    results = UPDATE(**given)
+    given["A"][(0,) * given["A"].ndim] -= 1
+    return results
+
+
+def behind(**given):
+    """A byte between the end of an array and the guard, or before it."""
+    results = UPDATE(**given)
+    first, end = np.lib.array_utils.byte_bounds(given["x"])
+    memory.ctypes.memset(end if first % memory.PAGE == 0 else first - 1, 0, 1)
+    return results
+
+
+def late(**given):
+    """An error after something was written."""
+    UPDATE(**given)
+    raise ValueError("late")
+
+
+def refusing(**given):
+    """An error for a right call."""
+    raise ValueError("no")
+
+
+def copying(**given):
+    """Another object than the one that was passed."""
+    out, state, *rest = UPDATE(**given)
+    return out, np.array(state), *rest
+
+
+@pytest.mark.parametrize(
+    "fault", [nudged, elsewhere, behind, late, refusing, copying], ids=lambda fault: fault.__name__
+)
+def test_it_finds_what_is_wrong(fault, monkeypatch):
+    found = 0
+    for call in calls(40, NUMPY):
+        arrays = call.arrays
+        if "state_scale" in arrays or call.options.window or not arrays["x"].size:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(ssu_bridge, "update", fault)
+            found += run(call).wrong is not None
+    assert found >= 10
+
+
+# It reads a page before, or behind, one of the call's arrays.
+CRASH = """
+import ctypes, ssu_bridge
+def update(**given):
+    x = given["x"]
+    ctypes.string_at(x.ctypes.data {where}, 1)
+    return UPDATE(**given)
+UPDATE, ssu_bridge.update = ssu_bridge.update, update
+from fuzz.draw import draw
+from fuzz.run import run
+for number in range(100):
+    run(draw(number, number, {{"numpy": ("cpu",)}}))
+"""
+
+
+@pytest.mark.parametrize("where", ["- 4096", "+ (x.nbytes + 4096 if x.flags.c_contiguous else 1 << 23)"])
+def test_what_reads_past_the_guards_ends_the_process(where):
+    result = subprocess.run([sys.executable, "-c", CRASH.format(where=where)], cwd=FOLDER.parent, capture_output=True)
+    assert result.returncode < 0, result.stderr
+
+
+@pytest.mark.parametrize("modes", [draw.EAGER, draw.TRACED], ids=["eager", "traced"])
+def test_a_script_repeats_its_call(modes, tmp_path):
+    """It ends without an error where the number is as expected, and with one where it is not."""
+    from fuzz.judge import Wrong
+
+    call = next(c for c in calls(20, modes) if run(c).what == "computed" and c.arrays["x"].size)
+    for low, expected in (("-inf", 0), ("inf", 1)):
+        source = script(call, Wrong("out", (0, 0, 0), f"float('{low}') to float('inf')", "0.0"))
+        result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+        assert result.returncode == expected, source + result.stderr
+        assert not expected or "AssertionError" in result.stderr
+
+
+def test_the_command(capfd):
+    assert main(["--calls", "30", "--traced", "0", "--jobs", "1"]) == 0
+    assert "30 calls of seed 0" in capfd.readouterr().out
