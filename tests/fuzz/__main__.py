@@ -15,6 +15,8 @@ from pathlib import Path
 
 # Of so many calls in a row those that JAX compiles are of one form, so that XLA compiles one program for them.
 BLOCK = 250
+# As many of one form on a GPU, where each form has kernels of its own.
+GPU_BLOCK = 50
 # A call that takes longer than this, in seconds, hangs; XLA may compile in it.
 HANGS = 180
 
@@ -29,9 +31,13 @@ def parsed(arguments):
     parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--most", type=int, default=10, help="stop after so many wrong calls")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="draw no call after so many")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--progress", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.until = options.until or time.time() + options.seconds
+    return options
 
 
 def drawn(options, number):
@@ -39,7 +45,8 @@ def drawn(options, number):
     from fuzz.draw import EAGER, ON_GPU, TRACED, TRACED_ON_GPU, draw
 
     is_traced = bool(options.traced) and number % options.traced == 0
-    form = f"{options.seed} {number // BLOCK if is_traced else number}"
+    alike = GPU_BLOCK if options.gpu else BLOCK if is_traced else 1
+    form = f"{options.seed} {number // alike}"
     modes = (TRACED_ON_GPU if is_traced else ON_GPU) if options.gpu else (TRACED if is_traced else EAGER)
     return draw(f"{form} {is_traced}", options.seed * 10**9 + number, modes)
 
@@ -62,11 +69,15 @@ def work(options):
     for number in numbers_of(options):
         if number < begin:
             continue
+        if time.time() > options.until:
+            break
         progress[:8] = number.to_bytes(8, "little", signed=True)
         call = drawn(options, number)
         try:
             outcome = run(call)
         except Exception:
+            if options.gpu:  # whose process can launch nothing any more
+                raise
             say(number=number, wrong=f"{traceback.format_exc()}\n{script(call, crash('an exception'))}")
             continue
         counts[f"{call.mode}, {call.backend}: {outcome.what}{' as it must' if call.spoils else ''}"] += 1
@@ -174,7 +185,8 @@ def main(arguments=None):
     for name, count in sorted(counts.items()):
         print(f"{count:>8}  {name}")
     print(f"{sum(counts.values())} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s: {wrong} wrong")
-    return 1 if wrong or sum(counts.values()) < options.calls else 0
+    is_whole = sum(counts.values()) >= options.calls or time.time() > options.until
+    return 0 if is_whole and not wrong else 1
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Call(NamedTuple):
         exact: float32 makes no error.
         donates: JAX may take the memory of what is written.
         host_tables: JAX gets tables of NumPy.
+        on_gpu: the arrays are on a GPU.
         spoils: a statement that makes the arguments ``given`` wrong, or None.
     """
 
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     exact: bool
     donates: bool
     host_tables: bool
+    on_gpu: bool
     spoils: str | None
 
 
@@ -86,6 +88,7 @@ class _Draw:
         self.mode = form.choice(list(modes))
         self.backend = form.choice(modes[self.mode])
         self.dense = self.mode.startswith("jax")
+        self.on_gpu = modes in (ON_GPU, TRACED_ON_GPU)
         self.statements, self.shapes, self.dtypes, self.repeats = [], {}, {}, {}
 
     def maybe(self, share):
@@ -120,7 +123,7 @@ class _Draw:
         )  # fmt: skip
         call = Call(
             self.number, self.mode, self.backend, tuple(self.statements), arrays, layouts, at_end, flags, options,
-            self.values == "exact", self.maybe(0.7), self.dense and self.maybe(0.5), None,
+            self.values == "exact", self.maybe(0.7), self.dense and self.maybe(0.5), self.on_gpu, None,
         )  # fmt: skip
         return call._replace(spoils=self._wrong()) if self.content.random() < 0.08 else call
 
