@@ -122,8 +122,14 @@ def in_modes_of(pairs, examples):
     return decorate
 
 
-@in_modes_of(PAIRS, 200)
+@in_modes_of(PAIRS, 70)
 def test_any_problem(case, seed, pair):
+    assert_right(case, seed, pair)
+
+
+@pytest.mark.nightly  # other random problems, each of which is compiled
+@in_modes_of(PAIRS, 200)
+def test_more_problems(case, seed, pair):
     assert_right(case, seed, pair)
 
 

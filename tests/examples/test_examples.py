@@ -1,5 +1,6 @@
 """The examples run as a reader would run them, and say what they promise to."""
 
+import functools
 import os
 import re
 import subprocess
@@ -8,9 +9,13 @@ from pathlib import Path
 
 import jax
 import pytest
+import torch
+from without_torch import WITHOUT_TORCH
 
 import demo
-from mamba2_jax import benchmark, checkpoint, drafts, generate, load, plot
+import share_state
+import torch_caller
+from mamba2_jax import benchmark, checkpoint, drafts, generate, load, plot, scheduler
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
 from mamba2_jax.initial import random_weights
@@ -18,7 +23,7 @@ from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2)
+TINY = Mamba2Config(256, 32, 1, num_heads=4, head_dim=16, state_size=8, n_groups=2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -30,6 +35,14 @@ def run(*arguments, device="cpu", **variables):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def run_without_torch(module, *arguments):
+    """Run a module that needs no Torch in half the time."""
+    begin = (
+        WITHOUT_TORCH + "import runpy; del sys.argv[0]; runpy.run_module(sys.argv[0], None, '__main__', alter_sys=True)"
+    )
+    return run("-c", begin, module, *arguments)
 
 
 @pytest.fixture
@@ -55,7 +68,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", TINY)
 
 
-DEMO = ["--prompt", "And God said, ", "--tokens", "32", "--rounds", "1", "--layers", "2"]
+DEMO = ["--prompt", "And God said, ", "--tokens", "32", "--rounds", "1", "--layers", "1"]
 
 
 def test_the_demo_of_a_small_model(run_here, tiny):
@@ -86,7 +99,7 @@ def test_the_plot(tmp_path, monkeypatch):
 
 
 OPTIONS = [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"]]
-SMALL = ["--layers", "2", "--tokens", "2", "--rounds", "1"]
+SMALL = ["--layers", "1", "--tokens", "2", "--rounds", "1"]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -174,28 +187,57 @@ def assert_compared(shown, options):
 @pytest.mark.parametrize("device", DEVICES)
 def test_generating_text(device, run_here):
     moses, other = ["--prompt", "Moses", "--tokens", 40], ["--mamba-backend", "xla", "--seed", 1]
-    texts = [run("-m", "mamba2_jax.generate", *moses, device=device), run_here(generate, *moses, *other)]
+    if device == "cpu":
+        texts = [run_without_torch("mamba2_jax.generate", *moses)]
+    else:
+        texts = [run("-m", "mamba2_jax.generate", *moses, device=device)]
+    texts.append(run_here(generate, *moses, *other))
     assert all(text.startswith("Moses") and len(text) == len("Moses") + 40 + 1 for text in texts)
     assert texts[1] != texts[0]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_continuous_batching(device):
-    shown = run("-m", "mamba2_jax.scheduler", "--tokens", 10, device=device)
+# By default in this process; the first is nightly in one of its own, the second on a GPU.
+DEVICES_OF_A_PROCESS = [pytest.param("cpu", marks=pytest.mark.nightly), *DEVICES[1:]]
+
+
+def assert_all_leave(shown):
     assert sorted(re.findall(r"sequence (\d) leaves", shown)) == list("012345")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_torch_caller(device):
-    shown = run("torch_caller.py", "--tokens", 3, device=device)
+def test_continuous_batching_here(run_here):
+    assert_all_leave(run_here(scheduler, "--tokens", 10))
+
+
+@pytest.mark.parametrize("device", DEVICES_OF_A_PROCESS)
+def test_continuous_batching(device):
+    assert_all_leave(run("-m", "mamba2_jax.scheduler", "--tokens", 10, device=device))
+
+
+def assert_ways(shown, device):
     ways = ["eager", "torch.compile", "CUDA graph"]
-    assert (
-        re.findall(rf"^(.*?) +3 tokens on {device}, as eager", shown, re.MULTILINE)
-        == ways[: 3 if device == "cuda" else 2]
-    )
+    found = re.findall(rf"^(.*?) +3 tokens on {device}, as eager", shown, re.MULTILINE)
+    assert found == ways[: 3 if device == "cuda" else 2]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a test on a GPU does it")
+def test_the_torch_caller_here(run_here, monkeypatch):
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager")
+    )  # without a C++ compiler
+    assert_ways(run_here(torch_caller, "--tokens", 3), "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES_OF_A_PROCESS)
+def test_the_torch_caller(device):
+    assert_ways(run("torch_caller.py", "--tokens", 3, device=device), device)
+
+
+def test_sharing_a_state_here(run_here):
+    assert "the bits of 24 steps in JAX alone" in run_here(share_state)
+
+
+@pytest.mark.parametrize("device", DEVICES_OF_A_PROCESS)
 def test_sharing_a_state(device):
     assert "the bits of 24 steps in JAX alone" in run("share_state.py", device=device)
 

@@ -1,9 +1,5 @@
 """A state cache that JAX and Torch change in turn, in one memory."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,15 +11,7 @@ from modes import bits
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "share_state.py"
 CASE = Case("shared", headdim=8, dstate=16)
-
-
-@pytest.mark.nightly  # test_examples.py runs it, too
-def test_the_example():
-    result = subprocess.run([sys.executable, EXAMPLE, "--rounds", "2"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "the bits of 16 steps in JAX alone" in result.stdout
 
 
 def rounds(count, device):
