@@ -249,10 +249,11 @@ def test_the_configurations_of_known_models():
 
 
 def test_the_package_mamba2_jax_with_its_step_replaced():
-    small = ["--hidden-size", "64", "--layers", "1", "--batch", "2", "--tokens", "6"]
+    small = ["--hidden-size", "64", "--layers", "1", "--batch", "2", "--prompt", "9", "--tokens", "6"]
     shown = run("other_libraries/mamba2_jax_package.py", *small)
     assert re.search(r"largest difference of the logits: \d\.\de-0[6-9] of the largest", shown)
-    assert re.search(r"a token: [\d.]+ ms as the package has it, [\d.]+ ms with update", shown)
+    for what in ("a token", "a prompt"):
+        assert re.search(rf"^{what}: [\d.]+ ms as the package has it, [\d.]+ ms with update, [\d.]+ times", shown, re.M)
 
 
 @pytest.mark.nightly  # each process compiles the whole model
