@@ -37,6 +37,7 @@ SIZES = {
     "mamba2-2.7b": Mamba2Config(50288, 2560, 64, num_heads=80, head_dim=64, state_size=128),
 }
 _DTYPES = ["float32", "bfloat16", "float16"]
+_STATE_DTYPES = [*_DTYPES, *model.QUANTIZED]
 
 
 def compare(
@@ -57,7 +58,7 @@ def compare(
     _print_speeds("SSM step", measure.seconds(steps, rounds), 1e6 / (tokens * config.num_hidden_layers), "us")
     del steps  # and their states
 
-    sizes = config, weights, batch, state_dtype
+    sizes, state = (config, weights, batch, state_dtype), jax.tree.leaves(step["state"])[0]
     whole = {b: measure.whole_tokens(*sizes, tokens=tokens, backend=b) for b in backends}
     runs = {backend: run for backend, (run, _) in whole.items()}
     windows = [(b, replay) for b in backends if replay and measure.replays(config, weights, step, replay, b)]
@@ -66,11 +67,11 @@ def compare(
     _print_speeds("whole token", measure.seconds(runs, rounds), 1e3 / tokens, "ms", tokens * batch)
     for backend, (_, compiled) in whole.items():
         if backend != "xla":  # whose arithmetic makes a new state before it is written to its slot
-            measure.assert_no_copy_of_a_state(compiled, step["state"])
+            measure.assert_no_copy_of_a_state(compiled, state)
             temporary = compiled.memory_analysis().temp_size_in_bytes
             print(
                 f"  {backend}: the compiled program copies no state: {temporary / 1e6:.1f} MB of temporaries, "
-                f"{config.num_hidden_layers} states of {step['state'].nbytes / 1e6:.1f} MB"
+                f"{config.num_hidden_layers} states of {state.nbytes / 1e6:.1f} MB"
             )
 
     report = ssu_bridge.check(**step)
@@ -134,9 +135,11 @@ def compare_devices(
 
 
 def _print_speeds(what: str, seconds: dict[str, float], scale: float, unit: str, tokens: int = 0) -> None:
+    reference = "xla" if "xla" in seconds else next(iter(seconds))  # xla has no quantised states
     for backend, time in seconds.items():
         rate = f"{tokens / time:10.1f} tokens/s" if tokens else ""
-        print(f"  {what:<12}{backend:<20}{time * scale:9.2f} {unit}{rate}  {seconds['xla'] / time:.2f} times xla")
+        ratio = f"{seconds[reference] / time:.2f} times {reference}"
+        print(f"  {what:<12}{backend:<20}{time * scale:9.2f} {unit}{rate}  {ratio}")
 
 
 def main() -> None:
@@ -162,7 +165,7 @@ def main() -> None:
     parser.add_argument("--plot", type=new_file, metavar="PNG", help="with --serve, draw what was measured")
     parser.add_argument("--rounds", type=positive, default=5, help="of each measurement; medians are shown")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--state-dtype", choices=_DTYPES, default="float32")
+    parser.add_argument("--state-dtype", choices=_STATE_DTYPES, default="float32")
     ssu_bridge.add_cli_args(parser)
     arguments = parser.parse_args()
     ssu_bridge.set_config(ssu_bridge.SSUConfig.from_args(arguments))

@@ -34,7 +34,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
     """Return weights or states with their heads spread over the mesh; every host passes the same arrays."""
 
     def put(path: Any, array: Any) -> jax.Array:
-        axis = _BY_HEADS.get(getattr(path[-1], "name", ""))
+        names = [getattr(key, "name", "") for key in path]  # a quantised state's own is the one before the last
+        axis = next((_BY_HEADS[name] for name in reversed(names) if name in _BY_HEADS), None)
         if axis is None or array.shape[axis] % mesh.size:  # what does not divide is on every device
             spec = PartitionSpec()
         else:

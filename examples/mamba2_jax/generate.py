@@ -228,7 +228,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=DEFAULT.temperature)
     parser.add_argument("--top-p", type=float, default=DEFAULT.top_p)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--state-dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    dtypes = ["float32", "bfloat16", "float16", *model.QUANTIZED]
+    parser.add_argument("--state-dtype", choices=dtypes, default="float32", help="of integers: quantised")
     parser.add_argument("--speculate", type=int, metavar="TOKENS", help="verify so many in a call: see speculate.py")
     parser.add_argument("--branches", type=int, default=1, help="continuations that are verified together, as a tree")
     parser.add_argument("--replay", type=positive, metavar="TOKENS", help="write states once in so many tokens")

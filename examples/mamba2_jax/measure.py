@@ -19,6 +19,14 @@ Run = Callable[[], None]
 Place = Callable[[Any], Any]
 _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
 # The operations of XLA that hand a buffer on as it is.
+_OF_XLA = {
+    "float32": "f32",
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "int16": "s16",
+    "int8": "s8",
+    "float8_e4m3fn": "f8e4m3fn",
+}
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
 
 
@@ -34,7 +42,7 @@ def example_step(
     state = (batch + _SPARE_SLOTS, config.num_heads, config.head_dim, config.state_size)
     rows = batch * max(prompt, 1)
     step = {
-        "state": jax.random.normal(keys[0], state).astype(state_dtype),
+        "state": model.stored(jax.random.normal(keys[0], state), state_dtype),
         "x": jax.random.normal(keys[1], (rows, *state[1:3]), dtype),
         "dt": jax.random.normal(keys[2], (rows, config.num_heads), dtype),
         "A": -jnp.exp(layer.A_log),
@@ -64,7 +72,7 @@ def replays(
     """Return whether a backend can run a step with states that are replayed, of so many tokens in other calls."""
     dtype = weights.embedding.dtype
     state = ssu_bridge.to_replay(step["state"], window, tokens, config.n_groups, dtype, dtype)
-    cursor = ssu_bridge.ReplayCursor.empty(step["state"].shape[0], window, tokens, like=step["state"])
+    cursor = ssu_bridge.ReplayCursor.empty(len(state.dt), window, tokens, like=state.dt)
     return ssu_bridge.explain(**{**step, "state": state}, replay=cursor, backend=backend).backend is not None
 
 
@@ -84,7 +92,7 @@ def ssm_steps(weights: model.Weights, step: dict[str, Any], *, tokens: int, back
 
         return jax.lax.scan(token, (states, x), None, length=tokens)[0]
 
-    states = tuple(jnp.copy(step["state"]) for _ in weights.layers)
+    states = tuple(jax.tree.map(jnp.copy, step["state"]) for _ in weights.layers)
     compiled = jax.jit(stack, donate_argnums=0).lower(states, step["x"], rest).compile()
 
     def run() -> None:
@@ -220,7 +228,7 @@ def seconds(runs: dict[str, Run], rounds: int) -> dict[str, float]:
 
 def assert_no_copy_of_a_state(compiled: Any, state: jax.Array) -> None:
     """Look in a compiled program for anything but the step itself that makes an array like an SSM state."""
-    name = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[state.dtype.name]
+    name = _OF_XLA[state.dtype.name]
     shape = f"{name}[{','.join(map(str, state.shape))}]"
     # On a GPU XLA wraps a custom call together with the slices that it reads, so that it reads them where they lie.
     text = re.sub(r" fusion(\(.*kind=kCustom, calls=%dynamic-slice-fusion)", r" custom-call\1", compiled.as_text())

@@ -17,6 +17,8 @@ from mamba2_jax import convolution
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.convolution import Rows
 
+QUANTIZED = ("int16", "int8", "float8_e4m3fn")
+
 
 class Layer(NamedTuple):
     """The weights of one layer; those that a configuration does without are None."""
@@ -47,8 +49,9 @@ class State(NamedTuple):
     """What one layer carries from token to token, by slot.
 
     ``conv`` (slots, conv_kernel - 1, conv_size) has the last inputs of the convolution, ``ssm`` (slots, num_heads,
-    head_dim, state_size) the states, or a ``ReplayState`` of them. Where calls of up to T tokens are verified, ``conv``
-    has T - 1 inputs more, and ``ssm`` T states for each slot, one after each token of the last such call.
+    head_dim, state_size) the states: an array, a ``QuantizedState`` or a ``ReplayState``. Where calls of up to T tokens
+    are verified, ``conv`` has T - 1 inputs more, and ``ssm`` T states for each slot, one after each token of the last
+    such call.
     """
 
     conv: jax.Array
@@ -89,13 +92,21 @@ def zero_states(
 ) -> tuple[State, ...]:
     """Return the states of all layers for sequences that have not begun; ``tokens`` of a call can be verified.
 
-    A slot has as many states, or ``of_a_slot``: one is enough where they are replayed.
+    A slot has as many states, or ``of_a_slot``: one is enough where they are replayed. Those of int16, int8 or
+    float8_e4m3fn are quantised.
 
     A tuple, for the layers to be unrolled over: a scan over *stacked* layer states would copy them.
     """
     conv = (slots, config.conv_kernel - 1 + tokens - 1, config.conv_size)
     ssm = (slots * (of_a_slot or tokens), config.num_heads, config.head_dim, config.state_size)
-    return tuple(State(jnp.zeros(conv, conv_dtype), jnp.zeros(ssm, ssm_dtype)) for _ in range(config.num_hidden_layers))
+    return tuple(
+        State(jnp.zeros(conv, conv_dtype), stored(jnp.zeros(ssm), ssm_dtype)) for _ in range(config.num_hidden_layers)
+    )
+
+
+def stored(states: jax.Array, dtype: str) -> Any:
+    """Return float32 states as they are stored in a dtype, quantised where it is one of QUANTIZED."""
+    return ssu_bridge.QuantizedState.quantize(states, dtype) if dtype in QUANTIZED else states.astype(dtype)
 
 
 def with_replay(
@@ -235,8 +246,7 @@ def _advance(
 
 def _places(state: State, slots: jax.Array) -> jax.Array:
     """Return where the states of sequences lie, (batch, those of a slot)."""
-    states = state.ssm.dt if isinstance(state.ssm, ssu_bridge.ReplayState) else state.ssm
-    of_a_slot = states.shape[0] // state.conv.shape[0]
+    of_a_slot = jax.tree.leaves(state.ssm)[0].shape[0] // state.conv.shape[0]
     return jnp.where(
         slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype)[None]
     )

@@ -50,7 +50,9 @@ def restore(carry: Carry, slot: jax.Array, entry: jax.Array, step: jax.Array) ->
     if carry.cursor is None:
         return carry._replace(states=jax.tree.map(put, carry.states, carry.snapshots))
     states = tuple(
-        model.State(put(state.conv, kept.conv), state.ssm._replace(checkpoint=put(state.ssm.checkpoint, kept.ssm)))
+        model.State(
+            put(state.conv, kept.conv), state.ssm._replace(checkpoint=jax.tree.map(put, state.ssm.checkpoint, kept.ssm))
+        )
         for state, kept in zip(carry.states, carry.snapshots, strict=True)
     )
     return carry._replace(states=states, cursor=ssu_bridge.reset_replay(carry.cursor, slot[None]))

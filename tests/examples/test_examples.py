@@ -98,7 +98,7 @@ def test_the_plot(tmp_path, monkeypatch):
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
-OPTIONS = [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"]]
+OPTIONS = [["--mamba-backend", "xla"], ["--dtype", "bfloat16", "--state-dtype", "bfloat16"], ["--state-dtype", "int8"]]
 SMALL = ["--layers", "1", "--tokens", "2", "--rounds", "1"]
 
 
@@ -106,7 +106,8 @@ SMALL = ["--layers", "1", "--tokens", "2", "--rounds", "1"]
 def test_the_benchmark_of_a_small_model(options, run_here, tiny):
     shown = run_here(benchmark, *SMALL, *options, "--replay", 3)
     assert_compared(shown, options)
-    assert re.search(r"^ +whole token +xla, replay +[\d.]+ ms .*[\d.]+ times xla$", shown, re.MULTILINE)
+    last = "cpu" if "int8" in options else "xla"
+    assert re.search(rf"^ +whole token +{last}, replay +[\d.]+ ms .*[\d.]+ times {last}$", shown, re.MULTILINE)
 
 
 def test_the_benchmark_of_prompts(run_here, tiny):

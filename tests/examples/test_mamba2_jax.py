@@ -14,6 +14,7 @@ from thinned import thinned
 from transformers import Mamba2Config as PeerConfig
 from transformers import Mamba2ForCausalLM
 
+import ssu_bridge
 from mamba2_jax import checkpoint, generate, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, decode, prefill, stream
@@ -130,6 +131,25 @@ def test_a_prompt_that_takes_several_passes(monkeypatch):
     monkeypatch.setattr(generate, "LONGEST_PASS", 16)
     several = prefill(TINY, weights, fresh[1], prompts, slots)
     np.testing.assert_allclose(several.logits, one.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("int16", 1e-4), ("int8", 2e-2), ("float8_e4m3fn", 5e-2)])
+def test_states_in_few_bits(dtype, error):
+    """Through a prompt and the tokens after it."""
+    weights, prompt, slots = random_weights(TINY, jax.random.key(0)), [5, 9, 33] * 9, jnp.array([2, 0], jnp.int32)
+    logits = {}
+    for own in ("float32", dtype):
+        progress = prefill(TINY, weights, model.zero_states(TINY, 3, "float32", own), [prompt, [7]], slots)
+        logits[own] = [progress.logits]
+        for token in (3, 60):
+            of_step, states = model.step(TINY, weights, progress.states, jnp.array([token, 1]), slots)
+            progress = progress._replace(states=states)
+            logits[own].append(of_step)
+    assert isinstance(states[0].ssm, ssu_bridge.QuantizedState)
+    assert states[0].ssm.values.dtype == dtype
+    exact = np.stack(logits["float32"])
+    worst = np.abs(np.stack(logits[dtype]) - exact).max() / np.abs(exact).max()
+    assert 0 < worst < error
 
 
 @pytest.mark.parametrize("window", [16, *(pytest.param(window, marks=pytest.mark.nightly) for window in (1, 5))])
