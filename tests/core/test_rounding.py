@@ -126,7 +126,14 @@ def four_million_words():
     return rounding.slot_words(11, (64, 512, 128), token=2, kind=0, key=(99, 3), rounds=10).ravel()
 
 
-@pytest.mark.parametrize(("dtype", "band"), [(d, b) for d in BANDS for b in BANDS[d]])
+@pytest.mark.parametrize(
+    ("dtype", "band"),
+    [
+        pytest.param(dtype, band, marks=[pytest.mark.nightly] * (number % 2))
+        for dtype, bands in BANDS.items()
+        for number, band in enumerate(bands)
+    ],
+)
 def test_stochastic_rounding_is_unbiased(dtype, band):
     words = four_million_words()
     assert words.size == 2**22

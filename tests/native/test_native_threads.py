@@ -100,7 +100,7 @@ assert arrays["out"].any()
 """
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_scratch_without_memory_is_an_error_before_anything_is_written(threads):
     result = run_script(MEMORY_SCRIPT.format(tests=HELPERS), SSU_BRIDGE_NUM_THREADS=str(threads))
     assert result.returncode == 0, result.stderr

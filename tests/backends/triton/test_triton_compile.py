@@ -166,7 +166,7 @@ FOR_EVERY_GPU = (
 
 
 # By default each for one of the GPUs.
-@pytest.mark.parametrize(("name", "capability"), thinned(FOR_EVERY_GPU, CAPABILITIES, one_in=4))
+@pytest.mark.parametrize(("name", "capability"), thinned(FOR_EVERY_GPU, CAPABILITIES, one_in=len(CAPABILITIES)))
 def test_it_compiles_for_every_gpu(name, capability):
     kernel = compiled(CLASSES[name], capability)
     assert f".target sm_{capability[0]}{capability[1]}" in kernel.text["ptx"]
@@ -328,7 +328,7 @@ SHAPES = [
 # By default each shape with one or two of the choices of the others.
 @pytest.mark.parametrize(
     ("shape", "untied", "dtype"),
-    thinned(SHAPES, [(), ("A", "dt", "D", "dt_bias")], ["float32", "bfloat16"], one_in=3),
+    thinned(SHAPES, [(), ("A", "dt", "D", "dt_bias")], ["float32", "bfloat16"], one_in=4),
     ids=str,
 )
 def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype, ttgir):

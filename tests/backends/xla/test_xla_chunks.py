@@ -10,6 +10,7 @@ import pytest
 from contract import assert_step
 from copied import copied
 from modes import int64_as_it_is, to_mode
+from thinned import thinned
 
 import ssu_bridge
 from ssu_bridge.api import explain
@@ -42,7 +43,7 @@ def forms(case):
     return said.choices[0].answers[0]
 
 
-@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(LONG, one_in=2), ids=lambda case: case.name)
 def test_long_sequences(case):
     assert "matrix form" in forms(case).settings
     assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
@@ -52,7 +53,7 @@ MULTI = [case for case in CASES if (case.tokens or 0) > 1 and case.cu_seqlens is
 
 
 # Those of packed tokens take the matrix form in the contract's own tests.
-@pytest.mark.parametrize("case", MULTI, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(MULTI, one_in=3), ids=lambda case: case.name)
 def test_the_cases_of_the_contract(case):
     arrays = case.arrays(seed=1)
     with int64_as_it_is(arrays):

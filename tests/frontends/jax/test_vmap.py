@@ -131,7 +131,7 @@ def test_everything_mapped(case, backend):
 
 
 @pytest.mark.parametrize("backend", ANY_TABLE)
-@pytest.mark.parametrize("case", DETERMINED[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(DETERMINED[::3], one_in=3), ids=lambda case: case.name)
 def test_some_mapped_eagerly(case, backend):
     calls = drawn(case, seed=len(case.name))
     with int64_as_it_is(calls[0]):
@@ -169,8 +169,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("backend", ANY_TABLE)
-@pytest.mark.parametrize("pad", range(-2, SMALL["slots"] + 1))
-@pytest.mark.parametrize("tables", TABLES)
+@pytest.mark.parametrize(("tables", "pad"), thinned(TABLES, range(-2, SMALL["slots"] + 1), one_in=3))
 def test_every_pad_beside_every_table(tables, pad, backend):
     """Numbers that the fold makes up for tables that were not given are not the caller's, and never his pad."""
     case = Case(tables, **{**SMALL, "indices": None, **TABLES[tables]}, pad_slot_id=pad)

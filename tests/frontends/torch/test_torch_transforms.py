@@ -3,6 +3,7 @@
 import pytest
 import torch
 from modes import to_mode
+from thinned import thinned
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -56,8 +57,11 @@ MADE_OF_THEM = {
 CASES = {name: (name, call) for name, call in REFUSED.items()} | MADE_OF_THEM
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", CASES)
+# By default a quarter of them in compiled code.
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [*((name, False) for name in CASES), *thinned(CASES, [True], one_in=4)],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_a_transform_of_functions_is_refused_by_its_name(given, name, compiled):
     transform, call = CASES[name]
