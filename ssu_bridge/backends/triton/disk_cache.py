@@ -137,5 +137,5 @@ def _write(path: Path, compiled: Compiled) -> None:
             file.write(f"{_digest(text)}\n{text}")
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)  # Ctrl-C may come when it was put in its place already
         raise

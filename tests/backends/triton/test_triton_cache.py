@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -165,6 +167,84 @@ def test_nothing_is_left_behind_where_a_file_cannot_be_put(folder, caplog):
         assert cached(KERNEL, lambda: COMPILED) is COMPILED
     assert "cannot be kept" in caplog.text
     assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_ctrl_c_when_a_file_is_in_its_place(folder, monkeypatch):
+    """It comes through, and the kernel is kept."""
+    replace = os.replace
+
+    def interrupted(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(disk_cache.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached(KERNEL, lambda: COMPILED)
+    assert cached(KERNEL, refuse).cubin == COMPILED.cubin
+
+
+# Programs that fill the cache with one kernel, large enough that it is written in several pieces.
+FILL = """
+import logging, os, resource, sys
+sys.path.insert(0, {folder!r})
+from test_triton_cache import COMPILED, KERNEL, cached, directory, disk_cache
+LARGE = COMPILED._replace(cubin=COMPILED.cubin * 4000)
+def fill():
+    path = directory() / f"{{disk_cache._key(KERNEL)}}.json"
+    disk_cache._write(path, LARGE)
+    assert cached(KERNEL, None).cubin == LARGE.cubin  # whole, whoever wrote it
+"""
+FOREVER = (
+    FILL
+    + """
+print("ready", flush=True)
+try:
+    while True:
+        fill()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+)
+FULL = (
+    FILL
+    + """
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))  # as a disk that has no room for more
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+logging.basicConfig()
+assert cached(KERNEL, lambda: LARGE) is LARGE
+"""
+)
+
+
+def started(program):
+    source = program.format(folder=os.path.dirname(__file__))
+    return subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_processes_that_fill_the_cache_at_once(folder):
+    processes = [started(FILL + "for _ in range(60): fill()") for _ in range(3)]
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
+    assert [path.suffix for path in folder.iterdir()] == [".json"]
+
+
+def test_ctrl_c_while_files_are_written_leaves_them_whole(folder):
+    for number in range(3):
+        process = started(FOREVER)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.05 + 0.013 * number)
+        process.send_signal(signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+        assert (said, process.returncode) == ("interrupted\n", 0), errors
+        assert [path.suffix for path in folder.iterdir()] == [".json"]
+        assert cached(KERNEL, refuse).cubin[:4] == b"\x7fELF"
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_behind(folder):
+    process = started(FULL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    assert "cannot be kept" in errors
+    assert not [*folder.iterdir()]
 
 
 @pytest.mark.parametrize("mode", (0o720, 0o702, 0o777))
