@@ -17,6 +17,7 @@ from pathlib import Path
 BLOCK = 250
 # As many of one form on a GPU, where each form has kernels of its own.
 GPU_BLOCK = 50
+FLAGS = ("gpu", "apart")
 # A call that takes longer than this, in seconds, hangs; XLA may compile in it.
 HANGS = 180
 
@@ -29,6 +30,7 @@ def parsed(arguments):
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--traced", type=int, default=10, help="one call in so many is traced by JAX; 0 for none")
     parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
+    parser.add_argument("--apart", action="store_true", help="leave out calls whose sequences meet in a slot or a row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--most", type=int, default=10, help="stop after so many wrong calls")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="draw no call after so many")
@@ -59,6 +61,7 @@ def numbers_of(options):
 
 def work(options):
     """Run a worker's calls. Its progress is the number of the call that it runs; what it says goes to stdout as JSON."""
+    from fuzz.oracle import apart
     from fuzz.run import run
     from fuzz.script import script
 
@@ -73,6 +76,9 @@ def work(options):
             break
         progress[:8] = number.to_bytes(8, "little", signed=True)
         call = drawn(options, number)
+        if options.apart and not apart(call.arrays, call.options):
+            counts["left out: sequences meet"] += 1
+            continue
         try:
             outcome = run(call)
         except Exception:
@@ -110,9 +116,9 @@ class Worker:
 
     def start(self):
         """Run the calls from the one that the progress says on."""
-        passed = {n: v for n, v in vars(self.options).items() if n not in ("worker", "progress", "gpu", "most")}
+        passed = {n: v for n, v in vars(self.options).items() if n not in ("worker", "progress", "most", *FLAGS)}
         command = [sys.executable, "-m", "fuzz", *(f"--{name}={value}" for name, value in passed.items())]
-        command += ["--gpu"] if self.options.gpu else []
+        command += [f"--{flag}" for flag in FLAGS if vars(self.options)[flag]]
         command += [f"--worker={self.number}", f"--progress={self.progress}"]
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         with self.said.open("ab") as out:

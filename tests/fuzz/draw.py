@@ -228,7 +228,7 @@ class _Draw:
         if self.replays:
             self._rings(kinds)
         if self.steps:
-            entries = max(self.slots + form.choice([-2, 0, 0, 1, 3]), 0)
+            entries = max((1 if self.long else self.slots) + form.choice([-2, 0, 0, 1, 3]), 0)
             stride = self.flags.get("intermediate_stride", 1)
             steps = self.longest // stride + form.choice([0, 0, 1])
             if self.layout == "packed":

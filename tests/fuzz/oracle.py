@@ -150,6 +150,21 @@ def meeting(found, o):
     return undefined
 
 
+def owners(found, rows):
+    """Return of how many sequences each row is."""
+    count = np.zeros(rows, int)
+    for one in found:
+        count[one.rows.start : one.rows.stop] += 1
+    return count
+
+
+def apart(a, o):
+    """Return whether no two sequences of a call meet, in a slot, an entry or a row."""
+    found = sequences(a, o)
+    rows = max((one.rows.stop for one in found), default=0)
+    return not meeting(found, o) and owners(found, rows).max(initial=0) <= 1
+
+
 # --- How numbers are rounded ---
 
 
@@ -264,12 +279,10 @@ class Oracle:
         """Return all that the call must give."""
         found = sequences(self.a, self.o)
         undefined = meeting(found, self.o)
-        owners = np.zeros(self.rows, int)
-        for one in found:
-            owners[one.rows.start : one.rows.stop] += 1
+        count = owners(found, self.rows)
         out = Expected(
             np.zeros((self.rows, self.H, self.P)), np.zeros((self.rows, self.H, self.P)),
-            owners > 0, np.zeros((self.rows, self.H), bool), [],
+            count > 0, np.zeros((self.rows, self.H), bool), [],
         )  # fmt: skip
         with np.errstate(all="ignore"):
             for i, one in enumerate(found):
@@ -277,7 +290,7 @@ class Oracle:
                 known &= i not in undefined
                 out.known[one.rows.start : one.rows.stop] = known
                 out.stores.extend(_known_where(store, known) for store in stores)
-        out.known[owners > 1] = False
+        out.known[count > 1] = False
         return out
 
     def _stepped(self, one, out):

@@ -11,7 +11,7 @@ from fuzz import judge
 from fuzz.draw import TABLES
 from fuzz.judge import Wrong
 from fuzz.memory import Buffers, placed
-from fuzz.oracle import Oracle, sequences
+from fuzz.oracle import Oracle, owners, sequences
 from ssu_bridge.testing.tolerances import ROUNDINGS
 
 # What may be wrong with a call, as the package says.
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def _buffers():
-    return Buffers(count=30, capacity=1 << 23)
+    return Buffers(count=30, capacity=1 << 25)
 
 
 def run(call):
@@ -197,10 +197,8 @@ def _with_inexact_gate(expected, z):
 def _without_sharing(expected, a, options):
     """On xla all results of sequences that share rows are undefined."""
     found = sequences(a, options)
-    owners = np.zeros(len(expected.written), int)
-    for one in found:
-        owners[one.rows.start : one.rows.stop] += 1
-    sharing = [one for one in found if len(one.rows) and owners[one.rows.start : one.rows.stop].max() > 1]
+    count = owners(found, len(expected.written))
+    sharing = [one for one in found if len(one.rows) and count[one.rows.start : one.rows.stop].max() > 1]
     places = {("state", (s,)) for one in sharing for s in one.states if s is not None}
     places |= {("intermediate_states", e) for one in sharing for e in one.entries if e is not None}
     slots = {one.read for one in sharing} if options.window else set()
