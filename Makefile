@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all fuzz check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-all fuzz sanitize check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -20,6 +20,14 @@ CALLS ?= 20000
 SEED ?= 0
 fuzz: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz --calls $(CALLS) --seed $(SEED) --jobs $(JOBS)
+
+# The native part built with AddressSanitizer and UBSan (address) and with ThreadSanitizer (thread), under the fuzz.
+SANITIZERS ?= address thread
+SANITIZED_CALLS ?= 2000
+sanitize: .venv/installed
+	for name in $(SANITIZERS); do \
+	  $(BIN)/python tools/sanitize.py $$name --calls $(SANITIZED_CALLS) --seed $(SEED) || exit 1; \
+	done
 
 check: .venv/installed
 	$(BIN)/python -m ssu_bridge check

@@ -25,6 +25,10 @@ namespace ffi = tvm::ffi;
 // How the state is cut, in elements: a step takes about as long for each of them whatever their type. An item, with its
 // operands, stays in the first-level cache, also where it is there a second time in float32; a chunk is what a thread
 // takes at a time, in about 6 us.
+#ifdef SSU_BRIDGE_SMALL_CHUNKS  // for sanitizers: what only large calls do, small ones do too
+constexpr int64_t kItemElements = 128, kTiledItemElements = 128, kChunkElements = 256;
+constexpr int64_t kElementsWorthWaking = 0, kElementsPerThread = 128;
+#else
 constexpr int64_t kItemElements = 8 << 10;
 constexpr int64_t kTiledItemElements = 4 << 10;
 constexpr int64_t kChunkElements = 64 << 10;
@@ -32,6 +36,7 @@ constexpr int64_t kChunkElements = 64 << 10;
 // not spin: that was no faster where it was measured, and takes cores from XLA's own threads.
 constexpr int64_t kElementsWorthWaking = 768 << 10;
 constexpr int64_t kElementsPerThread = 128 << 10;
+#endif
 // A processor wakes its 512-bit units in about a microsecond, too long for what AVX2 does in two.
 constexpr int64_t kElementsWorthWideVectors = 16 << 10;
 // What an element costs that needs an exponential of its own, and what it costs more to round it to a row's scale or by
