@@ -15,6 +15,8 @@ _LEAST = 16
 _MOST_ROWS = 64
 # More tokens at a time take more registers than there are.
 _MOST_CHUNK = 32
+# From so many bytes of state in a call on, tiles are prefetched.
+_LEAST_BYTES_AHEAD = 40 << 20
 # The most columns with which a program's state leaves registers for the rest.
 _MOST_COLUMNS = 128
 
@@ -104,6 +106,8 @@ def _matrix_tile(problem: Problem) -> Tile:
     columns = max(tiles.power_of_two(problem.dstate), _LEAST)
     is_tree, stores_some = "parent_tokens" in problem.names, "intermediate_states" in problem.names
     most = MOST_TOKENS_OF_A_TREE if is_tree else _MOST_CHUNK
+    if not is_tree and _takes_registers(problem, stores_some):
+        most = _LEAST
     if stores_some:
         most = min(most, tiles.power_of_two(problem.options.intermediate_stride + 1) // 2)
     is_known = problem.layout == "multi" and isinstance(problem.tokens, int)
@@ -111,8 +115,15 @@ def _matrix_tile(problem: Problem) -> Tile:
         chunk, one = max(tiles.power_of_two(problem.tokens), _LEAST), not stores_some
     else:
         chunk, one = most, is_tree
-    one_tile = Tile(rows, columns, rows // _LEAST, chunk, one)
+    ahead = tiles.ahead(problem, rows, _LEAST_BYTES_AHEAD) if one else 0
+    one_tile = Tile(rows, columns, rows // _LEAST, chunk, one, ahead=ahead)
     return one_tile if one or is_tree else one_tile._replace(segments=_segments(problem, one_tile))
+
+
+def _takes_registers(problem: Problem, stores_some: bool) -> bool:
+    """Return whether chunks of 32 tokens spill registers: float32 in parts does it, or scales of states on the way."""
+    dtypes = dict(problem.dtypes)
+    return "float32" in {dtypes[name] for name in ("x", "B", "C")} or (stores_some and "state_scale" in dtypes)
 
 
 def _segments(problem: Problem, tile: Tile) -> Segments:

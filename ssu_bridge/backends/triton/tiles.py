@@ -17,8 +17,9 @@ from ssu_bridge.core.problem import Problem
 _THREADS = 32
 # Of a program whose rows are longer than what a warp's threads hold in one vector each.
 _WARPS_FOR_LONG_ROWS = 4
-# From this compute capability on, and from so many bytes of state in a call on, programs have later tiles brought from
-# memory to the second-level cache: those that begin so many bytes later. Twice as many are too many for it.
+# From this compute capability on, and from so many bytes of state in a call on (but for the matrix form), programs have
+# later tiles brought from memory to the second-level cache: those that begin so many bytes later. Twice as many are too
+# many for it.
 _PREFETCHING = (9, 0)
 _LEAST_BYTES = 20 << 20
 _BYTES_AHEAD = 4 << 20
@@ -46,7 +47,7 @@ class Tile(NamedTuple):
     # Of a replay step: how many heads a program does.
     heads: int = 1
     segments: Segments = Segments()
-    # Of the kernel for one token: how many programs later the tile is that a program has brought to the cache; 0: none.
+    # How many programs later the tile is that a program has brought to the cache; 0: none.
     ahead: int = 0
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ def tile(problem: Problem) -> Tile:
         if not least or requested[0] < least:
             can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
             raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {requested}")
-        return Tile(requested[0], columns, requested[1], ahead=_ahead(problem, requested[0]))
+        return Tile(requested[0], columns, requested[1], ahead=ahead(problem, requested[0]))
     return fitted(problem, *_table_entry(problem))
 
 
@@ -83,7 +84,7 @@ def fitted(problem: Problem, elements: int, warps: int) -> Tile:
     while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
         warps //= 2
     rows = max(rows, least_rows(problem, warps))
-    return Tile(rows, columns, warps, ahead=_ahead(problem, rows))
+    return Tile(rows, columns, warps, ahead=ahead(problem, rows))
 
 
 def is_plain(problem: Problem) -> bool:
@@ -110,17 +111,19 @@ def _vector(problem: Problem) -> int:
     )
 
 
-def _ahead(problem: Problem, rows: int) -> int:
-    """Return how many programs later the tile is that a program of one token has brought to the cache."""
+def ahead(problem: Problem, rows: int, least_bytes: int = _LEAST_BYTES) -> int:
+    """Return how many programs later the tile is that a program has brought to the cache, where states are so large."""
     assert problem.capability is not None
+    # A state that is read from a table's column, or not at all, is not found so simply.
+    elsewhere = "state_batch_indices" in problem.tables or "has_initial_state" in problem.names
     # Stochastic rounding takes longer than memory does.
-    if not is_plain(problem) or problem.stochastic_rounding or problem.capability < _PREFETCHING:
+    if elsewhere or problem.stochastic_rounding or problem.capability < _PREFETCHING:
         return 0
     itemsize = np.dtype(dict(problem.dtypes)["state"]).itemsize
     size = rows * problem.dstate * itemsize
     is_whole = problem.headdim % rows == 0 and size % VECTOR_BYTES == 0 and "state" not in problem.unaligned
     # Of a symbolic number of JAX nothing is known.
-    is_large = isinstance(problem.sequences, int) and _work(problem) * itemsize >= _LEAST_BYTES
+    is_large = isinstance(problem.sequences, int) and _work(problem) * itemsize >= least_bytes
     return _BYTES_AHEAD // size if is_whole and is_large else 0
 
 

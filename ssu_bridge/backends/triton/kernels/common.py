@@ -54,6 +54,34 @@ def load(pointers, mask):
 
 
 @triton.jit
+def prefetch(
+    tile,
+    tiles,
+    state,
+    state_batch_indices,
+    state_stride,
+    state_batch_indices_stride,
+    slots,
+    TILES_OF_EACH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    """Have one of the tiles that programs update brought to the second-level cache, if there are so many."""
+    if tile < tiles:
+        sequence = (tile // TILES_OF_EACH).to(tl.int64)
+        slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD)
+        if slot >= 0:
+            first = state + slot * state_stride + (tile % TILES_OF_EACH).to(tl.int64) * ELEMENTS
+            size: tl.constexpr = ELEMENTS * (state.dtype.element_ty.primitive_bitwidth // 8)
+            tl.inline_asm_elementwise(
+                """{ .reg .pred first; .reg .b32 thread;
+                mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+                @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, thread; }""",
+                "=r,l,r", [first.to(tl.int64), tl.full((), size, tl.int32)], tl.int32, False, 1,
+            )  # fmt: skip
+
+
+@triton.jit
 def to_float32(loaded):
     """Convert what each thread loaded a part of and every warp needs.
 

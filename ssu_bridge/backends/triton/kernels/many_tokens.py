@@ -16,6 +16,7 @@ from ssu_bridge.backends.triton.kernels.common import (
     gated_output,
     inside,
     load,
+    prefetch,
     slot_of,
     time_step,
     to_float32,
@@ -99,6 +100,7 @@ def many_tokens(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Advance ``state`` in place, and write ``out`` and the intermediate states. An absent array is None.
 
@@ -143,6 +145,11 @@ def many_tokens(
         sources += column * state_batch_indices_token_stride
     source = slot_of(sources, state_batch_indices_stride, sequence, slots, PAD)
     live = source >= 0
+    if AHEAD:
+        prefetch(
+            program + AHEAD, tl.num_programs(0), state, state_batch_indices, state_stride, state_batch_indices_stride,
+            slots, H * blocks, BLOCK_P * N, PAD,
+        )  # fmt: skip
     loads = live
     if has_initial_state is not None:
         loads = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)

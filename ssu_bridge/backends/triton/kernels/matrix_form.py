@@ -14,9 +14,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssu_bridge.backends.triton.kernels.chunks import advanced, decayed, decays_after, exponents_of, summed
-from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_output, inside, load, slot_of
+from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_output, inside, load, prefetch, slot_of
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.products import mixed, product
+from ssu_bridge.backends.triton.kernels.products import mixed, product, product_of_rows
 from ssu_bridge.backends.triton.kernels.segments import bounds_of, first_record, segment_at, start_of_segment
 from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in, store_state
 
@@ -102,6 +102,7 @@ def matrix_form(
     B_PARTS: tl.constexpr,
     C_PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Do what ``many_tokens`` does with the same arguments, in chunks of Q tokens; with ONE there is one chunk.
 
@@ -153,6 +154,11 @@ def matrix_form(
     )  # fmt: skip
     source = source_of(sources, sequence, slots, PAD)
     live = source >= 0
+    if AHEAD:
+        prefetch(
+            program + AHEAD, tl.num_programs(0), state, state_batch_indices, state_stride, state_batch_indices_stride,
+            slots, H * blocks, BLOCK_P * N, PAD,
+        )  # fmt: skip
     wanted = live
     if has_initial_state is not None:
         wanted = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)
@@ -278,11 +284,10 @@ def _chunk(
         coarse = tl.sum(tl.where(on_path, coarse[:, None], 0.0), 0)
         fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
     up = tl.exp2(fine)
-    weights = product(Bs, tl.trans(Cs), tl.zeros((Q, Q), tl.float32), B_PARTS, C_PARTS)
+    weights = product_of_rows(Bs, Cs, B_PARTS, C_PARTS)
     weights = decayed(weights, coarse, tl.div_rn(d, up), on_path)
-    zeros = tl.zeros((BLOCK_P, Q), tl.float32)
-    y = product(tl.trans(Xs), weights, zeros, X_PARTS, 3)
-    before = product(current, tl.trans(mixed(Cs, MIX)), zeros, S_PARTS, C_PARTS)
+    y = product(tl.trans(Xs), weights, tl.zeros((BLOCK_P, Q), tl.float32), X_PARTS, 3)
+    before = product_of_rows(current, mixed(Cs, MIX), S_PARTS, C_PARTS)
     y = tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :]
 
     y = tl.trans(y)

@@ -14,17 +14,44 @@ _UPPER_HALF = tl.constexpr(-65536)
 
 @triton.jit
 def product(a, b, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """Return acc + a @ b, without the products of parts that are below 2**-24 of it.
+    """Return acc + a @ b, without the products of parts that are below 2**-24 of it, or 2**-32 where all are float32.
 
     Tensor cores cut off what does not fit beside the sum so far, and so the smallest products come first.
     """
     a_parts, b_parts = _parts(a, A_PARTS), _parts(b, B_PARTS)
-    for smaller in tl.static_range(2, -1, -1):
+    most: tl.constexpr = 3 if A_PARTS + B_PARTS == 6 else 2
+    for smaller in tl.static_range(most, -1, -1):
         for i in tl.static_range(len(a_parts)):
             for j in tl.static_range(len(b_parts)):
                 if i + j == smaller:
                     acc = tl.dot(a_parts[i], b_parts[j], acc)
     return acc
+
+
+@triton.jit
+def product_of_rows(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """Return a @ trans(b). Of float32 operands, tensor cores sum over quarters of the columns, as they cut sums off."""
+    if A_PARTS + B_PARTS == 6 and a.shape[1] >= 64:
+        a_left, a_right = _halves(a)
+        b_left, b_right = _halves(b)
+        return _sum_of_halves(a_left, b_left, A_PARTS, B_PARTS) + _sum_of_halves(a_right, b_right, A_PARTS, B_PARTS)
+    else:
+        return product(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), A_PARTS, B_PARTS)
+
+
+@triton.jit
+def _sum_of_halves(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    a_left, a_right = _halves(a)
+    b_left, b_right = _halves(b)
+    zeros = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    left = product(a_left, tl.trans(b_left), zeros, A_PARTS, B_PARTS)
+    return left + product(a_right, tl.trans(b_right), zeros, A_PARTS, B_PARTS)
+
+
+@triton.jit
+def _halves(t):
+    """Return the left and the right half of a matrix's columns."""
+    return tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit

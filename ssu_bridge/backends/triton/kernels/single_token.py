@@ -14,6 +14,7 @@ from ssu_bridge.backends.triton.kernels.common import (
     gated_output,
     inside,
     load,
+    prefetch,
     slot_of,
     time_step,
     to_float32,
@@ -100,9 +101,9 @@ def single_token(
         old_scales = load(state_scale + source * state_scale_stride + channels, row_mask & (source >= 0))
     if AHEAD:
         # While this program waits for its own tile.
-        _prefetch(
-            program + AHEAD, state, state_batch_indices, state_stride, state_batch_indices_stride, slots,
-            H * blocks, BLOCK_P * N, PAD,
+        prefetch(
+            program + AHEAD, tl.num_programs(0), state, state_batch_indices, state_stride, state_batch_indices_stride,
+            slots, H * blocks, BLOCK_P * N, PAD,
         )  # fmt: skip
 
     old = widen(loaded, STORED)
@@ -130,30 +131,3 @@ def single_token(
     gate = z if z is None else load(z + sequence * z_stride + channels, row_mask)
     y = gated_output(y, xs, skip, gate)
     tl.store(out + sequence * out_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
-
-
-@triton.jit
-def _prefetch(
-    program,
-    state,
-    state_batch_indices,
-    state_stride,
-    state_batch_indices_stride,
-    slots,
-    PROGRAMS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    PAD: tl.constexpr,
-):
-    """Have the tile of a program, of those that there are of each sequence, brought to the second-level cache."""
-    if program < tl.num_programs(0):
-        sequence = (program // PROGRAMS).to(tl.int64)
-        slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD)
-        if slot >= 0:
-            first = state + slot * state_stride + (program % PROGRAMS).to(tl.int64) * ELEMENTS
-            size: tl.constexpr = ELEMENTS * (state.dtype.element_ty.primitive_bitwidth // 8)
-            tl.inline_asm_elementwise(
-                """{ .reg .pred first; .reg .b32 thread;
-                mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, thread; }""",
-                "=r,l,r", [first.to(tl.int64), tl.full((), size, tl.int32)], tl.int32, False, 1,
-            )  # fmt: skip
