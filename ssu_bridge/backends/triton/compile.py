@@ -403,10 +403,6 @@ def _matrix_constants(s: Specialisation) -> dict[str, Any]:
     }
 
 
-# With so few registers more programs fit, and nothing is spilled for it.
-_REPLAY_REGISTERS = {"bfloat16": 144, "int8": 168}
-
-
 def _options(s: Specialisation) -> dict[str, int]:
     """Return Triton's options for products and loops that read ahead; with few registers where that was measured."""
     if s.kernel == "single_token":
@@ -414,13 +410,12 @@ def _options(s: Specialisation) -> dict[str, int]:
     dtypes = dict(s.dtypes)
     inputs = {dtypes[name] for name in ("x", "B", "C")}
     fits = s.capability[0] == 9 and s.tile.columns <= 128 and "rand_seed" not in dtypes and inputs == {"bfloat16"}
-    if s.window and not s.tile.chunk:
-        usual = s.window <= 16 and s.tile.columns == 128 and s.tile.heads > 1
-        few = fits and usual and dtypes["state"] in _REPLAY_REGISTERS
-        return {"num_stages": 3} | ({"maxnreg": _REPLAY_REGISTERS[dtypes["state"]]} if few else {})
+    if s.window:
+        registers = replay.most_registers(s) if fits else None
+        return {"num_stages": 3} | ({"maxnreg": registers} if registers else {})
     if not s.tile.chunk:
         return {}
-    few = fits and not s.window and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
+    few = fits and s.tile.chunk == 16 and _matrix_constants(s)["S_PARTS"] == 1
     return {"num_stages": 1} | ({"maxnreg": 128} if few else {})
 
 

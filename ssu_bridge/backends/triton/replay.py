@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 # The sides of a tensor core's tile: a program's rows, and what is summed over, have at least so many elements.
 _LEAST = 16
-# Of several tokens.
-_MOST_ROWS = 64
 # Columns of a checkpoint that are computed at a time, so that they fit the registers.
 _MOST_COLUMNS, _FEW_COLUMNS = 128, 32
+# Bytes of a row of one that several tokens take at a time, where they take few registers.
+_PART_BYTES = 128
 _THREADS = 32
 # In how many bfloat16 parts what is stored goes into a product without an error.
 _STATE_PARTS = {"bfloat16": 1, "float16": 2, "float32": 3, "int16": 2, "int8": 1, "float8_e4m3fn": 1}
@@ -39,12 +39,16 @@ class _Measured(NamedTuple):
 # By what a checkpoint is stored in. Heads do not change the bits, and so may depend on the number of sequences.
 _MEASURED = {
     "float32": _Measured(32, 2, 2, 2, 1),
-    "bfloat16": _Measured(32, 1, 2, 2, 1),
+    "bfloat16": _Measured(32, 1, 2, 2, 2048),
     "float16": _Measured(32, 1, 2, 2, 1),
     "int16": _Measured(32, 1, 2, 2, 1),
-    "int8": _Measured(64, 1, 8, 3, 1024),
-    "float8_e4m3fn": _Measured(32, 1, 8, 3, 1024),
+    "int8": _Measured(32, 1, 4, 3, 4096),
+    "float8_e4m3fn": _Measured(32, 1, 4, 3, 4096),
 }
+# The same for several tokens, of any checkpoint. Products of long windows, or of float32 in parts, take the registers
+# of four warps.
+_SEVERAL, _MANY = _Measured(32, 1, 2, 2, 1), _Measured(64, 4, 1, 1, 1)
+_FLUSH_STAGES = 2
 
 
 def is_one_token(problem: Problem) -> bool:
@@ -68,11 +72,9 @@ def tile(problem: Problem) -> Tile:
     one = is_one_token(problem)
     known = problem.layout == "multi" and isinstance(problem.tokens, int)
     chunk = 0 if one else max(power_of_two(problem.tokens if known else problem.longest), _LEAST)
-    best = _MEASURED[dict(problem.dtypes)["state"]]
-    # The products of many tokens with each other take the registers of four warps.
-    least = _LEAST if one or _is_short(problem.options.replay_window, chunk) else _MOST_ROWS
-    rows = min(max(power_of_two(problem.headdim), least), best.rows if one else _MOST_ROWS)
-    warps = min(best.warps, rows // _LEAST) if one else rows // _LEAST
+    best = _MEASURED[dict(problem.dtypes)["state"]] if one else _several(problem, chunk)
+    rows = min(max(power_of_two(problem.headdim), _LEAST), best.rows)
+    warps = min(best.warps, rows // _LEAST)
     if requested := problem.options.config.triton_tile:
         rows, warps = requested
         if rows < _LEAST * warps:
@@ -81,7 +83,7 @@ def tile(problem: Problem) -> Tile:
                 f"{requested}"
             )
     columns = max(power_of_two(problem.dstate), _LEAST)
-    return Tile(rows, columns, warps, chunk, not one, _heads(problem, rows, best) if one else 1)
+    return Tile(rows, columns, warps, chunk, not one, _heads(problem, rows, best))
 
 
 def _heads(problem: Problem, rows: int, best: _Measured) -> int:
@@ -98,8 +100,10 @@ def _heads(problem: Problem, rows: int, best: _Measured) -> int:
     return heads
 
 
-def _is_short(window: int, chunk: int) -> bool:
-    return max(window, chunk) <= _LEAST
+def _several(problem: Problem, chunk: int) -> _Measured:
+    dtypes = dict(problem.dtypes)
+    takes_registers = "float32" in {dtypes[name] for name in ("x", "B", "C")}
+    return _MANY if takes_registers or max(problem.options.replay_window, chunk) > _LEAST else _SEVERAL
 
 
 def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
@@ -108,16 +112,29 @@ def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
     return 0, min(chunk, specialisation.most_tokens) if chunk else 1
 
 
+# With so few registers more programs fit, by the dtype of the checkpoint and the heads of a program: of one new token
+# and of several. What is spilled for it, at most 24 bytes, costs less than it gains.
+_REGISTERS = {("bfloat16", 1): 128, ("bfloat16", 2): 144, ("int8", 2): 128, ("int8", 4): 128}
+_REGISTERS_OF_SEVERAL = {("bfloat16", 2): 168, ("int8", 2): 168}
+
+
+def most_registers(s: "Specialisation") -> int | None:
+    """Return to how many registers a thread is limited, for the sizes of which it was measured to be faster."""
+    table = _REGISTERS_OF_SEVERAL if s.tile.chunk else _REGISTERS
+    usual = max(s.window, s.tile.chunk) <= _LEAST and s.tile.columns == _MOST_COLUMNS
+    return table.get((dict(s.dtypes)["state"], s.tile.heads)) if usual else None
+
+
 def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
     """Return what only these kernels have compiled in. ``parts`` are the bfloat16 parts of numbers by their dtype."""
     dtypes = dict(s.dtypes)
-    stages = 1 if s.tile.chunk else _MEASURED[dtypes["state"]].stages
+    best = _SEVERAL if s.tile.chunk else _MEASURED[dtypes["state"]]
     vector = {name: VECTOR_BYTES // np.dtype(dtypes[name]).itemsize for name in ("state", "B")}
     window = max(power_of_two(s.window), _LEAST)
     group = min(_THREADS_OF_A_GROUP * vector["state"], s.tile.columns)
     # A thread keeps C's for all columns, which take fewer registers where more threads share a row.
     columns = group if s.tile.columns <= _MOST_COLUMNS else _MOST_COLUMNS
-    part = _MOST_COLUMNS if s.tile.chunk and _is_short(s.window, s.tile.chunk) else _FEW_COLUMNS
+    part = _PART_BYTES // np.dtype(dtypes["state"]).itemsize if s.tile.warps == _SEVERAL.warps else _FEW_COLUMNS
     # A ring of B lies in the registers as one of x does, so that what is summed over both has one layout.
     ring = vector["B"] * _THREADS * s.tile.warps
     ring_columns = min(s.tile.rows, s.tile.columns)
@@ -127,8 +144,8 @@ def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
         "K": window,
         "HEADS": s.tile.heads,
         # Nothing is read ahead of one head. A checkpoint is written in pieces, several to a head.
-        "STAGES": stages if s.tile.heads > 1 else 1,
-        "FLUSH_STAGES": stages,
+        "STAGES": min(best.stages, s.tile.heads),
+        "FLUSH_STAGES": _FLUSH_STAGES,
         "Q": s.tile.chunk,
         "MOST": s.most_tokens,
         "W": group,
@@ -137,7 +154,7 @@ def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
         "RING_COLUMNS": ring_columns,
         "TOGETHER": min(s.tile.rows, s.tile.warps * _THREADS * vector["state"] // columns),
         "RING_TOGETHER": min(window, max(1, ring // ring_columns)),
-        "PART": max(group, min(part, s.tile.columns)),
+        "PART": min(part, s.tile.columns),
         "S_PARTS": _STATE_PARTS[dtypes["state"]],
         **{f"{name.upper()}_PARTS": parts[dtypes[name]] for name in ("x", "B", "C")},
     }

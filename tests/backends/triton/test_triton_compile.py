@@ -239,9 +239,23 @@ def test_tiles_of_large_states_are_prefetched(dtype):
         dataclasses.replace(many, unaligned=("state",)),
         dataclasses.replace(many, headdim=72),
         dataclasses.replace(problem_of(layer("int8", seed=1)), sequences=100),
-        dataclasses.replace(problem_of(layer(dtype, tokens=2)), sequences=100),
+        dataclasses.replace(problem_of(layer(dtype, tokens=2, has_initial_state=(True,))), sequences=100),
+        dataclasses.replace(problem_of(layer(dtype, tokens=2, slots=2, indices=((0, 1),))), sequences=100),
     ):
         assert tiles.tile(other).ahead == 0
+
+
+@pytest.mark.parametrize(("tokens", "algorithm"), [(2, "loop"), (8, "matrix")])
+def test_tiles_of_several_tokens_are_prefetched(tokens, algorithm):
+    problem = problem_of(layer("bfloat16", tokens=tokens), algorithm=algorithm)
+    few, many = (dataclasses.replace(problem, sequences=n) for n in (1, 100))
+    found = specialise(many, forms.tile(many))
+    assert found.tile.ahead * found.tile.rows * 128 * 2 == 4 << 20
+    assert PREFETCH in compile_step(found).text["ptx"]
+    assert forms.tile(few).ahead == 0
+    # A prompt waits for other things.
+    prompt = problem_of(layer("bfloat16", tokens=300), algorithm="matrix")
+    assert forms.tile(dataclasses.replace(prompt, sequences=100)).ahead == 0
 
 
 @pytest.mark.parametrize(
@@ -411,7 +425,7 @@ def test_a_tile_of_a_replay_step():
     assert forms.tile(few)[:4] == forms.tile(many)[:4], "the bits depend on it, and not on the number of heads"
     assert "tile=32x1*2" in specialise(many, forms.tile(many)).target
     quantised = problem_of(CLASSES["layer, int8, replay"])
-    assert [forms.tile(dataclasses.replace(quantised, sequences=n)).heads for n in (1, 32, 64, 1000)] == [1, 2, 4, 8]
+    assert [forms.tile(dataclasses.replace(quantised, sequences=n)).heads for n in (1, 32, 64, 1000)] == [1, 1, 2, 4]
     one_group_each = dataclasses.replace(quantised, sequences=1000, ngroups=64)
     assert forms.tile(one_group_each).heads == 1
     with using(triton_tile=(16, 2)), pytest.raises(ValueError, match="at least 16 rows for each warp"):
@@ -434,9 +448,14 @@ def definition(kernel, name):
     return re.search(rf"^{name} = (.*)$", kernel.text["ttgir"], re.MULTILINE)[1]
 
 
-def test_a_replay_step_reads_ahead():
-    ptx = compiled(CLASSES["layer, bfloat16, replay"]).text["ptx"]
-    assert "cp.async" in ptx
+@pytest.mark.parametrize("name", ["layer, bfloat16, replay", "layer, bfloat16, replay, tokens"])
+def test_a_replay_step_reads_ahead(name):
+    problem = dataclasses.replace(problem_of(CLASSES[name]), sequences=1000)
+    found = specialise(problem, forms.tile(problem))
+    assert found.tile.heads == 2
+    # A head's tile of the checkpoint by each, as many as are read ahead, and the flush's.
+    loop = compile_step(found).text["ttgir"]
+    assert re.search(r"async_copy_global_to_local .* -> <32x\d+xbf16", loop)
 
 
 def test_a_tile_can_be_asked_for_and_is_shown():
