@@ -11,6 +11,7 @@ from jax import export
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
+from matrix_cases import MATRIX_CASES
 from modes import bits, int64_as_it_is, skip_if_refused, to_mode
 from sharded import run
 
@@ -43,7 +44,7 @@ for path in sys.argv[1:]:
     arrays = dict(np.load(path + "/arrays.npz"))
     targets = ssu_bridge.prepare(exported)
     assert len(targets) == 1, targets
-    out, state = exported.call(**arrays)
+    out, state, *_ = exported.call(**arrays)
     np.savez(path + "/results.npz", out=out, state=state)
 """
 
@@ -75,11 +76,11 @@ def same(got, expected):
         np.testing.assert_array_equal(bits(array), bits(np.array(other)))
 
 
-def exported_call(case, backend, export_it=exported_step):
-    """Return an exported step, its arrays, and what it has to give."""
+def exported_call(case, backend, export_it=exported_step, **flags):
+    """Return an exported step, its arrays, and the output and state that it has to give."""
     arrays = case.arrays(seed=3)
-    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend)
-    return export_it(case, backend=backend), arrays, expected
+    expected = ssu_bridge.update(**to_mode(arrays, "jax"), **case.flags, backend=backend, **flags)
+    return export_it(case, backend=backend, **flags), arrays, expected[:2]
 
 
 def exported_vmap(backend):
@@ -109,6 +110,8 @@ def test_a_fresh_process_runs_exported_programs(tmp_path, platform, backend):
     programs = [exported_call(LARGE if backend == "flashinfer" else CASE, backend)]
     if backend != "flashinfer":
         programs.append(exported_vmap(backend))
+        form = "matrix" if backend == "triton" else "loop"
+        programs += [exported_call(case, backend, algorithm=form) for case in MATRIX_CASES.values()]
     if backend == "cpu":
         programs.append(exported_call(TREES, backend))
         with_open_sizes = functools.partial(exported_open, opened="bS")

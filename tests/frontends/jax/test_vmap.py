@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from copied import copied
+from matrix_cases import MATRIX_CASES
 from modes import GPU_BACKENDS, bits, int64_as_it_is, skip_if_refused, to_mode
 from thinned import covering, thinned
 
@@ -128,6 +129,15 @@ def test_everything_mapped(case, backend):
     with int64_as_it_is(calls[0]):
         calls = [as_jax(arrays) for arrays in calls]
         assert_loop(case, calls, {name: 0 for name in calls[0] if name not in SHARED}, jax.jit, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ("xla", *GPU_BACKENDS[:1]))
+@pytest.mark.parametrize("what", MATRIX_CASES)
+def test_everything_of_the_matrix_form_mapped(what, backend):
+    case = MATRIX_CASES[what]
+    calls = [as_jax(arrays) for arrays in drawn(case)]
+    mapped = {name: 0 for name in calls[0] if name not in SHARED}
+    assert_loop(case, calls, mapped, jax.jit, backend=backend, algorithm="matrix")
 
 
 @pytest.mark.parametrize("backend", ANY_TABLE)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matrix_cases import MATRIX_CASES
 from modes import to_mode
 from thinned import thinned
 from torch._subclasses import FakeTensorMode
@@ -205,11 +206,25 @@ OF_SEVERAL_TOKENS = {
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("what", OF_SEVERAL_TOKENS)
 def test_arguments_of_several_tokens_inside_compiled_code(what, compiler):
-    case = OF_SEVERAL_TOKENS[what]
+    assert_compiled(OF_SEVERAL_TOKENS[what], "torch", compiler)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("mode", "form"), [("torch", "loop"), pytest.param("torch.cuda", "matrix", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("what", MATRIX_CASES)
+def test_either_form_inside_compiled_code(what, mode, form):
+    assert_compiled(MATRIX_CASES[what], mode, "aot_eager", algorithm=form)
+
+
+def assert_compiled(case, mode, compiler, **flags):
+    """Assert that a compiled call gives what an eager one does, and changes as much."""
+    flags = {**case.flags, **flags}
     torch._dynamo.reset()
-    compiled = torch.compile(lambda a: ssu_bridge.update(**a, **case.flags), backend=compiler, fullgraph=True)
-    given, held = (to_mode(case.arrays(seed=1), "torch") for _ in range(2))
-    results, expected = compiled(given), ssu_bridge.update(**held, **case.flags)
+    compiled = torch.compile(lambda a: ssu_bridge.update(**a, **flags), backend=compiler, fullgraph=True)
+    given, held = (to_mode(case.arrays(seed=1), mode) for _ in range(2))
+    results, expected = compiled(given), ssu_bridge.update(**held, **flags)
     for got, right in zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True):
         assert torch.equal(got, right)
     for got, right in zip(pytree.tree_leaves(given), pytree.tree_leaves(held), strict=True):
