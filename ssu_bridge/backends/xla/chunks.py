@@ -18,6 +18,8 @@ from ssu_bridge.core.problem import Problem
 
 # What is smaller than this is 0 as the exponent of a decay, and as that of any which goes on from it.
 _LEAST_EXPONENT = -256.0
+# Tokens whose chunks are computed at a time: what lies between the tokens of a chunk takes memory.
+_AT_A_TIME = 16384
 # Multiples of this are summed without rounding, as many as a chunk has tokens.
 _COARSE = 2.0**-8
 
@@ -29,26 +31,18 @@ def run(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any)
 
 
 def _multi(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
-    """All sequences side by side, one chunk after another."""
-
-    def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
-        states, written = carry
-        tokens, places = chunk
-        states, y = _chunk(problem, arrays["A"], states, tokens)
-        written = {name: storage.store(array, places[name], states) for name, array in written.items()}
-        return (states, written), y
-
+    """All sequences side by side."""
     tokens = jax.tree.map(functools.partial(_cut, chunking), tokens_of(problem, arrays))
     last = _last_tokens(chunking, tokens.x.shape[0], problem.tokens)
     places = storage.places(problem, arrays, read, jnp.arange(problem.sequences)[None], last, True)
-    carry = storage.load(problem, arrays, read), storage.stored_each_token(problem, arrays)
-    (states, written), y = jax.lax.scan(body, carry, (tokens, places))
-    out = arithmetic.finished(problem, arrays, _joined(chunking, y, problem.tokens))
-    return storage.results(problem, arrays, read, written, states, out)
+    written, start = storage.stored_each_token(problem, arrays), storage.load(problem, arrays, read)
+    after = _run(problem, chunking, arrays["A"], _Chunks(tokens, places), start, written)
+    out = arithmetic.finished(problem, arrays, _joined(chunking, after.y, problem.tokens))
+    return storage.results(problem, arrays, read, after.written, after.states, out)
 
 
 def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
-    """One chunk after another, each of one sequence; a row of no sequence has zeros for its output.
+    """Chunks of one sequence each; a row of no sequence has zeros for its output.
 
     Of sequences that share rows, results are undefined: a row is computed for the first of its sequences alone.
     """
@@ -66,21 +60,95 @@ def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: 
         places["state"] = jnp.where(table.is_owned & table.ends, final, -1)
     # Loaded before the first store: chunk by chunk, XLA would copy the state.
     start = storage.load(problem, arrays, read)
-
-    def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
-        states, written = carry
-        tokens, places, sequence, begins = chunk
-        states = jnp.where(begins, start[sequence], states[0])[None]
-        states, y = _chunk(problem, arrays["A"], states, jax.tree.map(lambda token: token[None], tokens))
-        written = {name: storage.store(array, places[name][None], states) for name, array in written.items()}
-        return (states, written), y[0]
-
     # A row that is not the chunk's is zeros: it adds nothing to a state, and does not decay it.
     tokens = jax.tree.map(lambda a: a.at[table.rows].get(mode="fill", fill_value=0), tokens_of(problem, arrays))
-    carry = jnp.zeros_like(start[:1]), written
-    (_, written), y = jax.lax.scan(body, carry, (tokens, places, table.sequence, table.begins))
-    y = jnp.where(owners.is_owned[:, None, None], y[_chunk_of_rows(chunking, owners, table.first)], 0)
-    return storage.results(problem, arrays, read, written, None, arithmetic.finished(problem, arrays, y))
+    of_one = jax.tree.map(lambda array: array[:, None], (tokens, places))
+    chunks = _Chunks(*of_one, start, table.begins, table.sequence)
+    after = _run(problem, chunking, arrays["A"], chunks, jnp.zeros_like(start[:1]), written)
+    y = jnp.where(owners.is_owned[:, None, None], after.y[:, 0][_chunk_of_rows(chunking, owners, table.first)], 0)
+    return storage.results(problem, arrays, read, after.written, None, arithmetic.finished(problem, arrays, y))
+
+
+# --- Chunks one after another, or all at once but for the states that go from one to the next ---
+
+
+class _Chunks(NamedTuple):
+    """What chunks are computed from, each with an axis of chunks and one of b sequences.
+
+    Attributes:
+        tokens: (chunks, b, t, ...).
+        places: (chunks, b), where the states after each are stored.
+        start: (sequences, ...), states that some chunks begin from, and not from those after the one before.
+        begins, sequence: (chunks,), whether one does, and from which. All None where none does.
+    """
+
+    tokens: "Tokens"
+    places: dict[str, Any]
+    start: Any = None
+    begins: Any = None
+    sequence: Any = None
+
+    def entered(self, states: Any, begins: Any, sequence: Any) -> Any:
+        """Return the states before a chunk, of those after the one before it."""
+        return states if begins is None else jnp.where(begins, self.start[sequence][None], states)
+
+
+class _After(NamedTuple):
+    """What chunks leave: the states after the last, the arrays that states are stored in, and y (chunks, b, t, ...)."""
+
+    states: Any
+    written: dict[str, Any]
+    y: Any
+
+
+def _run(problem: Problem, chunking: Chunking, A: Any, chunks: _Chunks, states: Any, written: dict[str, Any]) -> _After:
+    run = _at_once if chunking.at_once else _one_by_one
+    return run(problem, A, chunks, states, written)
+
+
+def _one_by_one(problem: Problem, A: Any, chunks: _Chunks, states: Any, written: dict[str, Any]) -> _After:
+    def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
+        states, written = carry
+        tokens, places, *begins = chunk
+        advanced = _anew(functools.partial(_advanced, problem, A))
+        states, y = advanced(chunks.entered(states, *begins), tokens)
+        written = {name: storage.store(array, places[name], states) for name, array in written.items()}
+        return (states, written), y
+
+    (states, written), y = jax.lax.scan(
+        body, (states, written), (chunks.tokens, chunks.places, chunks.begins, chunks.sequence)
+    )
+    return _After(states, written, y)
+
+
+def _at_once(problem: Problem, A: Any, chunks: _Chunks, states: Any, written: dict[str, Any]) -> _After:
+    def body(states: Any, chunk: Any) -> tuple[Any, Any]:
+        from_start, new, *begins = chunk
+        before = chunks.entered(states, *begins)
+        after = _decayed(before, from_start) + new
+        return after, (before, after)
+
+    within = _each(functools.partial(_within, problem, A), chunks.tokens)
+    rows = within.from_start[:, :, -1], within.new, chunks.begins, chunks.sequence
+    states, (before, after) = jax.lax.scan(body, states, rows)
+    of_start = _each(functools.partial(_of_start, problem), before, chunks.tokens.C, within.from_start)
+    after = after.reshape(after.shape[0] * after.shape[1], *after.shape[2:])
+    written = {n: storage.store(array, chunks.places[n].reshape(-1), after) for n, array in written.items()}
+    return _After(states, written, within.y + of_start)
+
+
+def _each(function: Any, *arrays: Any) -> Any:
+    """Return what a function makes of each chunk: of as many at a time as have so many tokens."""
+    chunks, sequences, length = jax.tree.leaves(arrays)[-1].shape[:3]
+    count = max(_AT_A_TIME // max(sequences * length, 1), 1)
+    if count >= chunks:
+        return jax.vmap(_anew(function))(*arrays)
+    return jax.lax.map(lambda chunk: _anew(function)(*chunk), arrays, batch_size=count)
+
+
+def _anew(function: Any) -> Any:
+    """Return a function of which what lies in between is computed anew for a gradient: it is larger than the rest."""
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 # --- One chunk ---
@@ -105,33 +173,54 @@ def tokens_of(problem: Problem, arrays: dict[str, Any]) -> Tokens:
     return Tokens(x, arithmetic.step_sizes(problem, arrays)[..., 0], B.reshape(groups), C.reshape(groups))
 
 
-def _chunk(problem: Problem, A: Any, states: Any, tokens: Tokens) -> tuple[Any, Any]:
-    """Return the states (b, H, P, N) after a chunk of tokens (b, t, ...), and what y has of the states, (b, t, H, P).
+class _Within(NamedTuple):
+    """What a chunk makes of its tokens alone, whatever the states are before it.
 
-    What lies between them is computed anew for a gradient, because it is larger than they are.
+    Attributes:
+        y: (b, t, H, P).
+        new: (b, H, P, N), what is added to the states.
+        from_start: (b, t, H), how much of the states before it is left after each token.
     """
-    advanced = jax.checkpoint(functools.partial(_advanced, problem), prevent_cse=False)
-    after: tuple[Any, Any] = advanced(A, states, tokens)
-    return after
+
+    y: Any
+    new: Any
+    from_start: Any
 
 
 def _advanced(problem: Problem, A: Any, states: Any, tokens: Tokens) -> tuple[Any, Any]:
+    """Return the states (b, H, P, N) after a chunk of tokens (b, t, ...), and y (b, t, H, P) but for D."""
+    within = _within(problem, A, tokens)
+    y = within.y + _of_start(problem, states, tokens.C, within.from_start)
+    return _decayed(states, within.from_start[:, -1]) + within.new, y
+
+
+# Axes: b sequences, t and s tokens, g groups, r heads of a group, p of headdim, n of dstate, q = r p.
+
+
+def _within(problem: Problem, A: Any, tokens: Tokens) -> _Within:
     x, dt, B, C = (array.astype(jnp.float32) for array in tokens)
     sequences, length = x.shape[:2]
     groups = (problem.ngroups, problem.nheads // problem.ngroups)
-    rows = groups[1] * problem.headdim
     from_start, between, to_end = decays(A.astype(jnp.float32).reshape(-1) * dt)
     added = dt[..., None] * x
-
-    # Axes: b sequences, t and s tokens, g groups, r heads of a group, p of headdim, n of dstate, q = r p.
     pairs = product("btgn,bsgn->bgts", C, B)[:, :, None] * between.reshape(sequences, *groups, length, length)
     y = product("bgrts,bsgrp->btgrp", pairs, added.reshape(sequences, length, *groups, problem.headdim))
-    by_group = states.reshape(sequences, problem.ngroups, rows, problem.dstate)
-    of_start = product("btgn,bgqn->btgq", C, by_group).reshape(x.shape)
-    left = (added * to_end[..., None]).reshape(sequences, length, problem.ngroups, rows)
-    new = product("bsgq,bsgn->bgqn", left, B).reshape(states.shape)
-    states = states * from_start[:, -1, :, None, None] + new
-    return states, y.reshape(x.shape) + of_start * from_start[..., None]
+    left = (added * to_end[..., None]).reshape(sequences, length, problem.ngroups, groups[1] * problem.headdim)
+    new = product("bsgq,bsgn->bgqn", left, B).reshape(sequences, problem.nheads, problem.headdim, problem.dstate)
+    return _Within(y.reshape(x.shape), new, from_start)
+
+
+def _of_start(problem: Problem, states: Any, C: Any, from_start: Any) -> Any:
+    """Return what y has of the states before a chunk, (b, t, H, P)."""
+    rows = problem.nheads // problem.ngroups * problem.headdim
+    by_group = states.reshape(states.shape[0], problem.ngroups, rows, problem.dstate)
+    y = product("btgn,bgqn->btgq", C.astype(jnp.float32), by_group)
+    return y.reshape(*from_start.shape, problem.headdim) * from_start[..., None]
+
+
+def _decayed(states: Any, left: Any) -> Any:
+    """Return states of which so much (b, H) is left."""
+    return states * left[..., None, None]
 
 
 def decays(exponents: Any) -> tuple[Any, Any, Any]:
@@ -159,7 +248,7 @@ def decays(exponents: Any) -> tuple[Any, Any, Any]:
 
 def _cut(chunking: Chunking, array: Any) -> Any:
     """Cut an array (b, T, ...) into (chunks, b, size, ...), with zeros for tokens that are not there."""
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     sequences, tokens, *rest = array.shape
     segments = -(-tokens // segment)
     array = _padded(array, 1, segments * segment).reshape(sequences, segments, segment, *rest)
@@ -169,7 +258,7 @@ def _cut(chunking: Chunking, array: Any) -> Any:
 
 def _joined(chunking: Chunking, array: Any, tokens: Any) -> Any:
     """Return what was cut into (chunks, b, size, ...) as (b, T, ...) again."""
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     _, sequences, _, *rest = array.shape
     segments = -(-tokens // segment)
     array = _padded(jnp.moveaxis(array, 0, 1), 1, segments * count)
@@ -179,13 +268,13 @@ def _joined(chunking: Chunking, array: Any, tokens: Any) -> Any:
 
 def _number(chunking: Chunking, tokens: Any) -> Any:
     """Return in how many chunks so many tokens are cut."""
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     return tokens // segment * count + -(-(tokens % segment) // size)
 
 
 def _last_tokens(chunking: Chunking, chunks: Any, tokens: Any) -> Any:
     """Return the number of each chunk's last token, (chunks, 1)."""
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     chunk = jnp.arange(chunks)[:, None]
     end = jnp.minimum(chunk % count * size + size, segment)
     return jnp.minimum(chunk // count * segment + end, tokens) - 1
@@ -223,7 +312,7 @@ class _Table(NamedTuple):
 
 
 def _chunks_of(problem: Problem, chunking: Chunking, owners: storage.Owners) -> _Table:
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     numbers = _number(chunking, owners.lengths)
     first = jnp.cumsum(numbers) - numbers
     # Each sequence has at most one that is not full.
@@ -241,7 +330,7 @@ def _chunks_of(problem: Problem, chunking: Chunking, owners: storage.Owners) -> 
 
 def _chunk_of_rows(chunking: Chunking, owners: storage.Owners, first: Any) -> tuple[Any, Any]:
     """Return the chunk of each packed row, and its place there; any for a row of no sequence."""
-    segment, count, size = chunking
+    segment, count, size = chunking[:3]
     token = jnp.where(owners.is_owned, owners.token, 0)
     chunk = first[owners.sequence] + token // segment * count + token % segment // size
     return jnp.where(owners.is_owned, chunk, 0), token % segment % size

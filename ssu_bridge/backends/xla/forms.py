@@ -10,6 +10,8 @@ from ssu_bridge.core.problem import Problem
 # which costs a GPU more. Decays are exact for up to 128.
 _MOST = {"cpu": 32}
 _MOST_ELSEWHERE = 128
+# Where chunks are computed one after another: a CPU has the state in its cache then.
+_ONE_BY_ONE = ("cpu",)
 # A state is read and written in the time that so many tokens of a chunk take.
 _STATE_IN_TOKENS = 16
 # A chunk of fewer tokens is no faster than the loop.
@@ -21,12 +23,14 @@ _LEAST_TOKENS = 8
 class Chunking(NamedTuple):
     """How a sequence is cut: in segments of so many tokens, and each of them in ``chunks`` chunks of ``size`` or fewer.
 
-    Where states are stored on the way, they are those at the ends of segments.
+    Where states are stored on the way, they are those at the ends of segments. With ``at_once`` all chunks are
+    computed at once, but for the states that go from one to the next.
     """
 
     segment: int
     chunks: int
     size: int
+    at_once: bool = False
 
 
 def refusal(problem: Problem) -> str | None:
@@ -74,7 +78,8 @@ def chunking(problem: Problem) -> Chunking | None:
     else:
         segment = problem.tokens if is_known else most
     count = -(-segment // most)
-    return Chunking(segment, count, -(-segment // count))
+    at_once = problem.platform not in _ONE_BY_ONE and _is_known(problem.tokens) and _is_known(problem.sequences)
+    return Chunking(segment, count, -(-segment // count), at_once)
 
 
 def _matrix_refusal(problem: Problem) -> str | None:

@@ -10,10 +10,11 @@ import pytest
 from contract import assert_step
 from copied import copied
 from modes import int64_as_it_is, to_mode
-from thinned import thinned
 
 import ssu_bridge
 from ssu_bridge.api import explain
+from ssu_bridge.backends.xla import chunks
+from ssu_bridge.backends.xla import forms as xla_forms
 from ssu_bridge.testing.cases import CASES, Case
 from ssu_bridge.testing.check import check
 
@@ -43,7 +44,20 @@ def forms(case):
     return said.choices[0].answers[0]
 
 
-@pytest.mark.parametrize("case", thinned(LONG, one_in=2), ids=lambda case: case.name)
+@pytest.fixture(params=["one by one", "at once", "a few at a time"])
+def chunks_of_a_device(request, monkeypatch):
+    """How a CPU computes chunks, and how other devices do, where all fit into memory and where they do not."""
+    if request.param != "one by one":
+        monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ())
+        jax.clear_caches()
+    if request.param == "a few at a time":
+        monkeypatch.setattr(chunks, "_AT_A_TIME", 120)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("chunks_of_a_device")
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_long_sequences(case):
     assert "matrix form" in forms(case).settings
     assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
@@ -53,7 +67,7 @@ MULTI = [case for case in CASES if (case.tokens or 0) > 1 and case.cu_seqlens is
 
 
 # Those of packed tokens take the matrix form in the contract's own tests.
-@pytest.mark.parametrize("case", thinned(MULTI, one_in=3), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", MULTI, ids=lambda case: case.name)
 def test_the_cases_of_the_contract(case):
     arrays = case.arrays(seed=1)
     with int64_as_it_is(arrays):
