@@ -19,7 +19,7 @@ from ssu_bridge.core.problem import Problem
 # What is smaller than this is 0 as the exponent of a decay, and as that of any which goes on from it.
 _LEAST_EXPONENT = -256.0
 # Tokens whose chunks are computed at a time: what lies between the tokens of a chunk takes memory.
-_AT_A_TIME = 16384
+_AT_A_TIME = 8192
 # Multiples of this are summed without rounding, as many as a chunk has tokens.
 _COARSE = 2.0**-8
 
@@ -223,6 +223,7 @@ def _decayed(states: Any, left: Any) -> Any:
     return states * left[..., None, None]
 
 
+@jax.custom_jvp
 def decays(exponents: Any) -> tuple[Any, Any, Any]:
     """Return how much of a state is left, from the exponents of each token (b, t, H).
 
@@ -231,16 +232,33 @@ def decays(exponents: Any) -> tuple[Any, Any, Any]:
     a sum's coarse part is exact, and the rest is small.
     """
     exponents = jnp.where(exponents < _LEAST_EXPONENT, _LEAST_EXPONENT, exponents)
-    coarse = jax.lax.stop_gradient(jnp.round(exponents / _COARSE) * _COARSE)
+    coarse = jnp.round(exponents / _COARSE) * _COARSE
     sums = jnp.cumsum(coarse, axis=1), jnp.cumsum(exponents - coarse, axis=1)
     to_end = sum(part[:, -1:] - part for part in sums)
     by_head = [jnp.moveaxis(part, 1, 2) for part in sums]
     coarse, fine = (part[..., :, None] - part[..., None, :] for part in by_head)
-    between = coarse + fine
-    # Before the exponential, which could overflow in what is not used, and is then no number times 0 in a gradient.
-    is_later = jnp.tril(jnp.ones(between.shape[-2:], bool))
-    between = jnp.where(is_later, jnp.exp(jnp.where(is_later, between, 0)), 0)
+    is_later = _is_later(exponents, 0)
+    # Before the exponential, which could overflow in what is not used.
+    between = jnp.where(is_later, jnp.exp(jnp.where(is_later, coarse + fine, 0)), 0)
     return jnp.exp(sums[0] + sums[1]), between, jnp.exp(to_end)
+
+
+@decays.defjvp
+def _slopes_of_decays(exponents: Any, slopes: Any) -> tuple[Any, Any]:
+    """Sum the slopes between two tokens as such: a gradient by differences of sums would lose what cancels in those."""
+    (exponents,), (slopes,) = exponents, slopes
+    slopes = jnp.where(exponents < _LEAST_EXPONENT, 0, slopes)
+    own = jnp.where(_is_later(exponents, 1), jnp.moveaxis(slopes, 1, 2)[..., None], 0)
+    between = product("tk,bhks->bhts", _is_later(exponents, 0).astype(own.dtype), own)
+    sums = jnp.cumsum(slopes, axis=1), between, jnp.moveaxis(between[:, :, -1], 2, 1)
+    found = decays(exponents)
+    return found, tuple(decay * part for decay, part in zip(found, sums, strict=True))
+
+
+def _is_later(exponents: Any, least: int) -> Any:
+    """Return for each two tokens (t, t) of a chunk whether the first comes so many or more after the second."""
+    length = exponents.shape[1]
+    return jnp.tril(jnp.ones((length, length), bool), -least)
 
 
 # --- Chunks of sequences side by side ---
