@@ -62,10 +62,11 @@ def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: 
     start = storage.load(problem, arrays, read)
     # A row that is not the chunk's is zeros: it adds nothing to a state, and does not decay it.
     tokens = jax.tree.map(lambda a: a.at[table.rows].get(mode="fill", fill_value=0), tokens_of(problem, arrays))
-    of_one = jax.tree.map(lambda array: array[:, None], (tokens, places))
-    chunks = _Chunks(*of_one, start, table.begins, table.sequence)
+    tokens, places = jax.tree.map(lambda array: array[:, None], (tokens, places))
+    chunks = _Chunks(tokens, places, start, table.begins, table.sequence)
     after = _run(problem, chunking, arrays["A"], chunks, jnp.zeros_like(start[:1]), written)
-    y = jnp.where(owners.is_owned[:, None, None], after.y[:, 0][_chunk_of_rows(chunking, owners, table.first)], 0)
+    y = after.y[:, 0][_chunk_of_rows(chunking, owners, table.first)]
+    y = jnp.where(owners.is_owned.reshape(-1, *[1] * (y.ndim - 1)), y, 0)
     return storage.results(problem, arrays, read, after.written, None, arithmetic.finished(problem, arrays, y))
 
 
@@ -102,15 +103,13 @@ class _After(NamedTuple):
 
 
 def _run(problem: Problem, chunking: Chunking, A: Any, chunks: _Chunks, states: Any, written: dict[str, Any]) -> _After:
-    run = _at_once if chunking.at_once else _one_by_one
-    return run(problem, A, chunks, states, written)
+    if chunking.at_once:
+        return _at_once(problem, A, chunks, states, written)
+    advanced = _anew(functools.partial(_scanned if chunking.scanned else _advanced, problem, A))
 
-
-def _one_by_one(problem: Problem, A: Any, chunks: _Chunks, states: Any, written: dict[str, Any]) -> _After:
     def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
         states, written = carry
         tokens, places, *begins = chunk
-        advanced = _anew(functools.partial(_advanced, problem, A))
         states, y = advanced(chunks.entered(states, *begins), tokens)
         written = {name: storage.store(array, places[name], states) for name, array in written.items()}
         return (states, written), y
@@ -169,8 +168,9 @@ class Tokens(NamedTuple):
 def tokens_of(problem: Problem, arrays: dict[str, Any]) -> Tokens:
     """Return the tokens of a call, with the leading axes of its x."""
     x, B, C = (arrays[name] for name in ("x", "B", "C"))
-    groups = (*x.shape[:-2], problem.ngroups, problem.dstate)
-    return Tokens(x, arithmetic.step_sizes(problem, arrays)[..., 0], B.reshape(groups), C.reshape(groups))
+    groups = (*x.shape[: -2 if problem.heads_axis else -1], problem.ngroups, problem.dstate)
+    dt = arithmetic.step_sizes(problem, arrays)
+    return Tokens(x, dt[..., 0] if dt.shape[-1] == 1 else dt, B.reshape(groups), C.reshape(groups))
 
 
 class _Within(NamedTuple):
@@ -221,6 +221,29 @@ def _of_start(problem: Problem, states: Any, C: Any, from_start: Any) -> Any:
 def _decayed(states: Any, left: Any) -> Any:
     """Return states of which so much (b, H) is left."""
     return states * left[..., None, None]
+
+
+def _scanned(problem: Problem, A: Any, states: Any, tokens: Tokens) -> tuple[Any, Any]:
+    """Do the same as ``_advanced`` with the state after each token, for any A and dt."""
+    x, dt, B, C = (array.astype(jnp.float32) for array in tokens)
+    dt = dt if dt.ndim == x.ndim else dt[..., None]
+    A = A.astype(jnp.float32)
+    A = A.reshape(-1, 1, 1) if "A" in problem.tied else A
+
+    def by_head(array: Any) -> Any:
+        """Give B or C an axis of heads, where x has one, and one of headdim."""
+        repeated = jnp.repeat(array[..., None, :], problem.nheads // problem.ngroups, axis=2)
+        return repeated if problem.heads_axis else repeated[:, :, 0]
+
+    left, new = jnp.exp(A * dt[..., None]), (dt * x)[..., None] * by_head(B)
+    new = new.at[:, 0].add(left[:, 0] * states)
+    _, after = jax.lax.associative_scan(_then, (left, new), axis=1)
+    return after[:, -1], jnp.sum(after * by_head(C), axis=-1)
+
+
+def _then(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return what is left of a state after two steps, and what they add."""
+    return first[0] * second[0], first[1] * second[0] + second[1]
 
 
 @jax.custom_jvp

@@ -16,21 +16,28 @@ _ONE_BY_ONE = ("cpu",)
 _STATE_IN_TOKENS = 16
 # A chunk of fewer tokens is no faster than the loop.
 _LEAST = 8
-# From so many tokens on, auto takes chunks.
+# From so many tokens on, auto takes chunks: the fewest that were in none of the measured sizes slower on a CPU.
 _LEAST_TOKENS = 8
+# Where A or dt is not tied, tokens are scanned associatively from so many on, and so many at a time, or fewer where the
+# states of a chunk have more elements than that together. On a CPU the loop is faster.
+_LEAST_SCANNED = 16
+_MOST_SCANNED = 64
+_SCANNED_ELEMENTS = 2**26
 
 
 class Chunking(NamedTuple):
     """How a sequence is cut: in segments of so many tokens, and each of them in ``chunks`` chunks of ``size`` or fewer.
 
     Where states are stored on the way, they are those at the ends of segments. With ``at_once`` all chunks are
-    computed at once, but for the states that go from one to the next.
+    computed at once, but for the states that go from one to the next. With ``scanned`` those of a chunk come from an
+    associative scan, and not from products of matrices.
     """
 
     segment: int
     chunks: int
     size: int
     at_once: bool = False
+    scanned: bool = False
 
 
 def refusal(problem: Problem) -> str | None:
@@ -50,7 +57,7 @@ def settings(problem: Problem) -> str:
         return ""
     taken = chunking(problem)
     if taken is not None:
-        return f"matrix form, {taken.size} tokens at a time"
+        return f"{'associative scan' if taken.scanned else 'matrix form'}, {taken.size} tokens at a time"
     if problem.options.config.algorithm == "loop":
         return "loop over the tokens, as requested" + _exception(problem)
     return f"loop over the tokens: {_matrix_refusal(problem) or 'they are few'}{_exception(problem)}"
@@ -67,25 +74,51 @@ def chunking(problem: Problem) -> Chunking | None:
     It depends on sizes, dtypes and options alone, and for packed sequences not on their lengths.
     """
     selected = problem.options.config.algorithm
-    if _is_one_token(problem) or selected == "loop" or _matrix_refusal(problem):
+    if _is_one_token(problem) or selected == "loop" or _chunk_refusal(problem):
+        return None
+    scanned = bool(_untied(problem))
+    if scanned and (problem.platform in _ONE_BY_ONE or not _are_known_as(problem, _LEAST_SCANNED)):
         return None
     is_known = problem.layout == "multi" and _is_known(problem.tokens)
     if selected != "matrix" and is_known and problem.tokens < _LEAST_TOKENS:
         return None
-    most = _most(problem)
+    most = _most_scanned(problem) if scanned else _most(problem)
     if "intermediate_states" in problem.names:
         segment = problem.options.intermediate_stride
     else:
         segment = problem.tokens if is_known else most
     count = -(-segment // most)
     at_once = problem.platform not in _ONE_BY_ONE and _is_known(problem.tokens) and _is_known(problem.sequences)
-    return Chunking(segment, count, -(-segment // count), at_once)
+    return Chunking(segment, count, -(-segment // count), at_once and not scanned, scanned)
+
+
+def _untied(problem: Problem) -> list[str]:
+    """Return the parameters that differ within a head, which the matrix form cannot have."""
+    return [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]
+
+
+def _are_known_as(problem: Problem, least: int) -> bool:
+    """Return whether there are known to be so many tokens, or so many a packed sequence on average."""
+    sequences = problem.sequences if problem.layout == "packed" else 1
+    return _is_known(problem.tokens) and _is_known(problem.sequences) and problem.tokens >= least * sequences
+
+
+def _most_scanned(problem: Problem) -> int:
+    """Return how many tokens are scanned at a time."""
+    sequences = problem.sequences if problem.layout == "multi" else 1
+    elements = max(sequences * problem.nheads * problem.headdim * problem.dstate, 1)
+    return max(min(_SCANNED_ELEMENTS // elements, _MOST_SCANNED), 1)
 
 
 def _matrix_refusal(problem: Problem) -> str | None:
     """Say what the matrix form lacks, or None."""
-    if untied := [name for name in ("A", "dt", "dt_bias") if name in problem.names and name not in problem.tied]:
+    if untied := _untied(problem):
         return f"the matrix form takes parameters that are tied to the head, and {' and '.join(untied)} is not"
+    return _chunk_refusal(problem)
+
+
+def _chunk_refusal(problem: Problem) -> str | None:
+    """Say what cannot be computed in chunks, in whichever form; or None."""
     if problem.rounds_each_token:
         return "the matrix form does not round the state after each token (round_each_token)"
     if "parent_tokens" in problem.names:

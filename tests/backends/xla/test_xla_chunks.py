@@ -44,16 +44,20 @@ def forms(case):
     return said.choices[0].answers[0]
 
 
-@pytest.fixture(params=["one by one", "at once", "a few at a time"])
-def chunks_of_a_device(request, monkeypatch):
-    """How a CPU computes chunks, and how other devices do, where all fit into memory and where they do not."""
-    if request.param != "one by one":
-        monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ())
-        jax.clear_caches()
-    if request.param == "a few at a time":
-        monkeypatch.setattr(chunks, "_AT_A_TIME", 120)
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """How devices compute that are no CPU."""
+    monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ())
+    jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(params=["one by one", "at once"])
+def chunks_of_a_device(request):
+    """How a CPU computes chunks, and how other devices do."""
+    if request.param == "at once":
+        request.getfixturevalue("elsewhere")
 
 
 @pytest.mark.usefixtures("chunks_of_a_device")
@@ -61,6 +65,74 @@ def chunks_of_a_device(request, monkeypatch):
 def test_long_sequences(case):
     assert "matrix form" in forms(case).settings
     assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", ["two chunks and a part", "packed", "every fiftieth, in two chunks each"])
+def test_a_few_chunks_at_a_time(name, monkeypatch):
+    """Where not all fit into memory."""
+    monkeypatch.setattr(xla_forms, "_MOST", {"cpu": 16})
+    monkeypatch.setattr(chunks, "_AT_A_TIME", 100)
+    case = next(case for case in LONG if case.name == name)
+    assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
+
+
+UNTIED = ("A", "dt", "D", "dt_bias")
+SCANNED = (
+    Case("mamba1", nheads=0, headdim=8, dstate=8, ngroups=1, group_axis=False, tokens=40),
+    Case("mamba1, packed", nheads=0, headdim=8, dstate=8, ngroups=1, tokens=90, cu_seqlens=(0, 45, 45, 85)),
+    Case("untied", tokens=70, untied=UNTIED, **_TINY),
+    Case("bias untied", tokens=40, untied=("dt_bias",), **_TINY),
+    Case("bfloat16, pads, fresh", tokens=40, indices=(4, -1, 2), has_initial_state=(False, True, True), untied=UNTIED,
+         dtypes={"state": "bfloat16", "*": "bfloat16"}, **_TINY),
+    Case("one channel", nheads=4, headdim=1, dstate=8, ngroups=2, tokens=40, untied=("A",)),
+    Case("every tenth", tokens=33, steps=3, intermediate_stride=10, untied=UNTIED, **_TINY),
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("case", SCANNED, ids=lambda case: case.name)
+@pytest.mark.parametrize("size", [64, 5])
+def test_parameters_that_are_not_tied_are_scanned(case, size, monkeypatch):
+    """Where the states of so many tokens fit into memory."""
+    sequences = case.sequences if case.cu_seqlens is None else 1
+    elements = size * sequences * max(case.nheads, 1) * case.headdim * case.dstate
+    monkeypatch.setattr(xla_forms, "_SCANNED_ELEMENTS", elements)
+    arrays = case.arrays(seed=1)
+    said = explain(**to_mode(arrays, "jax"), **case.flags, backend="xla").choices[0].answers[0]
+    assert re.match(r"associative scan, \d+ tokens at a time$", said.settings)
+    assert_step(case, arrays, "jax.jit", "xla")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_is_not_scanned(monkeypatch):
+    cases = (
+        Case("few", tokens=15, untied=UNTIED, **_TINY),
+        Case("requested", tokens=70, untied=UNTIED, **_TINY),
+        Case("each", tokens=33, steps=33, untied=UNTIED, **_TINY),
+    )
+    for case in cases:
+        own = {"algorithm": "loop"} if case.name == "requested" else {}
+        said = explain(**to_mode(case.arrays(1), "jax"), **case.flags, backend="xla", **own).choices[0].answers[0]
+        assert said.settings.startswith("loop over the tokens"), case.name
+    monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ("cpu",))
+    said = explain(**to_mode(SCANNED[0].arrays(1), "jax"), **SCANNED[0].flags, backend="xla").choices[0].answers[0]
+    assert said.settings.startswith("loop over the tokens")
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("case", [SCANNED[0], SCANNED[1], SCANNED[2]], ids=lambda case: case.name)
+def test_gradients_of_the_scan_are_the_loop_s(case):
+    arrays = to_mode(case.arrays(seed=1), "jax")
+    floats = {name: array for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+
+    def loss(floats, algorithm):
+        out, state = ssu_bridge.update(**{**arrays, **floats}, **case.flags, backend="xla", algorithm=algorithm)
+        return jnp.sum(out * out) + jnp.sum(state * state)
+
+    loop, scan = (jax.jit(jax.grad(functools.partial(loss, algorithm=a)))(floats) for a in ("loop", "auto"))
+    for name, slope in loop.items():
+        np.testing.assert_allclose(scan[name], slope, rtol=1e-4, atol=2e-6 * np.abs(slope).max(), err_msg=name)
 
 
 MULTI = [case for case in CASES if (case.tokens or 0) > 1 and case.cu_seqlens is None and forms(case).refusal is None]
