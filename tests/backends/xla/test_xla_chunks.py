@@ -10,6 +10,7 @@ import pytest
 from contract import assert_step
 from copied import copied
 from modes import int64_as_it_is, to_mode
+from thinned import thinned
 
 import ssu_bridge
 from ssu_bridge.api import explain
@@ -53,15 +54,24 @@ def elsewhere(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.fixture(params=["one by one", "at once"])
+WAYS = ["one by one", "at once"]
+
+
+@pytest.fixture(params=WAYS)
 def chunks_of_a_device(request):
     """How a CPU computes chunks, and how other devices do."""
     if request.param == "at once":
         request.getfixturevalue("elsewhere")
 
 
+# By default each case in one of the ways.
+@pytest.mark.parametrize(
+    ("chunks_of_a_device", "case"),
+    thinned(WAYS, LONG, one_in=2),
+    indirect=["chunks_of_a_device"],
+    ids=lambda value: getattr(value, "name", value),
+)
 @pytest.mark.usefixtures("chunks_of_a_device")
-@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_long_sequences(case):
     assert "matrix form" in forms(case).settings
     assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
@@ -91,8 +101,9 @@ SCANNED = (
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("case", SCANNED, ids=lambda case: case.name)
-@pytest.mark.parametrize("size", [64, 5])
+@pytest.mark.parametrize(
+    ("case", "size"), thinned(SCANNED, [64, 5], one_in=2), ids=lambda value: getattr(value, "name", value)
+)
 def test_parameters_that_are_not_tied_are_scanned(case, size, monkeypatch):
     """Where the states of so many tokens fit into memory."""
     sequences = case.sequences if case.cu_seqlens is None else 1
@@ -139,7 +150,7 @@ MULTI = [case for case in CASES if (case.tokens or 0) > 1 and case.cu_seqlens is
 
 
 # Those of packed tokens take the matrix form in the contract's own tests.
-@pytest.mark.parametrize("case", MULTI, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", thinned(MULTI, one_in=3), ids=lambda case: case.name)
 def test_the_cases_of_the_contract(case):
     arrays = case.arrays(seed=1)
     with int64_as_it_is(arrays):
@@ -205,8 +216,10 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("chunks_of_a_device", "steps"), thinned(WAYS, STEPS, one_in=2), indirect=["chunks_of_a_device"]
+)
 @pytest.mark.usefixtures("chunks_of_a_device")
-@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("tokens", [2, 16, 256, pytest.param(4096, marks=pytest.mark.nightly)])
 def test_errors_are_at_most_twice_the_loop_s(tokens, steps, rng):
     shapes = {"state": (1, 4, 32, 64), "x": (1, tokens, 4, 32), "B": (1, tokens, 1, 64), "C": (1, tokens, 1, 64)}
