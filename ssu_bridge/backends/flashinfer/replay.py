@@ -6,6 +6,8 @@ cursor's: its rule for others is another one. docs/flashinfer.md lists what is r
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, lacks_form
 from ssu_bridge.backends.flashinfer import module
 from ssu_bridge.backends.flashinfer.kernel import AddedAxis, Specialisation, kernel_of
@@ -13,7 +15,7 @@ from ssu_bridge.backends.flashinfer.module import ReplayModule
 from ssu_bridge.core.problem import Problem
 
 # Its code does not compile for others.
-_HEADDIM, _DSTATES = 64, (64, 128, 192, 256)
+_HEADDIM, _DSTATES, _DSTATES_OF_8_BITS = 64, (64, 128, 192, 256), (128, 256)
 # The tokens that one product of its tensor cores takes.
 _MOST_PENDING = 16
 # What its tensor cores multiply: another x of two bytes would be read as this.
@@ -44,8 +46,10 @@ def _wrong_sizes(problem: Problem) -> Iterator[str]:
     options = problem.options
     if problem.headdim != _HEADDIM:
         yield f"supports headdim {_HEADDIM}, and this is {problem.headdim}"
-    if problem.dstate not in _DSTATES:
-        yield f"supports dstate {', '.join(map(str, _DSTATES))}, and this is {problem.dstate}"
+    state = dict(problem.dtypes)["state"]
+    dstates = _DSTATES_OF_8_BITS if np.dtype(state).itemsize == 1 else _DSTATES
+    if problem.dstate not in dstates:
+        yield f"supports dstate {', '.join(map(str, dstates))} with {state}, and this is {problem.dstate}"
     if options.replay_window > _MOST_PENDING:
         yield f"supports a window of at most {_MOST_PENDING} tokens, and this is {options.replay_window}"
     for what, count in (("heads", problem.nheads), ("sequences", problem.sequences)):

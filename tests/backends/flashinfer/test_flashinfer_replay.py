@@ -43,6 +43,11 @@ REFUSED = {
     "the CPU": (REPLAY, lambda p: p.on("cpu"), "runs on CUDA arrays only"),
     "headdim 128": (sized(REPLAY, headdim=128), None, "supports headdim 64, and this is 128"),
     "dstate 96": (sized(REPLAY, dstate=96), None, "supports dstate 64, 128, .*and this is 96"),
+    "int8, dstate 64": (
+        sized(quantized(REPLAY, "int8"), dstate=64),
+        None,
+        "supports dstate 128, 256 with int8, and this is 64",
+    ),
     "a long window": (
         sized(REPLAY, window=17), None, "with a ReplayState it supports a window of at most 16 tokens, and this is 17"
     ),
@@ -203,7 +208,7 @@ def test_the_module_it_is_asked_for():
         stateIndex_dtype="int32",
         state_scale_dtype="float32",
         dim=64,
-        dstate=64,
+        dstate=128,
         npredicted=MOST,
         max_window=WINDOW,
         heads_per_group=3,

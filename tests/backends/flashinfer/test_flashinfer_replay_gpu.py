@@ -41,7 +41,8 @@ def fitted(case):
     length = case.window + most
     dtypes = {"state": case.dtypes.get("state", "float32"), **BRAIN}
     cursor = {"starts": tuple(s % length for s in case.starts), "pending": tuple(np.clip(case.pending, 0, case.window))}
-    return sized(case, headdim=64, dstate=64, most=most, dtypes=dtypes, **cursor)
+    dstate = 128 if np.dtype(dtypes["state"]).itemsize == 1 else 64
+    return sized(case, headdim=64, dstate=dstate, most=most, dtypes=dtypes, **cursor)
 
 
 def trusted(case):
