@@ -10,6 +10,7 @@ import argparse
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ from mamba2_jax.generate import KJV, decode, prefill
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 
-# The axis of each array that goes with the heads. XLA moves what a layer computes from one to the next.
-_BY_HEADS = {"in_proj": 0, "in_proj_bias": 0, "A_log": 0, "D": 0, "dt_bias": 0, "out_proj": 1, "ssm": 1, "conv": 2}
+# Which axis of each part of an array goes with the heads; None: every device has all of it, as B and C. Each device
+# computes what its heads need, and XLA sums what leaves a layer over the devices.
+_WEIGHTS: dict[str, Sequence[int | None]] = {
+    "in_proj": (0, 0, None, 0), "in_proj_bias": (0, 0, None, 0), "conv": (0, None), "conv_bias": (0, None),
+    "A_log": (0,), "D": (0,), "dt_bias": (0,), "gated_norm": (0,), "out_proj": (1,),
+}  # fmt: skip
+_STATES: dict[str, Sequence[int | None]] = {"ssm": (1,), "conv": (2, None)}
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Return weights or states with their heads spread over the mesh; every host passes the same arrays."""
 
-    def put(path: Any, array: Any) -> jax.Array:
-        names = [getattr(key, "name", "") for key in path]  # a quantised state's own is the one before the last
-        axis = next((_BY_HEADS[name] for name in reversed(names) if name in _BY_HEADS), None)
+    def put(array: Any, axis: int | None) -> jax.Array:
         if axis is None or array.shape[axis] % mesh.size:  # what does not divide is on every device
             spec = PartitionSpec()
         else:
@@ -43,7 +47,22 @@ def place(tree: Any, mesh: Mesh) -> Any:
         placed: jax.Array = jax.device_put(np.asarray(array), NamedSharding(mesh, spec))
         return placed
 
-    return jax.tree.map_with_path(put, tree)
+    def put_field(array: Any, axes: Sequence[int | None]) -> Any:
+        if len(axes) == 1:  # a quantised state and one that is replayed consist of arrays with the same axes
+            return jax.tree.map(lambda leaf: put(leaf, axes[0]), array)
+        return array and tuple(map(put, array, axes))
+
+    def put_fields(part: Any, axes: dict[str, Sequence[int | None]]) -> dict[str, Any]:
+        return {name: put_field(array, axes.get(name, (None,))) for name, array in part._asdict().items()}
+
+    def put_all(part: Any) -> Any:
+        if not isinstance(part, model.Layer | model.State):
+            return put(part, None)
+        if isinstance(part, model.State):
+            return model.State(**put_fields(model.state_in_parts(part), _STATES))
+        return model.Layer(**put_fields(model.in_parts(part), _WEIGHTS))
+
+    return jax.tree.map(put_all, tree, is_leaf=lambda part: isinstance(part, model.Layer | model.State))
 
 
 def decoded(folder: Path, prompt: str, count: int) -> str:

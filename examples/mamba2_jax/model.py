@@ -21,13 +21,17 @@ QUANTIZED = ("int16", "int8", "float8_e4m3fn")
 
 
 class Layer(NamedTuple):
-    """The weights of one layer; those that a configuration does without are None."""
+    """The weights of one layer; those that a configuration does without are None.
+
+    For several devices they are in parts, of which each lies with its heads or everywhere: ``in_proj`` and its bias are
+    those of z, x, B with C, and dt; ``conv`` and its bias those of x, and B with C. See ``in_parts``.
+    """
 
     norm: jax.Array
-    in_proj: jax.Array
-    in_proj_bias: jax.Array | None
-    conv: jax.Array
-    conv_bias: jax.Array | None
+    in_proj: Any
+    in_proj_bias: Any
+    conv: Any
+    conv_bias: Any
     A_log: jax.Array
     D: jax.Array
     dt_bias: jax.Array
@@ -51,11 +55,17 @@ class State(NamedTuple):
     ``conv`` (slots, conv_kernel - 1, conv_size) has the last inputs of the convolution, ``ssm`` (slots, num_heads,
     head_dim, state_size) the states: an array, a ``QuantizedState`` or a ``ReplayState``. Where calls of up to T tokens
     are verified, ``conv`` has T - 1 inputs more, and ``ssm`` T states for each slot, one after each token of the last
-    such call.
+    such call. ``conv`` is in two parts where the layer's weights are in parts.
     """
 
-    conv: jax.Array
+    conv: Any
     ssm: Any
+
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        count: int = jax.tree.leaves(self.conv)[0].shape[0]
+        return count
 
 
 class Snapshots(NamedTuple):
@@ -119,8 +129,30 @@ def with_replay(
     dtype = weights.embedding.dtype
     sizes = window, tokens, config.n_groups, dtype, dtype
     replayed = tuple(state._replace(ssm=ssu_bridge.to_replay(state.ssm, *sizes)) for state in states)
-    slots = states[0].conv.shape[0]
-    return replayed, ssu_bridge.ReplayCursor.empty(slots, window, tokens, like=states[0].conv)
+    first = jax.tree.leaves(states[0].conv)[0]
+    return replayed, ssu_bridge.ReplayCursor.empty(states[0].slots, window, tokens, like=first)
+
+
+def in_parts(layer: Layer) -> Layer:
+    """Return a layer with what several devices share in parts."""
+    inner, shared = layer.out_proj.shape[1], layer.conv.shape[0] - layer.out_proj.shape[1]
+    edges = [inner, 2 * inner, 2 * inner + shared]
+
+    def parts(array: jax.Array | None, edges: list[int]) -> Any:
+        return None if array is None else tuple(jnp.split(array, edges))
+
+    return layer._replace(
+        in_proj=parts(layer.in_proj, edges),
+        in_proj_bias=parts(layer.in_proj_bias, edges),
+        conv=parts(layer.conv, [inner]),
+        conv_bias=parts(layer.conv_bias, [inner]),
+    )
+
+
+def state_in_parts(state: State) -> State:
+    """Return a layer's state for weights in parts."""
+    heads, channels = jax.tree.leaves(state.ssm)[0].shape[1:3]
+    return state._replace(conv=tuple(jnp.split(state.conv, [heads * channels], axis=2)))
 
 
 def step(
@@ -246,7 +278,7 @@ def _advance(
 
 def _places(state: State, slots: jax.Array) -> jax.Array:
     """Return where the states of sequences lie, (batch, those of a slot)."""
-    of_a_slot = jax.tree.leaves(state.ssm)[0].shape[0] // state.conv.shape[0]
+    of_a_slot = jax.tree.leaves(state.ssm)[0].shape[0] // state.slots
     return jnp.where(
         slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype)[None]
     )
@@ -269,33 +301,42 @@ def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[
     return arguments
 
 
-def _convolve(
-    layer: Layer, state: State, xBC: jax.Array, call: _Call, kept: State | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def _convolve(layer: Layer, state: State, xBC: Any, call: _Call, kept: State | None) -> tuple[Any, Any, Any]:
     """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
-    drafts, weights = call.drafts, (layer.conv, layer.conv_bias)
+    kept_conv = None if kept is None else kept.conv
+    if not isinstance(xBC, tuple):
+        return _convolve_part(layer.conv, layer.conv_bias, state.conv, xBC, kept_conv, call)
+    nothing = (None,) * len(xBC)
+    parts = zip(layer.conv, layer.conv_bias or nothing, state.conv, xBC, kept_conv or nothing, strict=True)
+    convolved, conv, kept_conv = zip(*[_convolve_part(*part, call) for part in parts], strict=True)
+    return convolved, conv, None if None in kept_conv else kept_conv
+
+
+def _convolve_part(
+    weight: jax.Array, bias: jax.Array | None, cache: jax.Array, xBC: jax.Array, kept: jax.Array | None, call: _Call
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Do so for some of the channels."""
+    drafts, weights = call.drafts, (weight, bias)
     history = convolution.histories(
-        state.conv, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
+        cache, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
     )
     if call.rows is None:
         inputs = xBC if xBC.ndim == 3 else xBC[:, None]
         parents = None if drafts is None else drafts.parents
         convolved = convolution.convolve(history, inputs, *weights, parents=parents).reshape(xBC.shape)
         last = jnp.concatenate([history, inputs], axis=1)[:, inputs.shape[1] :]
-        return convolved, convolution.stored(state.conv, call.slots, last), None
+        return convolved, convolution.stored(cache, call.slots, last), None
     convolved = convolution.convolve_packed(history, xBC, call.rows, *weights)
     lengths = call.rows.lengths
     last = convolution.last_inputs(history, xBC, call.rows, lengths)
-    conv = convolution.stored(state.conv, jnp.where(lengths > 0, call.slots, -1), last)
+    conv = convolution.stored(cache, jnp.where(lengths > 0, call.slots, -1), last)
     if kept is None or call.snapshots is None:
         return convolved, conv, None
-    ends = jnp.broadcast_to(
-        (jnp.arange(kept.conv.shape[1]) + 1) * call.snapshots.stride, (len(lengths), kept.conv.shape[1])
-    )
+    ends = jnp.broadcast_to((jnp.arange(kept.shape[1]) + 1) * call.snapshots.stride, (len(lengths), kept.shape[1]))
     there = (ends <= lengths[:, None]) & (call.snapshots.entries[:, None] >= 0)
-    entries = jnp.where(there, call.snapshots.entries[:, None], kept.conv.shape[0])
-    inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.conv.dtype)
-    return convolved, conv, kept.conv.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
+    entries = jnp.where(there, call.snapshots.entries[:, None], kept.shape[0])
+    inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.dtype)
+    return convolved, conv, kept.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
 
 
 # --- The parts of a layer; they take any number of axes before the last, so that training has them too ---
@@ -307,9 +348,16 @@ def embed(config: Mamba2Config, weights: Weights, tokens: jax.Array) -> jax.Arra
     return x.astype(jnp.float32) if config.residual_in_fp32 else x
 
 
-def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return z (..., inner_size), the convolution's input (..., conv_size) and dt (..., num_heads)."""
+def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
+    """Return z (..., inner_size), the convolution's input (..., conv_size) and dt (..., num_heads).
+
+    The input is in two parts if the weights are: x, and B with C.
+    """
     normed = rms_norm(x, layer.norm, config.layer_norm_epsilon)
+    if isinstance(layer.in_proj, tuple):
+        biases = layer.in_proj_bias or (None,) * len(layer.in_proj)
+        z, of_x, BC, dt = (linear(normed, *part) for part in zip(layer.in_proj, biases, strict=True))
+        return z, (of_x, BC), dt
     projected = linear(normed, layer.in_proj, layer.in_proj_bias)
     z, xBC, dt = jnp.split(projected, [config.inner_size, config.inner_size + config.conv_size], axis=-1)
     return z, xBC, dt
@@ -323,13 +371,13 @@ def step_sizes(config: Mamba2Config, layer: Layer, dt: jax.Array) -> tuple[jax.A
     return jnp.clip(sizes, *config.time_step_limit), {}
 
 
-def split_heads(config: Mamba2Config, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(config: Mamba2Config, xBC: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return x (..., num_heads, head_dim), B and C (..., n_groups, state_size)."""
-    shared = config.n_groups * config.state_size
-    x, B, C = jnp.split(xBC, [config.inner_size, config.inner_size + shared], axis=-1)
-    batch = xBC.shape[:-1]
+    heads, BC = xBC if isinstance(xBC, tuple) else jnp.split(xBC, [config.inner_size], axis=-1)
+    B, C = jnp.split(BC, 2, axis=-1)
+    batch = heads.shape[:-1]
     groups = (*batch, config.n_groups, config.state_size)
-    return x.reshape(*batch, config.num_heads, config.head_dim), B.reshape(groups), C.reshape(groups)
+    return heads.reshape(*batch, config.num_heads, config.head_dim), B.reshape(groups), C.reshape(groups)
 
 
 def finish(config: Mamba2Config, layer: Layer, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
