@@ -37,15 +37,20 @@ def build(site: Path, sanitizers: str) -> None:
 
 def environment(site: Path, runtime: str, options: dict[str, str]) -> dict[str, str]:
     """Return the variables under which Python loads a build's library, and the sanitizer's runtime before all else."""
-    compiler = os.environ.get("CXX", "g++")
-    found = subprocess.run([compiler, f"-print-file-name={runtime}"], capture_output=True, text=True, check=True)
+    # With the C++ library, whose exceptions a sanitizer that is loaded before it does not find.
+    found = [_path_of(library) for library in (runtime, "libstdc++.so.6")]
     path = os.pathsep.join([str(site), str(ROOT / "tests")])
     more = {
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "SSU_BRIDGE_NUM_THREADS": "4",
         "JAX_PLATFORMS": "cpu",
     }
-    return os.environ | more | options | {"PYTHONPATH": path, "LD_PRELOAD": found.stdout.strip()}
+    return os.environ | more | options | {"PYTHONPATH": path, "LD_PRELOAD": " ".join(found)}
+
+
+def _path_of(library: str) -> str:
+    command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
