@@ -1,0 +1,37 @@
+"""The error of a long decode, at reduced length; docs/reliability.md has it over 100,000 steps."""
+
+import functools
+
+import pytest
+
+import drift
+
+STEPS = 1024
+
+
+@functools.cache
+def errors(backend, steps=STEPS):
+    """Return, by curve, the errors over the last halves of so many steps: (until half of them, until the end)."""
+    rows = drift.measured(backend, steps, [])
+    return {curve: [e for _, c, _, e in rows if c == curve][-2:] for curve in {row[1] for row in rows}}
+
+
+# Of a state stored in so many bits, by how much its outputs may differ at most, in units of themselves.
+LARGEST = {"float32": 2e-7, "float16": 1e-3, "bfloat16": 6e-3, "int16": 1e-4, "int8": 2e-2, "float8_e4m3fn": 8e-2}
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["cpu", pytest.param("xla", marks=pytest.mark.nightly), "reference", pytest.param("triton", marks=pytest.mark.gpu)],
+)
+def test_the_error_of_a_long_decode(backend):
+    """It does not grow, and is no larger than that of the peers' arithmetic: float32, rounded when it is stored."""
+    steps = 256 if backend == "reference" else STEPS
+    plain = errors("plain", steps)
+    for curve, (before, after) in errors(backend, steps).items():
+        dtype, *more = curve.split()
+        assert after < LARGEST[dtype] * (2 if "stochastic" in more else 1), curve
+        assert after < 1.5 * before, curve
+        if f"{dtype} plain" in plain and "stochastic" not in more:
+            assert after < 1.2 * plain[f"{dtype} plain"][1], curve
+    assert errors(backend, steps)["bfloat16 replay"][1] < 0.5 * errors(backend, steps)["bfloat16"][1]
