@@ -30,6 +30,12 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_tests_that_hold_a_promise_exist():
+    named = re.findall(r"`((?:tests|tools)/[\w/.]+)", (ROOT / "docs/reliability.md").read_text())
+    assert len(named) >= 15
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_the_commands_of_the_readme_exist():
     commands = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert set(commands) == {"demo", "test"}

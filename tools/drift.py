@@ -184,7 +184,7 @@ def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
 
     panels = list(dict.fromkeys(row[0] for row in rows if row[0] != "plain"))
     figure, grid = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=(4.6 * len(panels) + 2, 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, panel in zip(grid[0], panels, strict=True):
         for curve in dict.fromkeys(row[1] for row in rows if row[0] == panel):
@@ -195,7 +195,7 @@ def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="steps", title=panel)
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("error of the outputs, relative")
-    grid[0][0].legend(fontsize=7)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
