@@ -20,7 +20,7 @@ def is_viewed(error: Exception) -> bool:
 def is_mapped_elsewhere(error: Exception) -> bool:
     """Return whether ``jax.shard_map`` was given a mesh axis that what ``jax.vmap`` maps around it is sharded over.
 
-    Seen on jax 0.9.1, 0.10.2 and 0.11.2.
+    Seen on jax 0.10.0, 0.10.2 and 0.11.2.
     """
     return isinstance(error, ValueError) and "must refer to an axis marked as manual" in str(error)
 
@@ -69,7 +69,7 @@ def memory_error_in(error: Exception) -> MemoryError | None:
 def refusal_in(error: Exception) -> UnsupportedError | None:
     """Return the refusal that XLA met while it partitioned a program and made an error of its own of, or None.
 
-    Seen on jax 0.9.1, 0.10.2 and 0.11.2.
+    Seen on jax 0.10.0, 0.10.2 and 0.11.2.
     """
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return None

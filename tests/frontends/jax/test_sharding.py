@@ -266,8 +266,7 @@ def test_mapped():
                 check_mapped(own, mesh, spec)
             for spec in (P("v"), P("v", None, "h")):
                 check_mapped(indexed, mesh, spec)
-            if jax.__version_info__ >= (0, 10):
-                compiles_once(indexed, mesh, P("v"))
+            compiles_once(indexed, mesh, P("v"))
             if kind is AxisType.Auto:
                 continue
             # Types may not name one axis of the mesh twice.

@@ -68,9 +68,7 @@ def _mappable(problem: Problem, names: tuple[str, ...], mesh: Any, run: Callable
 @functools.lru_cache(maxsize=256)
 def _jitted(*arguments: Any) -> Callable[..., Any]:
     """Return the shards' step for arrays as they come: an eager call that is mapped would compile it each time."""
-    on_shards = functools.partial(_on_shards, *arguments)
-    # Versions before 0.10 take what jax.jit has traced inside jax.vmap for the same outside of it.
-    return jax.jit(on_shards) if jax.__version_info__ >= (0, 10) else on_shards
+    return jax.jit(functools.partial(_on_shards, *arguments))
 
 
 def _on_shards(
