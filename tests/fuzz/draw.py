@@ -470,7 +470,7 @@ class _Draw:
         """Return a statement that makes the arguments of a right call wrong."""
         wrong = ['given["x"] = given["x"][None, None]', 'given["A"] = None', 'given["backend"] = "none"']
         wrong += ['given["B"] = given["B"][..., :-1]', 'given["pad_slot_id"] = 1.5', 'given["dt_softplus"] = 1']
-        wrong += ['given["C"] = given["C"][..., None]', 'given["num_accepted_tokens"] = given["x"]']
+        wrong += ['given["C"] = given["C"][..., None, None]', 'given["num_accepted_tokens"] = given["x"]']
         if "dst_state_batch_indices" in self.shapes:
             wrong += ['given["disable_state_update"] = True']
         if self.dense:
