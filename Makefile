@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all fuzz sanitize check bench lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-all fuzz sanitize check bench bench-compare lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -35,15 +35,21 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m ssu_bridge bench --device cpu
 
+# What a change does to the speed: make bench-compare BASE=main builds that and HEAD in build/compare and runs both in turn.
+BASE ?= HEAD~1
+bench-compare: .venv/installed
+	$(BIN)/python tools/bench_compare.py $(BASE) HEAD
+
 # The site, into build/site. Warnings are errors.
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The plots of docs/benchmarks.md, from the recorded figures.
+# The plots of docs/benchmarks.md and docs/reliability.md, from the recorded figures.
 plots: .venv/installed
 	for csv in docs/data/*.csv; do \
 	  $(BIN)/python -m ssu_bridge bench --read $$csv --plot docs/images/$$(basename $$csv .csv).png || exit 1; \
 	done
+	$(BIN)/python tools/drift.py --read docs/data/drift/cpu.csv --plot docs/images/drift.png
 
 # On a machine with a GPU: calls of Torch's whose index tables hold anything touch no memory but their arrays'.
 memcheck: .venv/installed
