@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What each build is called, is compiled with, and is loaded with; and how much of the fuzz it runs.
+# What each build is called, is compiled with, and is loaded with; its variables.
 BUILDS = {
     "address": ("address,undefined", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}),
     "thread": ("thread", "libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0"}),
@@ -50,7 +50,10 @@ def environment(site: Path, runtime: str, options: dict[str, str]) -> dict[str, 
 
 def _path_of(library: str) -> str:
     command = [os.environ.get("CXX", "g++"), f"-print-file-name={library}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(found).is_file():
+        raise SystemExit(f"{library}: {command[0]} has none; GCC and its sanitizer libraries are needed")
+    return found
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from mamba2_jax.sampling import Sampling
 Run = Callable[[], None]
 Place = Callable[[Any], Any]
 _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
-# The operations of XLA that hand a buffer on as it is.
+# XLA's names of dtypes.
 _OF_XLA = {
     "float32": "f32",
     "bfloat16": "bf16",
@@ -27,6 +27,7 @@ _OF_XLA = {
     "int8": "s8",
     "float8_e4m3fn": "f8e4m3fn",
 }
+# The operations of XLA that hand a buffer on as it is.
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
 
 

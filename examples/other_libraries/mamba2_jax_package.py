@@ -30,7 +30,8 @@ def ssd_forward(
     B, C = B_mat[:, :, :1], C_mat[:, :, :1]  # all heads have the same
     batch, _, heads, headdim = x.shape
     zeros = jnp.zeros((batch, heads, headdim, B.shape[-1]), jnp.float32)
-    return ssu_bridge.update(zeros if initial_states is None else initial_states[:, 0], x, dt, A, B, C, D)
+    y, state = ssu_bridge.update(zeros if initial_states is None else initial_states[:, 0], x, dt, A, B, C, D)
+    return y, state if return_final_states else None
 
 
 class Model:

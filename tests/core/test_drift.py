@@ -22,7 +22,7 @@ LARGEST = {"float32": 2e-7, "float16": 1e-3, "bfloat16": 6e-3, "int16": 1e-4, "i
 
 @pytest.mark.parametrize(
     "backend",
-    ["cpu", pytest.param("xla", marks=pytest.mark.nightly), "reference", pytest.param("triton", marks=pytest.mark.gpu)],
+    ["cpu", pytest.param("xla", marks=pytest.mark.nightly), "reference"],
 )
 def test_the_error_of_a_long_decode(backend):
     """It does not grow, and is no larger than that of the peers' arithmetic: float32, rounded when it is stored."""

@@ -122,7 +122,8 @@ class Worker:
         command += [f"--worker={self.number}", f"--progress={self.progress}"]
         path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         with self.said.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, env=os.environ | {"PYTHONPATH": path})
+            where = {} if self.options.gpu else {"JAX_PLATFORMS": "cpu"}
+            self.process = subprocess.Popen(command, stdout=out, env=os.environ | {"PYTHONPATH": path} | where)
         self.seen, self.since = self.current(), time.monotonic()
 
     def current(self):
@@ -161,6 +162,16 @@ class Worker:
         return [json.loads(line) for line in self.said.read_text().splitlines() if line.startswith("{")]
 
 
+def mostly_refused(counts):
+    """Return the modes and backends that computed fewer than half of their calls, if there were many."""
+    totals, computed = collections.Counter(), collections.Counter()
+    for name, count in counts.items():
+        where, _, what = name.partition(": ")
+        totals[where] += count
+        computed[where] += count if what == "computed" else 0
+    return [where for where, total in totals.items() if total >= BLOCK and 2 * computed[where] < total]
+
+
 def main(arguments=None):
     """Run the fuzz; return 1 if a call went wrong."""
     options = parsed(arguments)
@@ -190,6 +201,9 @@ def main(arguments=None):
             counts.update(said["counts"])
     for name, count in sorted(counts.items()):
         print(f"{count:>8}  {name}")
+    for where in mostly_refused(counts):
+        print(f"{where}: fewer than half of the calls were computed")
+        wrong += 1
     print(f"{sum(counts.values())} calls of seed {options.seed} in {time.monotonic() - begin:.0f} s: {wrong} wrong")
     is_whole = sum(counts.values()) >= options.calls or time.time() > options.until
     return 0 if is_whole and not wrong else 1

@@ -31,7 +31,7 @@ def script(call, wrong, note=""):
             f"a = {{name: tensor(array){'.cuda()' if '.' in call.mode else ''} for name, array in a.items()}}",
         ]
     if framework == "jax":
-        kept = f"array if name in {TABLES} else " if call.host_tables else ""
+        kept = f"array if name in {TABLES}{'' if call.host_tables else ' and array.dtype == np.int64'} else "
         lines += [
             "import jax, jax.numpy as jnp",
             JAX,

@@ -53,7 +53,7 @@ UPDATE = ssu_bridge.update
 
 
 def nudged(**given):
-    """One step of float32 in an output is less than what is allowed; a thousandth is not."""
+    """One step of float32 in an output is less than what is allowed; a hundredth is not."""
     results = UPDATE(**given)
     results[0][...] = (results[0] * 1.01).astype(results[0].dtype)
     return results

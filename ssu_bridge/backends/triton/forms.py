@@ -101,7 +101,7 @@ def _is_known_below(rows: Any, sequences: Any, least: int) -> bool:
 
 
 def _matrix_tile(problem: Problem) -> Tile:
-    """Return the tile: it depends on sizes and options alone, not on the number of sequences, as the bits do on it."""
+    """Return the tile: only how far it reads ahead depends on the number of sequences, and no bits do on that."""
     rows = min(max(tiles.power_of_two(problem.headdim), _LEAST), _MOST_ROWS)
     columns = max(tiles.power_of_two(problem.dstate), _LEAST)
     is_tree, stores_some = "parent_tokens" in problem.names, "intermediate_states" in problem.names

@@ -1,4 +1,4 @@
-"""The matrix form: a sequence's tokens in chunks, by products of matrices, for A, dt and dt_bias that are tied.
+"""A sequence's tokens in chunks: by products of matrices for A, dt and dt_bias that are tied, else by a scan.
 
 Within a chunk whose state is S before its first token, with c the sums of A * dt up to each token:
 

@@ -10,8 +10,10 @@ from ssu_bridge.core.problem import Problem
 # which costs a GPU more. Decays are exact for up to 128.
 _MOST = {"cpu": 32}
 _MOST_ELSEWHERE = 128
-# Where chunks are computed one after another: a CPU has the state in its cache then.
-_ONE_BY_ONE = ("cpu",)
+# Where chunks are computed one after another: a CPU has the state in its cache then, and on a GPU all at once were not
+# measured to be faster. Elsewhere as many as have states of so many elements together.
+_ONE_BY_ONE = ("cpu", "cuda")
+_ELEMENTS_AT_ONCE = 2**26
 # A state is read and written in the time that so many tokens of a chunk take.
 _STATE_IN_TOKENS = 16
 # A chunk of fewer tokens is no faster than the loop.
@@ -20,6 +22,7 @@ _LEAST = 8
 _LEAST_TOKENS = 8
 # Where A or dt is not tied, tokens are scanned associatively from so many on, and so many at a time, or fewer where the
 # states of a chunk have more elements than that together. On a CPU the loop is faster.
+_NEVER_SCANNED = ("cpu",)
 _LEAST_SCANNED = 16
 _MOST_SCANNED = 64
 _SCANNED_ELEMENTS = 2**26
@@ -60,7 +63,8 @@ def settings(problem: Problem) -> str:
         return f"{'associative scan' if taken.scanned else 'matrix form'}, {taken.size} tokens at a time"
     if problem.options.config.algorithm == "loop":
         return "loop over the tokens, as requested" + _exception(problem)
-    return f"loop over the tokens: {_matrix_refusal(problem) or 'they are few'}{_exception(problem)}"
+    lacks = _matrix_refusal(problem) if problem.platform in _NEVER_SCANNED else _chunk_refusal(problem)
+    return f"loop over the tokens: {lacks or 'they are few'}{_exception(problem)}"
 
 
 def _exception(problem: Problem) -> str:
@@ -77,7 +81,7 @@ def chunking(problem: Problem) -> Chunking | None:
     if _is_one_token(problem) or selected == "loop" or _chunk_refusal(problem):
         return None
     scanned = bool(_untied(problem))
-    if scanned and (problem.platform in _ONE_BY_ONE or not _are_known_as(problem, _LEAST_SCANNED)):
+    if scanned and (problem.platform in _NEVER_SCANNED or not _are_known_as(problem, _LEAST_SCANNED)):
         return None
     is_known = problem.layout == "multi" and _is_known(problem.tokens)
     if selected != "matrix" and is_known and problem.tokens < _LEAST_TOKENS:
@@ -88,8 +92,20 @@ def chunking(problem: Problem) -> Chunking | None:
     else:
         segment = problem.tokens if is_known else most
     count = -(-segment // most)
-    at_once = problem.platform not in _ONE_BY_ONE and _is_known(problem.tokens) and _is_known(problem.sequences)
-    return Chunking(segment, count, -(-segment // count), at_once and not scanned, scanned)
+    size = -(-segment // count)
+    at_once = problem.platform not in _ONE_BY_ONE and not scanned and _fit_at_once(problem, size)
+    return Chunking(segment, count, size, at_once, scanned)
+
+
+def _fit_at_once(problem: Problem, size: int) -> bool:
+    """Return whether the states of all chunks may be there together; of symbolic numbers of JAX nothing is known."""
+    if not (_is_known(problem.tokens) and _is_known(problem.sequences)):
+        return False
+    if problem.layout == "packed":
+        chunks = problem.tokens // size + problem.sequences
+    else:
+        chunks = -(-problem.tokens // size) * problem.sequences
+    return chunks * problem.nheads * problem.headdim * problem.dstate <= _ELEMENTS_AT_ONCE
 
 
 def _untied(problem: Problem) -> list[str]:

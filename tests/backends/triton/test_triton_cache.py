@@ -197,6 +197,8 @@ def fill():
 FOREVER = (
     FILL
     + """
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+fill()
 print("ready", flush=True)
 try:
     while True:
@@ -233,7 +235,10 @@ def test_ctrl_c_while_files_are_written_leaves_them_whole(folder):
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05 + 0.013 * number)
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        try:
+            said, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert (said, process.returncode) == ("interrupted\n", 0), errors
         assert [path.suffix for path in folder.iterdir()] == [".json"]
         assert cached(KERNEL, refuse).cubin[:4] == b"\x7fELF"

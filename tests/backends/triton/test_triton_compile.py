@@ -150,10 +150,24 @@ def computed_values(specialisation):
     }
 
 
+# Bytes that go through the stack where fewer registers were measured to be faster, or where windows are long.
+SPILLED = {
+    specialisation_of(CLASSES[name]): stack
+    for name, stack in {
+        "layer, bfloat16, replay": 16,
+        "layer, bfloat16, replay, tokens": 8,
+        "layer, int8, replay, tokens": 8,
+        "replay, a long window": 40,
+    }.items()
+}
+
+
 # By default each value of a field that makes another computation is compiled in some class.
-@pytest.mark.parametrize("spelt", covering(LAYERS_FIRST, computed_values))
+@pytest.mark.parametrize(
+    "spelt", covering(LAYERS_FIRST, lambda spelt: computed_values(spelt) | ({spelt} & SPILLED.keys()))
+)
 def test_every_class_compiles_without_spills(spelt):
-    assert resources(compile_step(spelt).cubin) == {"STACK": 0, "LOCAL": 0}
+    assert resources(compile_step(spelt).cubin) == {"STACK": SPILLED.get(spelt, 0), "LOCAL": 0}
 
 
 FOR_EVERY_GPU = (

@@ -1,5 +1,6 @@
 """The matrix form of the xla backend: chunks by products of matrices, right against float64 wherever the loop is."""
 
+import dataclasses
 import functools
 import re
 
@@ -49,6 +50,7 @@ def forms(case):
 def elsewhere(monkeypatch):
     """How devices compute that are no CPU."""
     monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ())
+    monkeypatch.setattr(xla_forms, "_NEVER_SCANNED", ())
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -117,18 +119,27 @@ def test_parameters_that_are_not_tied_are_scanned(case, size, monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_what_is_not_scanned(monkeypatch):
-    cases = (
-        Case("few", tokens=15, untied=UNTIED, **_TINY),
-        Case("requested", tokens=70, untied=UNTIED, **_TINY),
-        Case("each", tokens=33, steps=33, untied=UNTIED, **_TINY),
-    )
-    for case in cases:
-        own = {"algorithm": "loop"} if case.name == "requested" else {}
-        said = explain(**to_mode(case.arrays(1), "jax"), **case.flags, backend="xla", **own).choices[0].answers[0]
-        assert said.settings.startswith("loop over the tokens"), case.name
-    monkeypatch.setattr(xla_forms, "_ONE_BY_ONE", ("cpu",))
-    said = explain(**to_mode(SCANNED[0].arrays(1), "jax"), **SCANNED[0].flags, backend="xla").choices[0].answers[0]
-    assert said.settings.startswith("loop over the tokens")
+    long = Case("long", tokens=70, untied=UNTIED, **_TINY)
+    each = Case("each", tokens=33, steps=33, untied=UNTIED, **_TINY)
+    assert settings(dataclasses.replace(long, tokens=15)) == "loop over the tokens: they are few"
+    assert settings(long, algorithm="loop") == "loop over the tokens, as requested"
+    assert settings(each).startswith("loop over the tokens: the matrix form has no state after every token")
+    assert settings(long).startswith("associative scan")
+    monkeypatch.setattr(xla_forms, "_NEVER_SCANNED", ("cpu",))
+    assert settings(long).startswith("loop over the tokens: the matrix form takes parameters that are tied to the head")
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "layout", [{"tokens": 64}, {"tokens": 192, "cu_seqlens": (0, 1, 100, 192)}], ids=["multi", "packed"]
+)
+def test_chunks_at_once_take_no_more_memory_than_a_limit(layout, monkeypatch):
+    problem = explain(**to_mode(Case("many", **layout, **_TINY).arrays(1), "jax"), backend="xla").choices[0].problem
+    chunking = xla_forms.chunking(problem)
+    assert chunking.at_once
+    chunks = sum(-(-n // chunking.size) for n in ([64] * 3 if "cu_seqlens" not in layout else [1, 99, 92]))
+    monkeypatch.setattr(xla_forms, "_ELEMENTS_AT_ONCE", chunks * 4 * 4 * 8 - 1)
+    assert not xla_forms.chunking(problem).at_once
 
 
 @pytest.mark.usefixtures("elsewhere")
