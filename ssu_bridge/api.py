@@ -134,7 +134,8 @@ def update(
         NotInPlaceError: ``strict_in_place`` is configured and JAX could not donate the state; the step was computed.
 
         MemoryError: the cpu backend found no memory for its scratch. Nothing was written; an eager JAX call has lost
-            the state that it donated, and a note of the error says so.
+            the state that it donated, and a note of the error says so. Where its arguments were not computed yet,
+            JAX raises an error of its own with that text when the results are used.
 
     When one of the others is raised, nothing has been written or donated, and no seed was drawn. Where a JAX kernel
     fails for another reason while it runs, as for want of a launch, JAX's error has that note too.

@@ -39,7 +39,8 @@ class DLTensor(ctypes.Structure):
 
 # Room for more axes than any array has.
 AXES = 64
-new_capsule = ctypes.pythonapi.PyCapsule_New
+# Of a library object of our own: others change what the shared one takes.
+new_capsule = ctypes.PyDLL(None).PyCapsule_New
 new_capsule.restype, new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
