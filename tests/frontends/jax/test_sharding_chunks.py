@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sharded import COLLECTIVE, channels, heads, mesh_of, put, sequences
 
 import ssu_bridge
+from ssu_bridge.backends.xla import forms
 from ssu_bridge.cases import Case
 from ssu_bridge.core.quantized import paired
 from ssu_bridge.testing.check import results_by_name
@@ -53,9 +54,8 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_each_device_computes_its_part(name, kind):
+def check_parts(name, kind):
+    """Assert that a sharded call has the results of one on one device; return its program."""
     case, axes, specs = SHARDED[name]
     expected = results_by_name(chunks(case)(**copied(case.arrays(seed=3))))
     mesh = mesh_of(kind, **axes)
@@ -64,12 +64,37 @@ def test_each_device_computes_its_part(name, kind):
         before = there["state"].sharding
         program, rest = compiled(case, there)
         got = program(there["state"], rest)
-    # That a sequence's entry is on its device is not known to XLA, which sends states to all that could have it.
-    gathers = name == "sequences, states on the way" and kind is AxisType.Auto
-    assert bool(re.findall(COLLECTIVE, program.as_text())) == gathers
     assert got["state"].sharding.is_equivalent_to(before, got["state"].ndim)
     for result, array in expected.items():
         assert np.allclose(got[result], array, rtol=2e-5, atol=2e-5), result
+    return program.as_text()
+
+
+# A product of matrices in a loop over chunks.
+PRODUCT_BY_CHUNK = r'op_name="[^"]*while/body[^"]*dot_general'
+
+
+@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_each_device_computes_its_part(name, kind):
+    program = check_parts(name, kind)
+    # That a sequence's entry is on its device is not known to XLA, which sends states to all that could have it.
+    gathers = name == "sequences, states on the way" and kind is AxisType.Auto
+    assert bool(re.findall(COLLECTIVE, program)) == gathers
+    assert re.search(PRODUCT_BY_CHUNK, program)
+
+
+@pytest.mark.parametrize("name", ["heads", "heads, packed", "sequences"])
+def test_all_chunks_at_once(name, monkeypatch):
+    """The form of devices that are neither a CPU nor a GPU of CUDA."""
+    monkeypatch.setattr(forms, "_ONE_BY_ONE", ())
+    jax.clear_caches()
+    try:
+        program = check_parts(name, AxisType.Auto)
+    finally:
+        jax.clear_caches()
+    assert not re.findall(COLLECTIVE, program)
+    assert not re.search(PRODUCT_BY_CHUNK, program)
 
 
 @pytest.mark.parametrize("name", ["heads", "channels", "sequences"])
