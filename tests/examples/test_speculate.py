@@ -129,12 +129,14 @@ def texts(trained, prompts, count, speculation, sampling, keys):
     return drawn, progress
 
 
+@pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "speculation",
     [Speculation(), Speculation(7, 2, shortest=1), Speculation(5, replay=12)],
     ids=["chain", "tree", "replay"],
 )
-def test_greedy_texts_are_those_of_plain_decoding(trained, speculation):
+@jax.default_matmul_precision("float32")  # a GPU's default has ten bits
+def test_greedy_texts_are_those_of_plain_decoding(trained, speculation, _device):
     keys = jax.random.split(jax.random.key(0), len(TEXTS))
     drawn, progress = texts(trained, list(TEXTS), 200, speculation, GREEDY, keys)
     assert_same_texts(trained, drawn)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,11 +48,15 @@ def scheduled(trained, batch):
     return [request.drawn for request in requests]
 
 
-def test_prefill_in_buckets(trained):
+@pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@jax.default_matmul_precision("float32")  # a GPU's default has ten bits
+def test_prefill_in_buckets(trained, _device):
     assert_same_texts(trained, [list(stream(*trained, list(p), 200, sampling=GREEDY)) for p in TEXTS])
 
 
-def test_the_scheduler_and_its_prefix_cache(trained):
+@pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@jax.default_matmul_precision("float32")
+def test_the_scheduler_and_its_prefix_cache(trained, _device):
     """Pieces of prompts beside sequences that decode; then all prompts again, most of them from their snapshots."""
     batch = Scheduler(*trained, width=3, sampling=GREEDY, rows=48, prefixes=20, prefix_stride=16)
     assert_same_texts(trained, scheduled(trained, batch))
