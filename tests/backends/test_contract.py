@@ -16,7 +16,7 @@ def test_case(case, mode, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("mode", "backend"), GPU_PAIRS)
+@pytest.mark.parametrize(("mode", "backend"), [*GPU_PAIRS, ("jax.jit", "xla")])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_case_on_a_gpu(case, mode, backend):
     test_case(case, mode, backend)

@@ -17,10 +17,10 @@ def schedules():
             is_copied = backend == "reference" and mode != "numpy" and config not in COMPILED
             marks = [pytest.mark.nightly] if is_slow or is_copied else []
             yield pytest.param(config, mode, backend, id=f"{config}-{mode}-{backend}", marks=marks)
-    for mode, backend in GPU_PAIRS:
+    for mode, backend in (*GPU_PAIRS, ("jax.jit", "xla")):
         if mode != "jax.lax.scan":
             for config in CONFIGS:
-                yield pytest.param(config, mode, backend, id=f"{config}-{mode}-{backend}", marks=pytest.mark.gpu)
+                yield pytest.param(config, mode, backend, id=f"{config}-{mode}-{backend}-gpu", marks=pytest.mark.gpu)
 
 
 @pytest.mark.parametrize(("config", "mode", "backend"), [*schedules()])

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,7 +198,7 @@ def load(module: Module | ReplayModule) -> Any:
 
     def compiled() -> Any:
         # By its name in full: FlashInfer has a function of that name in this module's place.
-        source = importlib.import_module(f"flashinfer.mamba.{module.function}")
+        source = _imported(f"flashinfer.mamba.{module.function}")
         import torch
 
         values = (getattr(torch, str(v)) if n.endswith("dtype") and v else v for n, v in module._asdict().items())
@@ -216,11 +217,23 @@ def load_pads() -> Any:
     """
 
     def compiled() -> Any:
-        core = importlib.import_module("flashinfer.jit.core")
+        core = _imported("flashinfer.jit.core")
         name = f"ssu_bridge_pads_{hashlib.sha256(_PADS.read_bytes()).hexdigest()[:16]}"
         return core.gen_jit_spec(name, [_PADS], use_fast_math=False).build_and_load()
 
     return _compiled(compiled).fill_pads
+
+
+def _imported(name: str) -> Any:
+    """Import a module of a package, which is imported first.
+
+    Python locks a module before it imports the package; a thread in the package that comes to the module then waits for
+    this one, which waits for the package: an error.
+    """
+    package = name.rpartition(".")[0]
+    if package and name not in sys.modules:
+        _imported(package)
+    return importlib.import_module(name)
 
 
 def _compiled(compile_module: Callable[[], Any]) -> Any:

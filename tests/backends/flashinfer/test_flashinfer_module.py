@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +135,29 @@ class Entry:
         return self
 
     selective_state_update = "the function"
+
+
+def test_first_calls_of_threads_import_it_together(monkeypatch, tmp_path):
+    """One imports a package, one a module of it, which need each other: Python calls that a deadlock."""
+    package = tmp_path / "flashinfer_parts"
+    package.mkdir()
+    sources = {
+        "__init__": "import flashinfer_parts.shared",
+        "shared": "import time; time.sleep(0.5); import flashinfer_parts.step",
+        "step": "import flashinfer_parts.shared",
+    }
+    for name, source in sources.items():
+        (package / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, f"flashinfer_parts.{name}".removesuffix(".__init__"), raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def later(name):
+        time.sleep(0.1)
+        return module._imported(name)
+
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.submit(module._imported, "flashinfer_parts"), pool.submit(later, "flashinfer_parts.step")
+        assert first.result().step is second.result()
 
 
 def test_it_is_asked_for_a_module(monkeypatch):

@@ -79,6 +79,13 @@ def test_long_sequences(case):
     assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+def test_long_sequences_on_a_gpu(case):
+    assert "matrix form" in forms(case).settings
+    assert_step(case, case.arrays(seed=1), "jax.jit", "xla", algorithm="matrix")
+
+
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", ["two chunks and a part", "packed", "every fiftieth, in two chunks each"])
 def test_a_few_chunks_at_a_time(name, monkeypatch):
