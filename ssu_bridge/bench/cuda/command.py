@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> Figures | None:
     parser.add_argument(
         "--tokens", action="store_true", help="measure calls of several tokens, quantised states, and prompts"
     )
+    parser.add_argument("--prompts", action="store_true", help="measure the prompts of --tokens alone")
     parser.add_argument(
         "--replay", action="store_true", help="measure steps of a replay state, which write the state once in a while"
     )
@@ -28,14 +29,14 @@ def main(argv: list[str] | None = None) -> Figures | None:
         "--ssd",
         type=Path,
         metavar="FOLDER",
-        help="with --tokens: measure mamba_ssm's SSD on the prompts, too, from a folder with its ssd_combined.py",
+        help="with --tokens or --prompts: measure mamba_ssm's SSD, too, from a folder with its ssd_combined.py",
     )
     parser.add_argument("--devices", type=_positive, help="measure calls that are sharded over so many GPUs")
     parser.add_argument("--batches", type=_positive, nargs="+", default=BATCHES)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args(argv)
-    if arguments.ssd and not arguments.tokens:
-        parser.error("--ssd: expected with --tokens")
+    if arguments.ssd and not (arguments.tokens or arguments.prompts):
+        parser.error("--ssd: expected with --tokens or --prompts")
     for package in ("torch", "jax", "triton"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"the GPU benchmark needs {package}, which is not installed: pip install {package}")

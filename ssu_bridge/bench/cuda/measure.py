@@ -38,6 +38,9 @@ def main(arguments: argparse.Namespace) -> Figures | None:
         print()
         prompts.main(arguments.ssd)
         return over_tokens
+    if arguments.prompts:
+        prompts.main(arguments.ssd)
+        return None
     if arguments.replay:
         return replay.main(arguments.batches)
     if arguments.devices is not None:
