@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("triton")
-from test_triton_compile import CAPABILITIES, _cache, layer, problem_of, resources  # noqa: F401
+from compiled_kernels import CAPABILITIES, problem_of, resources
+from kernel_layers import layer
 from thinned import thinned
 
 from ssu_bridge.backends import triton as backend

@@ -1,25 +1,12 @@
 """Long sequences in segments, in Triton's interpreter: right for every kind of call, with the same bits in any batch."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-pytest.importorskip("triton")
+from compiled_kernels import problem_of, resources
+from interpreter import interpret, mend_interpreter, run_in_interpreter
+from kernel_layers import layer
 from test_matrix_form import tile_of
-from test_triton_compile import (  # noqa: F401
-    HELPERS,
-    _cache,
-    count_in_numbers,
-    interpret,
-    layer,
-    multiply_bfloat16,
-    problem_of,
-    resources,
-)
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
@@ -67,12 +54,6 @@ CALLS = {
     "int8": {"dtypes": {"*": "float32", "state": "int8"}},
 }
 
-SCRIPT = """
-import sys
-sys.path[:0] = {tests!r}
-from test_segments import interpreted_calls
-interpreted_calls({names})
-"""
 # Of which each does what no other does.
 DAILY = ("odd sizes", "packed, many", "states on the way, packed", "accepted", "int8")
 
@@ -94,16 +75,11 @@ def split(monkeypatch):
     ids=["daily", "others"],
 )
 def test_every_call_agrees_with_the_reference(names):
-    script = SCRIPT.format(tests=[HELPERS, str(Path(__file__).parent)], names=names)
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_in_interpreter(__file__, f"interpreted_calls({names})")
 
 
 def interpreted_calls(names):
-    """Run in a process of its own, because Triton decides at its import whether it interprets."""
-    multiply_bfloat16()
-    count_in_numbers()
+    mend_interpreter()
     for name in names:
         case = Case(name, **{**LAYER, **CALLS[name]})
         table = in_segments(3 * case.nheads, 32)
