@@ -13,10 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
-# Of so many calls in a row those that JAX compiles are of one form, so that XLA compiles one program for them.
-BLOCK = 250
-# As many of one form on a GPU, where each form has kernels of its own.
-GPU_BLOCK = 50
+# So many calls that JAX traces are of one form, so that XLA compiles one program for them.
+TRACED_ALIKE = 25
+# Of a mode and a backend that ran so many calls, half must have computed something.
+MANY = 250
 FLAGS = ("gpu", "apart")
 # A call that takes longer than this, in seconds, hangs; XLA may compile in it.
 HANGS = 180
@@ -30,6 +30,7 @@ def parsed(arguments):
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--traced", type=int, default=10, help="one call in so many is traced by JAX; 0 for none")
     parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
+    parser.add_argument("--alike", type=int, default=100, help="with --gpu: so many calls in a row share their kernels")
     parser.add_argument("--apart", action="store_true", help="leave out calls whose sequences meet in a slot or a row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--most", type=int, default=10, help="stop after so many wrong calls")
@@ -42,12 +43,17 @@ def parsed(arguments):
     return options
 
 
+def block(options):
+    """Return how many calls in a row one process runs: those that JAX traces among them are of one form."""
+    return TRACED_ALIKE * (options.traced or 10)
+
+
 def drawn(options, number):
     """Return the call of a number."""
     from fuzz.draw import EAGER, ON_GPU, TRACED, TRACED_ON_GPU, draw
 
     is_traced = bool(options.traced) and number % options.traced == 0
-    alike = GPU_BLOCK if options.gpu else BLOCK if is_traced else 1
+    alike = block(options) if is_traced else options.alike if options.gpu else 1
     form = f"{options.seed} {number // alike}"
     modes = (TRACED_ON_GPU if is_traced else ON_GPU) if options.gpu else (TRACED if is_traced else EAGER)
     return draw(f"{form} {is_traced}", options.seed * 10**9 + number, modes)
@@ -56,7 +62,7 @@ def drawn(options, number):
 def numbers_of(options):
     """Return the numbers of a worker's calls: whole blocks of them."""
     numbers = range(options.first, options.first + options.calls)
-    return [number for number in numbers if number // BLOCK % options.jobs == options.worker]
+    return [number for number in numbers if number // block(options) % options.jobs == options.worker]
 
 
 def work(options):
@@ -169,13 +175,13 @@ def mostly_refused(counts):
         where, _, what = name.partition(": ")
         totals[where] += count
         computed[where] += count if what == "computed" else 0
-    return [where for where, total in totals.items() if total >= BLOCK and 2 * computed[where] < total]
+    return [where for where, total in totals.items() if total >= MANY and 2 * computed[where] < total]
 
 
 def main(arguments=None):
     """Run the fuzz; return 1 if a call went wrong."""
     options = parsed(arguments)
-    options.jobs = max(1, min(options.jobs, -(-options.calls // BLOCK)))
+    options.jobs = max(1, min(options.jobs, -(-options.calls // block(options))))
     if options.worker is not None:
         work(options)
         return 0

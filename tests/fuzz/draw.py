@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
 
-from fuzz.memory import PROJECTED, Layout, dense
+from fuzz.memory import PROJECTED, VECTOR, Layout, dense
 from fuzz.oracle import QMAX, Options, sequences
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -73,15 +73,19 @@ def draw(form_seed, number, modes):
     """Draw a call.
 
     Args:
-        form_seed: of all that XLA compiles a program for.
-        number: of the contents.
+        form_seed: of all that a program or a kernel is compiled for.
+        number: of the rest.
         modes: the modes and their backends.
     """
     return _Draw(random.Random(f"form {form_seed}"), random.Random(f"content {number}"), number, modes).call()
 
 
 class _Draw:
-    """One call being drawn: ``form`` draws what a program is compiled for, ``content`` what is in the arrays."""
+    """One call being drawn.
+
+    ``form`` draws what a program or a kernel is compiled for, ``content`` what is in the arrays, and ``extent`` how many
+    sequences, tokens and slots there are, and where arrays lie: XLA compiles a program for these too, Triton no kernel.
+    """
 
     def __init__(self, form, content, number, modes):
         self.form, self.content, self.number = form, content, number
@@ -89,6 +93,8 @@ class _Draw:
         self.backend = form.choice(modes[self.mode])
         self.dense = self.mode.startswith("jax")
         self.on_gpu = modes in (ON_GPU, TRACED_ON_GPU)
+        self.for_kernels = self.on_gpu and not self.dense
+        self.extent = random.Random(f"extent {number}") if self.for_kernels else form
         self.statements, self.shapes, self.dtypes, self.repeats = [], {}, {}, {}
 
     def maybe(self, share):
@@ -139,23 +145,23 @@ class _Draw:
         self.N = form.choice([form.randint(1, 40), 16, 32, 64, 128] if not self.long else [1, 5, 16, 32])
         if self.H * self.P * self.N > 16384:
             self.H, self.G = min(self.H, 2), 1
-        self.b = form.choice([0, 1, 1, 2, 2, 3, 3, 4])
         self.replays = self.H > 0 and maybe(0.15)
         self.tree = not self.replays and maybe(0.15)
-        self.longest = (
-            form.randint(17, 64 if self.tree and self.layout == "multi" else 150) if self.long else form.randint(0, 6)
-        )
-        if self.layout == "single":
-            self.longest = 1
         self.window = self.most = 0
+        least, most = (17, 64 if self.tree and self.layout == "multi" else 150) if self.long else (0, 6)
+        if self.layout == "single":
+            least = most = 1
         if self.replays:
-            self.longest = min(self.longest, 20)
-            self.most = max(self.longest, 1) + form.choice([0, 0, 2])
+            most = max(form.randint(least, min(most, 20)), 1)
+            self.most = most + form.choice([0, 0, 2])
             self.window = self.most + form.choice([0, 1, 5, 16])
-        self.edges = [form.randint(0, 2)]
+        extent = self.extent
+        self.b = extent.choice([0, 1, 1, 2, 2, 3, 3, 4])
+        self.longest = extent.randint(least, most)
+        self.edges = [extent.randint(0, 2)]
         for _ in range(self.b):
-            self.edges.append(self.edges[-1] + form.randint(0, self.longest))
-        rows = self.edges[-1] + form.randint(0, 2)
+            self.edges.append(self.edges[-1] + extent.randint(0, self.longest))
+        rows = self.edges[-1] + extent.randint(0, 2)
         self.row_axes = {"single": (self.b,), "multi": (self.b, self.longest), "packed": (rows,)}[self.layout]
         self.channels = (self.H, self.P) if self.H else (self.P,)
 
@@ -187,13 +193,13 @@ class _Draw:
             self.flags["algorithm"] = form.choice(
                 ["loop", "matrix", "simple"] if self.backend != "cpu" else ["loop", "loop", "simple", "matrix"]
             )
-        longest = max(self.longest, 1)
-        self.width = longest + form.choice([0, 0, 1])
-        if self.layout == "packed" and maybe(0.3):
-            self.width = form.randint(1, longest)
+        extent, longest = self.extent, max(self.longest, 1)
+        self.width = longest + extent.choice([0, 0, 1])
+        if self.layout == "packed" and extent.random() < 0.3:
+            self.width = extent.randint(1, longest)
         columns = self.width if 2 in (self.table, self.destinations) else 1
         apart = 2 if self.destinations else 1
-        self.slots = form.choice([self.b * columns * apart + form.randint(0, 3)] * 4 + [form.randint(0, 5)])
+        self.slots = extent.choice([self.b * columns * apart + extent.randint(0, 3)] * 4 + [extent.randint(0, 5)])
         if self.table is None:
             self.slots = max(self.slots, self.b)
         self.slots = min(self.slots, max(40, self.b))
@@ -228,11 +234,12 @@ class _Draw:
         if self.replays:
             self._rings(kinds)
         if self.steps:
-            entries = max((1 if self.long else self.slots) + form.choice([-2, 0, 0, 1, 3]), 0)
+            extent = self.extent
+            entries = max((1 if self.long else self.slots) + extent.choice([-2, 0, 0, 1, 3]), 0)
             stride = self.flags.get("intermediate_stride", 1)
-            steps = self.longest // stride + form.choice([0, 0, 1])
+            steps = self.longest // stride + extent.choice([0, 0, 1])
             if self.layout == "packed":
-                steps = max(form.randint(0, steps), 1 // stride)
+                steps = max(extent.randint(0, steps), 1 // stride)
             self._state("intermediate_states", (entries, steps))
 
     def _source(self, name):
@@ -411,8 +418,7 @@ class _Draw:
     # --- Memory ---
 
     def _layouts(self):
-        form = self.form
-        layouts = {}
+        extent, layouts = self.extent, {}
         token_axes = len(self.row_axes)
         for name, shape in self.shapes.items():
             free = {"rand_seed": 0, "A": 0, "D": 0, "dt_bias": 0}.get(name, FREE.get(name, 0))
@@ -421,11 +427,11 @@ class _Draw:
             if name in self.repeats:
                 kept = len(shape) - self.repeats[name]
                 strides = [*dense(shape[:kept]), *[0] * self.repeats[name]]
-            first = form.choice([0, 0, 0, 1, 2, 3]) if name != "rand_seed" else 0
-            if free and self.maybe(0.4):
-                self._strided(strides, shape, free)
-                flip = form.randrange(free)
-                if self.mode == "numpy" and self.maybe(0.2) and shape[flip]:
+            first, unit = self._first(name)
+            if free and extent.random() < 0.4:
+                self._strided(strides, shape, free, unit)
+                flip = extent.randrange(free)
+                if self.mode == "numpy" and extent.random() < 0.2 and shape[flip]:
                     first += (shape[flip] - 1) * strides[flip]
                     strides[flip] = -strides[flip]
             layouts[name] = Layout(name, first, tuple(strides))
@@ -433,14 +439,28 @@ class _Draw:
             self._project(layouts)
         if "out" in layouts and self.maybe(0.25):
             self._alias_out(layouts)
-        return layouts, {layout.buffer: self.maybe(0.5) for layout in layouts.values()}
+        return layouts, {layout.buffer: extent.random() < 0.5 for layout in layouts.values()}
 
-    def _strided(self, strides, shape, free):
+    def _first(self, name):
+        """Draw an array's first element in its buffer, and of how many elements its gaps are multiples.
+
+        A kernel is compiled for addresses and strides that are multiples of a vector, or for any.
+        """
+        if name == "rand_seed":
+            return 0, 1
+        if not self.for_kernels:
+            return self.extent.choice([0, 0, 0, 1, 2, 3]), 1
+        if self.maybe(0.15):
+            return self.extent.choice([1, 2, 3]), 1
+        unit = VECTOR // np.dtype(self.dtypes[name]).itemsize
+        return unit * self.extent.choice([0, 0, 1, 2]), unit
+
+    def _strided(self, strides, shape, free, unit):
         """Put gaps between the entries of the free axes."""
         step = 1
         for axis in reversed(range(len(shape))):
             if axis < free:
-                step += self.form.choice([0, 0, 1, 3, 8])
+                step += unit * self.extent.choice([0, 0, 1, 3, 8])
                 strides[axis] = max(step, 1)
                 step = strides[axis] * shape[axis]
             elif strides[axis]:

@@ -8,6 +8,8 @@ import numpy as np
 
 PAGE = mmap.PAGESIZE
 CANARY = 0xA5
+# Bytes that a GPU loads at once.
+VECTOR = 16
 # What may be slices of one projection.
 PROJECTED = ("x", "z", "B", "C")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,7 +59,7 @@ class Buffers:
         return window, (pages - size if at_end else 0)
 
 
-def placed(buffers, arrays, layouts, at_end):
+def placed(buffers, arrays, layouts, at_end, unit=1):
     """Put arrays into guarded memory as their layouts say; return them there by name, and the bytes by buffer.
 
     Args:
@@ -65,10 +67,11 @@ def placed(buffers, arrays, layouts, at_end):
         arrays: dense NumPy arrays by name.
         layouts: of each.
         at_end: of each buffer, whether it ends at a guard page or begins at one.
+        unit: of how many bytes each buffer's address is a multiple; it ends so near to a guard.
     """
     windows, firsts = {}, {}
     for number, (buffer, size) in enumerate(extents(arrays, layouts).items()):
-        windows[buffer], firsts[buffer] = buffers.place(number, size, at_end[buffer])
+        windows[buffer], firsts[buffer] = buffers.place(number, -(-size // unit) * unit, at_end[buffer])
     views = {}
     for name, (buffer, first, strides) in layouts.items():
         array = arrays[name]

@@ -10,7 +10,7 @@ import ssu_bridge
 from fuzz import judge
 from fuzz.draw import TABLES
 from fuzz.judge import Wrong
-from fuzz.memory import Buffers, placed
+from fuzz.memory import VECTOR, Buffers, placed
 from fuzz.oracle import Oracle, owners, sequences
 from ssu_bridge.testing.tolerances import ROUNDINGS
 
@@ -47,7 +47,8 @@ class _Run:
         arrays = call.arrays
         self.windows = {}
         if self.framework != "jax":
-            arrays, self.windows = placed(_buffers(), arrays, call.layouts, call.at_end)
+            unit = VECTOR if call.on_gpu else 1
+            arrays, self.windows = placed(_buffers(), arrays, call.layouts, call.at_end, unit)
         self.views = arrays
         self.on_gpu = _gpu_windows(self.windows) if call.mode == "torch.cuda" else {}
         self.before = {name: np.array(array) for name, array in arrays.items()}

@@ -9,6 +9,19 @@ def tensor(array):
     other = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}.get(array.dtype.name)
     return torch.from_numpy(array) if other is None else torch.from_numpy(array.view(f"i{array.itemsize}")).view(other)
 """
+# On a GPU the buffers are copied as a whole, so that the arrays lie there as they did.
+CUDA = """
+def tensor(array):
+    owner = array
+    while owner.base is not None: owner = owner.base
+    dtype = getattr(torch, array.dtype.name)
+    memory = on_gpu.setdefault(id(owner), torch.from_numpy(owner).cuda())
+    memory = memory.view(torch.uint8 if dtype is torch.bool else dtype)
+    first = array.ctypes.data - owner.ctypes.data if array.size else 0
+    strides = [stride // array.itemsize for stride in array.strides]
+    return memory.as_strided(array.shape, strides, first // array.itemsize).view(dtype)
+on_gpu = {}
+"""
 JAX = """
 def on_jax(name, array):
     if name == "rand_seed":
@@ -25,11 +38,8 @@ def script(call, wrong, note=""):
     lines += [f"rng, a = np.random.default_rng({call.number}), {{}}", *call.statements]
     lines += _placed(call)
     if framework == "torch":
-        lines += [
-            "import torch",
-            TORCH,
-            f"a = {{name: tensor(array){'.cuda()' if '.' in call.mode else ''} for name, array in a.items()}}",
-        ]
+        lines += ["import torch", CUDA if call.on_gpu else TORCH]
+        lines += ["a = {name: tensor(array) for name, array in a.items()}"]
     if framework == "jax":
         kept = f"array if name in {TABLES}{'' if call.host_tables else ' and array.dtype == np.int64'} else "
         lines += [

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ssu_bridge
-from fuzz import draw, memory
+from fuzz import draw, judge, memory
 from fuzz.__main__ import main
-from fuzz.run import run
+from fuzz.run import arguments, run
 from fuzz.script import script
+from ssu_bridge.backends.triton import forms
+from ssu_bridge.backends.triton.compile import launches, specialise
 
 FOLDER = Path(__file__).parent
 NUMPY = {"numpy": ("cpu", "reference")}
@@ -37,6 +40,47 @@ def test_drawn_calls(block, modes, count):
         assert outcome.wrong is None, script(call, outcome.wrong)
         outcomes[outcome.what] = outcomes.get(outcome.what, 0) + 1
     assert outcomes["computed"] > count / 2, outcomes
+
+
+def kernels_of(call):
+    """Return what Triton would compile for a call on a GPU."""
+    given = arguments(placed_in_numpy(call), call._replace(flags=call.flags | {"backend": "auto"}))
+    problem = ssu_bridge.explain(**given).choices[0].problem.on("cuda", (9, 0))
+    if forms.refusal(problem):
+        return set()
+    return {(one.kernel, one.target) for one in launches(specialise(problem, forms.tile(problem)))}
+
+
+def placed_in_numpy(call):
+    buffers = memory.Buffers(count=30, capacity=1 << 25)
+    return memory.placed(buffers, call.arrays, call.layouts, call.at_end, memory.VECTOR)[0]
+
+
+@pytest.mark.parametrize("form", range(3))
+def test_calls_on_a_gpu_share_kernels(form):
+    """Triton compiles few for all numbers of sequences, tokens and slots, and for all strides."""
+    pytest.importorskip("triton")
+    drawn = [draw.draw(f"shared {form}", number, draw.ON_GPU) for number in range(40)]
+    right = [call for call in drawn if call.spoils is None]
+    assert len(set().union(*map(kernels_of, right))) <= 6
+    assert len({call.arrays["x"].shape for call in right}) > 3
+    assert len({call.arrays["state"].shape for call in right}) > 5
+    assert len({call.layouts["x"].strides for call in right if call.arrays["x"].size}) > 3
+
+
+def test_arrays_in_buffers_of_a_gpu(monkeypatch):
+    """They lie there as in guarded memory, also in a call's script."""
+    monkeypatch.setattr(draw, "ON_GPU", {"torch.cuda": ("cpu",)})
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    drawn = [call for call in (draw.draw(f"{n // 20}", n, draw.ON_GPU) for n in range(100)) if not call.spoils]
+    outcomes = [run(call) for call in drawn]
+    assert not [outcome.wrong for outcome in outcomes if outcome.wrong]
+    computed = [call for call, outcome in zip(drawn, outcomes, strict=True) if outcome.what == "computed"]
+    assert len(computed) > 50
+    for call in [call for call in computed if call.arrays["x"].size and call.layouts["x"].first][:5]:
+        names = {}
+        exec(script(call, judge.Wrong("state", (), "one thing", "another")), names)
+        assert names["a"]["x"].stride() == call.layouts["x"].strides
 
 
 def test_the_oracle_knows_nothing_of_the_package():
