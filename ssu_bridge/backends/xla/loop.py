@@ -39,7 +39,8 @@ def _multi(problem: Problem, arrays: dict[str, Any], read: Any) -> dict[str, Any
     sequences, tokens = jnp.arange(problem.sequences)[None], jnp.arange(problem.tokens)[:, None]
     places = storage.places(problem, arrays, read, sequences, tokens, True)
     start = storage.load(problem, arrays, read)
-    kept = _kept(problem, arrays, start, problem.tokens), storage.stored_each_token(problem, arrays)
+    # XLA takes nothing from an axis without entries, also in a loop that never runs.
+    kept = _kept(problem, arrays, start, max(problem.tokens, 1)), storage.stored_each_token(problem, arrays)
     (kept, written), outs = jax.lax.scan(body, kept, (rows, places, tokens[:, 0]))
     return storage.results(problem, arrays, read, written, kept, jnp.moveaxis(outs, 0, 1))
 
