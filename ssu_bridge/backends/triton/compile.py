@@ -10,6 +10,7 @@ import numpy as np
 
 from ssu_bridge.backends.triton import replay
 from ssu_bridge.backends.triton.tiles import Tile, is_plain
+from ssu_bridge.backends.triton.triton_cache import with_files
 from ssu_bridge.core.arguments import (
     ARGUMENTS,
     BOOLS,
@@ -213,11 +214,13 @@ def compile_step(specialisation: Specialisation) -> Compiled:
         if arguments[name].divisor > 1:
             attributes[position,] = [["tt.divisibility", arguments[name].divisor]]
     major, minor = specialisation.capability
-    compiled = triton.compile(
-        ASTSource(kernel, signature, fixed, attributes),
-        target=GPUTarget("cuda", 10 * major + minor, 32),
-        # Fusion is written where it is wanted: left to the compiler, a tile's bits could differ from another's.
-        options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False, **_options(specialisation)},
+    compiled = with_files(
+        lambda: triton.compile(
+            ASTSource(kernel, signature, fixed, attributes),
+            target=GPUTarget("cuda", 10 * major + minor, 32),
+            # Fusion is written where it is wanted: left to the compiler, a tile's bits could differ from another's.
+            options={"num_warps": specialisation.tile.warps, "enable_fp_fusion": False, **_options(specialisation)},
+        )
     )
     return Compiled(
         cubin=compiled.asm["cubin"],

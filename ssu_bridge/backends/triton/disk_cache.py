@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ssu_bridge.backends.triton.compile import Compiled, Specialisation, identity, runtime_arguments
+from ssu_bridge.backends.triton.triton_cache import PLACES
 
 _log = logging.getLogger("ssu_bridge")
 
@@ -82,7 +83,7 @@ def _require_own(folder: Path) -> None:
 
 def _key(specialisation: Specialisation) -> str:
     """Hash all that a kernel depends on: the specialisation, our source, Triton and what the user tells Triton."""
-    told = sorted(item for item in os.environ.items() if item[0].startswith("TRITON_"))
+    told = sorted(item for item in os.environ.items() if item[0].startswith("TRITON_") and item[0] not in PLACES)
     return hashlib.sha256(repr((identity(specialisation), _source_hash(), told)).encode()).hexdigest()
 
 

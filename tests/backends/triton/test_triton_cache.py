@@ -17,6 +17,7 @@ from ssu_bridge.backends.triton import disk_cache
 from ssu_bridge.backends.triton.compile import Compiled, specialise
 from ssu_bridge.backends.triton.disk_cache import cached, directory
 from ssu_bridge.backends.triton.tiles import tile
+from ssu_bridge.backends.triton.triton_cache import PLACES
 from ssu_bridge.cases import CASES
 
 PROBLEM = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))
@@ -89,6 +90,8 @@ def test_what_the_launch_depends_on_is_in_the_key(monkeypatch, module, name, val
 
 def test_what_the_user_tells_triton_is_in_the_key(monkeypatch):
     before = disk_cache._key(KERNEL)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    assert disk_cache._key(KERNEL) == before
     monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
     assert disk_cache._key(KERNEL) != before
 
@@ -283,6 +286,36 @@ def test_a_user_without_a_home_compiles_each_time(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert cached(KERNEL, lambda: COMPILED) is COMPILED
     assert "SSU_BRIDGE_CACHE_DIR" in caplog.text
+
+
+# Triton has a cache of its own, in the home too.
+COMPILE = """
+import logging, os
+{before}
+logging.basicConfig()
+from test_triton_cache import KERNEL, cached
+from ssu_bridge.backends.triton.compile import compile_step
+assert cached(KERNEL, lambda: compile_step(KERNEL)).cubin[:4] == b"\\x7fELF"
+print("compiled in", os.listdir())
+"""
+NO_HOME = """
+import pwd
+def unknown(number):
+    raise KeyError(number)
+pwd.getpwuid = unknown
+"""
+
+
+# Nobody, an administrator neither, can make files in /proc.
+@pytest.mark.parametrize(("home", "before"), [("/proc", ""), (None, NO_HOME)], ids=["read-only", "none"])
+def test_a_home_that_cannot_be_written_is_no_obstacle(home, before, tmp_path):
+    told = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", *PLACES)}
+    del told["SSU_BRIDGE_CACHE_DIR"]
+    told |= {"PYTHONPATH": os.path.dirname(__file__)} | ({"HOME": home} if home else {})
+    command = [sys.executable, "-c", COMPILE.format(before=before)]
+    result = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, timeout=300)
+    assert (result.stdout, result.returncode) == ("compiled in []\n", 0), result.stderr
+    assert "the next process compiles it too" in result.stderr or "SSU_BRIDGE_CACHE_DIR" in result.stderr
 
 
 def test_the_folder(monkeypatch, tmp_path):
