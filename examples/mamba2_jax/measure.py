@@ -18,15 +18,6 @@ from mamba2_jax.sampling import Sampling
 Run = Callable[[], None]
 Place = Callable[[Any], Any]
 _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
-# XLA's names of dtypes.
-_OF_XLA = {
-    "float32": "f32",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "int16": "s16",
-    "int8": "s8",
-    "float8_e4m3fn": "f8e4m3fn",
-}
 # The operations of XLA that hand a buffer on as it is.
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
 
@@ -229,7 +220,8 @@ def seconds(runs: dict[str, Run], rounds: int) -> dict[str, float]:
 
 def assert_no_copy_of_a_state(compiled: Any, state: jax.Array) -> None:
     """Look in a compiled program for anything but the step itself that makes an array like an SSM state."""
-    name = _OF_XLA[state.dtype.name]
+    # XLA's names of dtypes: f32, bf16, s8, f8e4m3fn.
+    name = state.dtype.name.replace("float", "f").replace("int", "s").replace("_", "")
     shape = f"{name}[{','.join(map(str, state.shape))}]"
     # On a GPU XLA wraps a custom call together with the slices that it reads, so that it reads them where they lie.
     text = re.sub(r" fusion(\(.*kind=kCustom, calls=%dynamic-slice-fusion)", r" custom-call\1", compiled.as_text())

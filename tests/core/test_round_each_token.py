@@ -2,12 +2,11 @@
 
 import numpy as np
 import pytest
-from modes import bits, convert, skip_if_refused, to_host
+from modes import TOKENWISE, bits, convert, run
 
 import ssu_bridge
 from ssu_bridge.api import explain
 from ssu_bridge.testing.cases import Case
-from ssu_bridge.testing.check import results_by_name
 
 BACKENDS = [
     ("numpy", "reference"),
@@ -19,14 +18,7 @@ BACKENDS = [
 ]
 FLOATS = ("bfloat16", "float16")
 STATES = (*FLOATS, "float32", "int16", "int8", "float8_e4m3fn")
-TOKENWISE = ("x", "dt", "B", "C", "z")
 T = 4
-
-
-def run(arrays, mode, backend, **flags):
-    given = convert(arrays, mode)
-    skip_if_refused(explain(**given, **flags, backend=backend))
-    return to_host(results_by_name(ssu_bridge.update(**given, **flags, backend=backend)), mode)
 
 
 def one_by_one(arrays, mode, backend, **flags):

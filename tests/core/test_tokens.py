@@ -4,10 +4,9 @@ import functools
 
 import numpy as np
 import pytest
-from modes import PAIRS, bits, convert, skip_if_refused, step, to_host
+from modes import PAIRS, TOKENWISE, bits, convert, run, step, to_host
 
 import ssu_bridge
-from ssu_bridge.api import explain
 from ssu_bridge.testing.cases import Case
 from ssu_bridge.testing.check import check, results_by_name
 
@@ -20,14 +19,7 @@ LOOPS = [
     pytest.param("torch.cuda", "triton", marks=pytest.mark.gpu),
     pytest.param("jax", "triton", marks=pytest.mark.gpu),
 ]
-TOKENWISE = ("x", "dt", "B", "C", "z")
 T = 5
-
-
-def run(arrays, mode, backend, **flags):
-    given = convert(arrays, mode)
-    skip_if_refused(explain(**given, **flags, backend=backend))
-    return to_host(results_by_name(ssu_bridge.update(**given, **flags, backend=backend)), mode)
 
 
 def one_by_one(arrays, tokens, mode, backend, **flags):

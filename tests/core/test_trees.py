@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from modes import bits, convert, skip_if_refused, to_host
+from modes import TOKENWISE, bits, convert, run, skip_if_refused, to_host
 
 import ssu_bridge
 from ssu_bridge.api import explain
 from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.testing.cases import Case
-from ssu_bridge.testing.check import results_by_name
 
 LOOPS = [
     ("numpy", "reference"),
@@ -20,14 +19,7 @@ LOOPS = [
     pytest.param("jax", "triton", marks=pytest.mark.gpu),
 ]
 STATES = ("float32", "bfloat16", "float16", "int16", "int8", "float8_e4m3fn")
-TOKENWISE = ("x", "dt", "B", "C", "z")
 SLOT = 2
-
-
-def run(arrays, mode, backend, **flags):
-    given = convert(arrays, mode)
-    skip_if_refused(explain(**given, **flags, backend=backend))
-    return to_host(results_by_name(ssu_bridge.update(**given, **flags, backend=backend)), mode)
 
 
 def same(got, expected):

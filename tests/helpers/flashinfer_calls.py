@@ -1,12 +1,13 @@
 """Cases that FlashInfer takes, and the views that its own function asks a caller for."""
 
 import dataclasses
+import re
 
 import numpy as np
 from modes import to_mode
 
 import ssu_bridge
-from ssu_bridge.backends.flashinfer import module
+from ssu_bridge.backends.flashinfer import backend, module
 from ssu_bridge.core.quantized import paired, unpaired
 from ssu_bridge.testing.cases import Case
 
@@ -65,6 +66,14 @@ def problem_of(call, capability=(9, 0), window=0):
     if isinstance(call, Case):
         call, window = draw(call), call.window
     return ssu_bridge.explain(**paired(call, window), backend="reference").choices[0].problem.on("cuda", capability)
+
+
+def assert_refused(case, change, says):
+    """Assert that the backend's refusal of a case, whose problem a function may change, says what an expression finds."""
+    problem = problem_of(case)
+    reason = backend.refusal(change(problem) if change else problem)
+    assert reason is not None
+    assert re.search(says, reason), reason
 
 
 def as_flashinfer_wants(tensors, one_token_axis=False):

@@ -13,6 +13,7 @@ from ssu_bridge.core.quantized import SCALES, paired, unpaired
 from ssu_bridge.frontends.base import frontend
 from ssu_bridge.frontends.jax.metadata import address as jax_address
 from ssu_bridge.testing.cases import arguments
+from ssu_bridge.testing.check import results_by_name
 
 # The framework of each mode, and the backends that run in it on a machine without a GPU.
 MODES = {
@@ -101,6 +102,17 @@ def skip_if_refused(explanation):
 def poisoned(x):
     full_like = np.full_like if isinstance(x, np.ndarray) else torch.full_like
     return full_like(x, float("nan"))
+
+
+# What has an entry for each token, on an axis of tokens or in packed rows.
+TOKENWISE = ("x", "dt", "B", "C", "z")
+
+
+def run(arrays, mode, backend, **flags):
+    """Run ``update`` on copies of NumPy arrays; return its results by name, or skip what the backend does not support."""
+    given = convert(arrays, mode)
+    skip_if_refused(ssu_bridge.explain(**given, **flags, backend=backend))
+    return to_host(results_by_name(ssu_bridge.update(**given, **flags, backend=backend)), mode)
 
 
 def _jitted(given, flags):

@@ -210,3 +210,24 @@ def _store(results, a, kind, place, t, state, rounds):
 def run_script(script, **environment):
     command = [sys.executable, "-c", script if "torch" in script else WITHOUT_TORCH + script]
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+# The end of a script in which ``prepared(size)`` makes the arrays of a call and the call: it is made once with a small
+# size, and with a large one where there is no memory for its scratch, which is printed, and then where there is.
+WITHOUT_MEMORY = """
+import resource
+prepared(small)[1]()
+arrays, kernel = prepared(large)
+before = {name: array.copy() for name, array in arrays.items()}
+room = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), room[1]))
+try:
+    kernel()
+except MemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, room)
+assert all(array.tobytes() == before[name].tobytes() for name, array in arrays.items())
+kernel()
+assert arrays["out"].any()
+"""

@@ -24,15 +24,6 @@ from ssu_bridge.testing.cases import arguments
 from ssu_bridge.testing.check import results_by_name
 
 COLLECTIVE = r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?[(]"
-# XLA's names of dtypes.
-XLA_DTYPES = {
-    "float32": "f32",
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "int16": "s16",
-    "int8": "s8",
-    "float8_e4m3fn": "f8e4m3fn",
-}
 # What hands an array on without touching it; the custom call is the kernel.
 IN_PLACE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "custom-call"}
 
@@ -150,7 +141,8 @@ def decode_in_place(case, arrays, count=3):
 def touched(text, array):
     """Return the lines of a program that make something like a shard of an array, but for the kernel's."""
     shape = ",".join(map(str, array.sharding.shard_shape(array.shape)))
-    kind = f"{XLA_DTYPES[array.dtype.name]}[{shape}]"
+    # XLA's names of dtypes: f32, bf16, s8, f8e4m3fn.
+    kind = array.dtype.name.replace("float", "f").replace("int", "s").replace("_", "") + f"[{shape}]"
     made = re.finditer(rf"^.* = {re.escape(kind)}\S* ([\w-]+)\(.*$", text, re.MULTILINE)
     return [line[0] for line in made if line[1] not in IN_PLACE]
 

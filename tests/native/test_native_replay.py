@@ -369,10 +369,10 @@ def test_threads_do_not_change_the_bits():
 
 
 MEMORY_SCRIPT = """
-import resource, sys
+import sys
 import numpy as np
 sys.path[:0] = {paths!r}
-from native import cpu_kernel, results_of, view
+from native import WITHOUT_MEMORY, cpu_kernel, results_of, view
 from test_native_replay import call, in_order
 def prepared(rows):
     replay = (rows, rows)
@@ -382,21 +382,8 @@ def prepared(rows):
     kernel = cpu_kernel(names, results_of(names), replay=replay)
     views = {{name: view(array) for name, array in arrays.items()}}
     return arrays, lambda: kernel(*(views[name] for name in (*names, *results_of(names))))
-arrays, kernel = prepared(2)
-kernel()
-arrays, kernel = prepared(4096)
-before = {{name: array.copy() for name, array in arrays.items()}}
-room = resource.getrlimit(resource.RLIMIT_AS)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), room[1]))
-try:
-    kernel()
-except MemoryError as error:
-    print(error)
-resource.setrlimit(resource.RLIMIT_AS, room)
-assert all(array.tobytes() == before[name].tobytes() for name, array in arrays.items())
-kernel()
-assert arrays["out"].all()
+small, large = 2, 4096
+exec(WITHOUT_MEMORY)
 """
 
 
