@@ -216,7 +216,8 @@ def run_script(script, **environment):
 # size, and with a large one where there is no memory for its scratch, which is printed, and then where there is.
 WITHOUT_MEMORY = """
 import resource
-prepared(small)[1]()
+arrays, kernel = prepared(small)
+kernel()
 arrays, kernel = prepared(large)
 before = {name: array.copy() for name, array in arrays.items()}
 room = resource.getrlimit(resource.RLIMIT_AS)
