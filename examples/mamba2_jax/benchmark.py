@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 
 import ssu_bridge
 from command_line import mistakes_in_one_line, new_file, positive, positive_number
-from mamba2_jax import checkpoint, distributed, drafts, load, measure, model, plot
+from mamba2_jax import checkpoint, drafts, load, measure, model, plot
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV
 from mamba2_jax.initial import random_weights
@@ -119,13 +119,10 @@ def compare_devices(
 ) -> None:
     """Print how fast one device decodes, and several with heads and weights sharded over them."""
     mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
-    places: dict[str, measure.Place] = {
-        "one device": lambda tree: tree,
-        f"{devices} devices": functools.partial(distributed.place, mesh=mesh),
-    }
+    places = {"one device": None, f"{devices} devices": mesh}
     backend = measure.backends_present(measure.example_step(config, weights, batch, state_dtype))[0]
     whole = functools.partial(measure.whole_tokens, config, weights, batch, state_dtype, tokens=tokens, backend=backend)
-    times = measure.seconds({name: whole(place=place)[0] for name, place in places.items()}, rounds)
+    times = measure.seconds({name: whole(mesh=mesh)[0] for name, mesh in places.items()}, rounds)
     one = times["one device"]
     for name, time in times.items():
         rate = batch * tokens / time

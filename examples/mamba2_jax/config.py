@@ -28,6 +28,8 @@ class Mamba2Config:
         residual_in_fp32: whether the residual stream is float32 alongside narrower weights.
         time_step_limit: the least and the largest dt.
         eos_token_ids: the tokens that end a text.
+        mesh: the ``jax.sharding.Mesh`` of devices that share the heads, along its axis "heads"; None: one has them all.
+        devices_of_a_group: how many of them have heads of one group.
     """
 
     vocab_size: int
@@ -45,6 +47,8 @@ class Mamba2Config:
     residual_in_fp32: bool = True
     time_step_limit: tuple[float, float] = _UNLIMITED
     eos_token_ids: tuple[int, ...] = ()
+    mesh: Any = None
+    devices_of_a_group: int = 1
 
     @property
     def has_unlimited_steps(self) -> bool:
@@ -71,6 +75,34 @@ class Mamba2Config:
     def conv_size(self) -> int:
         """Channels that go through the convolution: x, B and C."""
         return self.inner_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the heads."""
+        return 1 if self.mesh is None else self.mesh.shape["heads"]
+
+    def over(self, mesh: Any) -> "Mamba2Config":
+        """Return the same model with its heads shared by the devices of a mesh with an axis "heads".
+
+        Raises:
+            ValueError: a device would have a part of a head, or parts of groups.
+        """
+        devices = mesh.shape["heads"]
+        if self.num_heads % devices:
+            raise ValueError(f"num_heads: expected a multiple of {devices} devices, got {self.num_heads}")
+        if self.n_groups > 1 and self.n_groups % devices:
+            raise ValueError(f"n_groups: expected 1 or a multiple of {devices} devices, got {self.n_groups}")
+        return dataclasses.replace(self, mesh=mesh)
+
+    @property
+    def of_a_device(self) -> "Mamba2Config":
+        """The sizes of the layers that each device has: those of its heads and of the groups that these read."""
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // self.devices,
+            n_groups=max(self.n_groups // self.devices, 1),
+            devices_of_a_group=self.devices if self.n_groups == 1 else 1,
+        )
 
     @property
     def projection_size(self) -> int:
@@ -143,7 +175,7 @@ class Mamba2Config:
 
 
 # What a config.json has in other forms, or not at all.
-_OWN_FORMS = ("time_step_limit", "eos_token_ids")
+_OWN_FORMS = ("time_step_limit", "eos_token_ids", "mesh", "devices_of_a_group")
 # JSON has no infinity; Python writes one of its own, and transformers this.
 _INFINITY = {"__float__": "Infinity"}
 

@@ -10,14 +10,13 @@ import argparse
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import ssu_bridge
 from command_line import mistakes_in_one_line, positive
@@ -27,42 +26,52 @@ from mamba2_jax.generate import KJV, decode, prefill
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 
-# Which axis of each part of an array goes with the heads; None: every device has all of it, as B and C. Each device
-# computes what its heads need, and XLA sums what leaves a layer over the devices.
-_WEIGHTS: dict[str, Sequence[int | None]] = {
-    "in_proj": (0, 0, None, 0), "in_proj_bias": (0, 0, None, 0), "conv": (0, None), "conv_bias": (0, None),
-    "A_log": (0,), "D": (0,), "dt_bias": (0,), "gated_norm": (0,), "out_proj": (1,),
-}  # fmt: skip
-_STATES: dict[str, Sequence[int | None]] = {"ssm": (1,), "conv": (2, None)}
 
+def place(config: Mamba2Config, tree: Any) -> Any:
+    """Return weights or states of one device with their heads shared by those of ``config.mesh``.
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Return weights or states with their heads spread over the mesh; every host passes the same arrays."""
+    What a device needs of an array lies together: of ``in_proj`` its channels of z and x, B and C of the groups that
+    its heads read, and its heads' dt. A device then computes what one alone would that has no other heads. Every host
+    passes the same arrays.
+    """
+    orders = _orders(config)
 
-    def put(array: Any, axis: int | None) -> jax.Array:
-        if axis is None or array.shape[axis] % mesh.size:  # what does not divide is on every device
-            spec = PartitionSpec()
-        else:
-            spec = PartitionSpec(*[None] * axis, "heads")
-        placed: jax.Array = jax.device_put(np.asarray(array), NamedSharding(mesh, spec))
+    def put(name: str, array: Any, spec: PartitionSpec) -> jax.Array:
+        array = np.asarray(array)
+        if name in orders:
+            array = array.take(orders[name], axis=spec.index("heads"))
+        placed: jax.Array = jax.device_put(array, NamedSharding(config.mesh, spec))
         return placed
 
-    def put_field(array: Any, axes: Sequence[int | None]) -> Any:
-        if len(axes) == 1:  # a quantised state and one that is replayed consist of arrays with the same axes
-            return jax.tree.map(lambda leaf: put(leaf, axes[0]), array)
-        return array and tuple(map(put, array, axes))
+    def put_part(part: Any) -> Any:
+        if isinstance(part, model.Layer | model.State):
+            specs = model.LAYER_SPECS if isinstance(part, model.Layer) else model.STATE_SPECS
+            return type(part)(*map(put_field, part._fields, part, specs))
+        return put("", part, PartitionSpec())
 
-    def put_fields(part: Any, axes: dict[str, Sequence[int | None]]) -> dict[str, Any]:
-        return {name: put_field(array, axes.get(name, (None,))) for name, array in part._asdict().items()}
+    def put_field(name: str, field: Any, spec: PartitionSpec) -> Any:
+        """Put an array, or all those of a state that is quantised or replayed; their axes are the same."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, array: put(path[-1].name if path else name, array, spec), field
+        )
 
-    def put_all(part: Any) -> Any:
-        if not isinstance(part, model.Layer | model.State):
-            return put(part, None)
-        if isinstance(part, model.State):
-            return model.State(**put_fields(model.state_in_parts(part), _STATES))
-        return model.Layer(**put_fields(model.in_parts(part), _WEIGHTS))
+    return jax.tree.map(put_part, tree, is_leaf=lambda part: isinstance(part, model.Layer | model.State))
 
-    return jax.tree.map(put_all, tree, is_leaf=lambda part: isinstance(part, model.Layer | model.State))
+
+def _orders(config: Mamba2Config) -> dict[str, np.ndarray]:
+    """Return in which order arrays of these names have their rows, or what else is sharded, for devices to share."""
+    heads, channels = np.arange(config.num_heads), np.arange(config.inner_size)
+    groups = np.repeat(np.arange(config.n_groups), config.devices * config.of_a_device.n_groups // config.n_groups)
+    B = (groups[:, None] * config.state_size + np.arange(config.state_size)).ravel()
+    C = config.n_groups * config.state_size + B
+    conv = [channels, *(config.inner_size + part for part in (B, C))]
+    in_proj = [channels, *(config.inner_size + part for part in conv), config.inner_size + config.conv_size + heads]
+
+    def together(parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([part.reshape(config.devices, -1) for part in parts], axis=1).ravel()
+
+    orders = {"in_proj": together(in_proj), "conv": together(conv), "B": groups}
+    return orders | {f"{name}_bias": orders[name] for name in ("in_proj", "conv")}
 
 
 def decoded(folder: Path, prompt: str, count: int) -> str:
@@ -71,8 +80,9 @@ def decoded(folder: Path, prompt: str, count: int) -> str:
     tokenizer = tokenizer_of(folder, config)
     mesh = jax.make_mesh((len(jax.devices()),), ("heads",), axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    states = place(model.zero_states(config, 1, weights.embedding.dtype.name, "float32"), mesh)
-    weights = place(weights, mesh)
+    config = config.over(mesh)
+    states = model.zero_states(config, 1, weights.embedding.dtype.name, "float32")
+    weights = place(config, weights)
     keys = jax.jit(lambda: jax.random.key(0)[None], out_shardings=everywhere)()
     slots = np.zeros(1, np.int32)
     progress = prefill(config, weights, states, [tokenizer.encode(prompt)], slots)

@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import ssu_bridge
-from mamba2_jax import model, speculate
+from mamba2_jax import distributed, model, speculate
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import Progress, decode, prefill
 from mamba2_jax.sampling import Sampling
 
 Run = Callable[[], None]
-Place = Callable[[Any], Any]
 _SPARE_SLOTS = 2  # a server's cache has more slots than sequences
 # The operations of XLA that hand a buffer on as it is.
 _PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "call", "conditional", "bitcast"}
@@ -103,15 +103,16 @@ def whole_tokens(
     tokens: int,
     backend: str,
     replay: int | None = None,
-    place: Place = lambda tree: tree,
+    mesh: Mesh | None = None,
 ) -> tuple[Run, Any]:
     """Return a run that decodes so many tokens greedily, and the compiled program.
 
-    With ``replay`` the states are written once in so many tokens. ``place`` puts weights and states where they are to
-    be.
+    With ``replay`` the states are written once in so many tokens. The devices of a ``mesh`` share the heads.
     """
-    dtype = weights.embedding.dtype.name
-    weights, states = place(weights), place(model.zero_states(config, batch + _SPARE_SLOTS, dtype, state_dtype))
+    if mesh is not None:
+        config = config.over(mesh)
+        weights = distributed.place(config, weights)
+    states = model.zero_states(config, batch + _SPARE_SLOTS, weights.embedding.dtype.name, state_dtype)
     progress = Progress(states, jnp.zeros((batch, config.vocab_size), jnp.float32), jnp.zeros((), jnp.int32))
     if replay is not None:
         progress = progress.replayed(config, weights, replay)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ssu_bridge
 from mamba2_jax import convolution
@@ -21,17 +22,13 @@ QUANTIZED = ("int16", "int8", "float8_e4m3fn")
 
 
 class Layer(NamedTuple):
-    """The weights of one layer; those that a configuration does without are None.
-
-    For several devices they are in parts, of which each lies with its heads or everywhere: ``in_proj`` and its bias are
-    those of z, x, B with C, and dt; ``conv`` and its bias those of x, and B with C. See ``in_parts``.
-    """
+    """The weights of one layer; those that a configuration does without are None."""
 
     norm: jax.Array
-    in_proj: Any
-    in_proj_bias: Any
-    conv: Any
-    conv_bias: Any
+    in_proj: jax.Array
+    in_proj_bias: jax.Array | None
+    conv: jax.Array
+    conv_bias: jax.Array | None
     A_log: jax.Array
     D: jax.Array
     dt_bias: jax.Array
@@ -55,17 +52,34 @@ class State(NamedTuple):
     ``conv`` (slots, conv_kernel - 1, conv_size) has the last inputs of the convolution, ``ssm`` (slots, num_heads,
     head_dim, state_size) the states: an array, a ``QuantizedState`` or a ``ReplayState``. Where calls of up to T tokens
     are verified, ``conv`` has T - 1 inputs more, and ``ssm`` T states for each slot, one after each token of the last
-    such call. ``conv`` is in two parts where the layer's weights are in parts.
+    such call.
     """
 
-    conv: Any
+    conv: jax.Array
     ssm: Any
 
-    @property
-    def slots(self) -> int:
-        """How many there are."""
-        count: int = jax.tree.leaves(self.conv)[0].shape[0]
-        return count
+
+def _along(axis: int) -> Any:
+    return PartitionSpec(*[None] * axis, "heads")
+
+
+# How the arrays of a layer are sharded over devices that share the heads: see ``distributed.place``.
+_ON_ALL: Any = PartitionSpec()
+LAYER_SPECS = Layer(
+    norm=_ON_ALL,
+    in_proj=_along(0),
+    in_proj_bias=_along(0),
+    conv=_along(0),
+    conv_bias=_along(0),
+    A_log=_along(0),
+    D=_along(0),
+    dt_bias=_along(0),
+    gated_norm=_along(0),
+    out_proj=_along(1),
+    out_proj_bias=_ON_ALL,
+)
+STATE_SPECS = State(conv=_along(2), ssm=_along(1))
+_SNAPSHOT_SPECS = State(conv=_along(3), ssm=_along(2))
 
 
 class Snapshots(NamedTuple):
@@ -107,10 +121,16 @@ def zero_states(
 
     A tuple, for the layers to be unrolled over: a scan over *stacked* layer states would copy them.
     """
-    conv = (slots, config.conv_kernel - 1 + tokens - 1, config.conv_size)
+    own = config.of_a_device
+    conv = (slots, config.conv_kernel - 1 + tokens - 1, config.devices * own.conv_size)
     ssm = (slots * (of_a_slot or tokens), config.num_heads, config.head_dim, config.state_size)
+
+    def zeros(shape: tuple[int, ...], dtype: str, spec: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=config.mesh and NamedSharding(config.mesh, spec))
+
     return tuple(
-        State(jnp.zeros(conv, conv_dtype), stored(jnp.zeros(ssm), ssm_dtype)) for _ in range(config.num_hidden_layers)
+        State(zeros(conv, conv_dtype, STATE_SPECS.conv), stored(zeros(ssm, "float32", STATE_SPECS.ssm), ssm_dtype))
+        for _ in range(config.num_hidden_layers)
     )
 
 
@@ -126,33 +146,11 @@ def with_replay(
 
     A call has up to so many ``tokens`` of each sequence.
     """
-    dtype = weights.embedding.dtype
-    sizes = window, tokens, config.n_groups, dtype, dtype
+    dtype, groups = weights.embedding.dtype, config.devices * config.of_a_device.n_groups
+    sizes = window, tokens, groups, dtype, dtype
     replayed = tuple(state._replace(ssm=ssu_bridge.to_replay(state.ssm, *sizes)) for state in states)
-    first = jax.tree.leaves(states[0].conv)[0]
-    return replayed, ssu_bridge.ReplayCursor.empty(states[0].slots, window, tokens, like=first)
-
-
-def in_parts(layer: Layer) -> Layer:
-    """Return a layer with what several devices share in parts."""
-    inner, shared = layer.out_proj.shape[1], layer.conv.shape[0] - layer.out_proj.shape[1]
-    edges = [inner, 2 * inner, 2 * inner + shared]
-
-    def parts(array: jax.Array | None, edges: list[int]) -> Any:
-        return None if array is None else tuple(jnp.split(array, edges))
-
-    return layer._replace(
-        in_proj=parts(layer.in_proj, edges),
-        in_proj_bias=parts(layer.in_proj_bias, edges),
-        conv=parts(layer.conv, [inner]),
-        conv_bias=parts(layer.conv_bias, [inner]),
-    )
-
-
-def state_in_parts(state: State) -> State:
-    """Return a layer's state for weights in parts."""
-    heads, channels = jax.tree.leaves(state.ssm)[0].shape[1:3]
-    return state._replace(conv=tuple(jnp.split(state.conv, [heads * channels], axis=2)))
+    slots = states[0].conv.shape[0]
+    return replayed, ssu_bridge.ReplayCursor.empty(slots, window, tokens, like=states[0].conv)
 
 
 def step(
@@ -209,14 +207,10 @@ def forward(
         What the last layer makes of the tokens, for :func:`logits`, with their axes; the new states; and the
         snapshots' states, if there are some.
     """
-    x = embed(config, weights, tokens)
     call = _Call(slots, rows, has_initial_state, drafts, snapshots, backend, cursor)
-    new_states, new_snapshots = [], []
-    for i, (layer, state) in enumerate(zip(weights.layers, states, strict=True)):
-        x, state, kept = _layer(config, layer, state, x, call, snapshots and snapshots.states[i])
-        new_states.append(state)
-        new_snapshots.append(kept)
-    return x, tuple(new_states), tuple(k for k in new_snapshots if k is not None) if snapshots else None
+    kept = None if snapshots is None else snapshots.states
+    layers = _layers if config.mesh is None else _layers_over_devices
+    return layers(config, call, weights.layers, states, embed(config, weights, tokens), kept)
 
 
 class _Call(NamedTuple):
@@ -234,6 +228,37 @@ class _Call(NamedTuple):
     def verified(self) -> int:
         """How many sequences are verified."""
         return 0 if self.drafts is None else len(self.drafts.start)
+
+
+_Kept = tuple[State, ...] | None
+
+
+def _layers(
+    config: Mamba2Config, call: _Call, layers: tuple[Layer, ...], states: tuple[State, ...], x: jax.Array, kept: _Kept
+) -> tuple[jax.Array, tuple[State, ...], _Kept]:
+    """Take the residual stream of the tokens through all layers."""
+    new_states, new_kept = [], []
+    for i, (layer, state) in enumerate(zip(layers, states, strict=True)):
+        x, state, own = _layer(config, layer, state, x, call, None if kept is None else kept[i])
+        new_states.append(state)
+        new_kept.append(own)
+    return x, tuple(new_states), None if kept is None else tuple(k for k in new_kept if k is not None)
+
+
+def _layers_over_devices(
+    config: Mamba2Config, call: _Call, layers: tuple[Layer, ...], states: tuple[State, ...], x: jax.Array, kept: _Kept
+) -> tuple[jax.Array, tuple[State, ...], _Kept]:
+    """Do so on several devices: each takes all tokens through its part of each layer, and adds up what leaves it."""
+    of_states = (STATE_SPECS,) * len(states)
+    of_kept = None if kept is None else (_SNAPSHOT_SPECS,) * len(kept)
+    over_devices = jax.shard_map(
+        functools.partial(_layers, config.of_a_device, call),
+        mesh=config.mesh,
+        in_specs=((LAYER_SPECS,) * len(layers), of_states, _ON_ALL, of_kept),
+        out_specs=(_ON_ALL, of_states, of_kept),
+        check_vma=False,
+    )
+    return over_devices(layers, states, x, kept)
 
 
 def _layer(
@@ -278,7 +303,7 @@ def _advance(
 
 def _places(state: State, slots: jax.Array) -> jax.Array:
     """Return where the states of sequences lie, (batch, those of a slot)."""
-    of_a_slot = jax.tree.leaves(state.ssm)[0].shape[0] // state.slots
+    of_a_slot = jax.tree.leaves(state.ssm)[0].shape[0] // state.conv.shape[0]
     return jnp.where(
         slots[:, None] < 0, -1, slots[:, None] * of_a_slot + jnp.arange(of_a_slot, dtype=slots.dtype)[None]
     )
@@ -301,42 +326,33 @@ def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[
     return arguments
 
 
-def _convolve(layer: Layer, state: State, xBC: Any, call: _Call, kept: State | None) -> tuple[Any, Any, Any]:
-    """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
-    kept_conv = None if kept is None else kept.conv
-    if not isinstance(xBC, tuple):
-        return _convolve_part(layer.conv, layer.conv_bias, state.conv, xBC, kept_conv, call)
-    nothing = (None,) * len(xBC)
-    parts = zip(layer.conv, layer.conv_bias or nothing, state.conv, xBC, kept_conv or nothing, strict=True)
-    convolved, conv, kept_conv = zip(*[_convolve_part(*part, call) for part in parts], strict=True)
-    return convolved, conv, None if None in kept_conv else kept_conv
-
-
-def _convolve_part(
-    weight: jax.Array, bias: jax.Array | None, cache: jax.Array, xBC: jax.Array, kept: jax.Array | None, call: _Call
+def _convolve(
+    layer: Layer, state: State, xBC: jax.Array, call: _Call, kept: State | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Do so for some of the channels."""
-    drafts, weights = call.drafts, (weight, bias)
+    """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
+    drafts, weights = call.drafts, (layer.conv, layer.conv_bias)
     history = convolution.histories(
-        cache, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
+        state.conv, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
     )
     if call.rows is None:
         inputs = xBC if xBC.ndim == 3 else xBC[:, None]
         parents = None if drafts is None else drafts.parents
         convolved = convolution.convolve(history, inputs, *weights, parents=parents).reshape(xBC.shape)
         last = jnp.concatenate([history, inputs], axis=1)[:, inputs.shape[1] :]
-        return convolved, convolution.stored(cache, call.slots, last), None
+        return convolved, convolution.stored(state.conv, call.slots, last), None
     convolved = convolution.convolve_packed(history, xBC, call.rows, *weights)
     lengths = call.rows.lengths
     last = convolution.last_inputs(history, xBC, call.rows, lengths)
-    conv = convolution.stored(cache, jnp.where(lengths > 0, call.slots, -1), last)
+    conv = convolution.stored(state.conv, jnp.where(lengths > 0, call.slots, -1), last)
     if kept is None or call.snapshots is None:
         return convolved, conv, None
-    ends = jnp.broadcast_to((jnp.arange(kept.shape[1]) + 1) * call.snapshots.stride, (len(lengths), kept.shape[1]))
+    ends = jnp.broadcast_to(
+        (jnp.arange(kept.conv.shape[1]) + 1) * call.snapshots.stride, (len(lengths), kept.conv.shape[1])
+    )
     there = (ends <= lengths[:, None]) & (call.snapshots.entries[:, None] >= 0)
-    entries = jnp.where(there, call.snapshots.entries[:, None], kept.shape[0])
-    inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.dtype)
-    return convolved, conv, kept.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
+    entries = jnp.where(there, call.snapshots.entries[:, None], kept.conv.shape[0])
+    inputs = convolution.last_inputs(history, xBC, call.rows, ends).astype(kept.conv.dtype)
+    return convolved, conv, kept.conv.at[entries, jnp.arange(ends.shape[1])[None]].set(inputs, mode="drop")
 
 
 # --- The parts of a layer; they take any number of axes before the last, so that training has them too ---
@@ -348,16 +364,9 @@ def embed(config: Mamba2Config, weights: Weights, tokens: jax.Array) -> jax.Arra
     return x.astype(jnp.float32) if config.residual_in_fp32 else x
 
 
-def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array, Any, jax.Array]:
-    """Return z (..., inner_size), the convolution's input (..., conv_size) and dt (..., num_heads).
-
-    The input is in two parts if the weights are: x, and B with C.
-    """
+def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return z (..., inner_size), the convolution's input (..., conv_size) and dt (..., num_heads)."""
     normed = rms_norm(x, layer.norm, config.layer_norm_epsilon)
-    if isinstance(layer.in_proj, tuple):
-        biases = layer.in_proj_bias or (None,) * len(layer.in_proj)
-        z, of_x, BC, dt = (linear(normed, *part) for part in zip(layer.in_proj, biases, strict=True))
-        return z, (of_x, BC), dt
     projected = linear(normed, layer.in_proj, layer.in_proj_bias)
     z, xBC, dt = jnp.split(projected, [config.inner_size, config.inner_size + config.conv_size], axis=-1)
     return z, xBC, dt
@@ -371,22 +380,33 @@ def step_sizes(config: Mamba2Config, layer: Layer, dt: jax.Array) -> tuple[jax.A
     return jnp.clip(sizes, *config.time_step_limit), {}
 
 
-def split_heads(config: Mamba2Config, xBC: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(config: Mamba2Config, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return x (..., num_heads, head_dim), B and C (..., n_groups, state_size)."""
-    heads, BC = xBC if isinstance(xBC, tuple) else jnp.split(xBC, [config.inner_size], axis=-1)
-    B, C = jnp.split(BC, 2, axis=-1)
-    batch = heads.shape[:-1]
+    shared = config.n_groups * config.state_size
+    x, B, C = jnp.split(xBC, [config.inner_size, config.inner_size + shared], axis=-1)
+    batch = xBC.shape[:-1]
     groups = (*batch, config.n_groups, config.state_size)
-    return heads.reshape(*batch, config.num_heads, config.head_dim), B.reshape(groups), C.reshape(groups)
+    return x.reshape(*batch, config.num_heads, config.head_dim), B.reshape(groups), C.reshape(groups)
 
 
 def finish(config: Mamba2Config, layer: Layer, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
     """Gate the step's output (..., num_heads, head_dim), project it and add it to the residual stream."""
     gated = y.reshape(z.shape).astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-    by_group = gated.reshape(*z.shape[:-1], config.n_groups, -1)
-    weight = layer.gated_norm.reshape(config.n_groups, -1)
-    normed = rms_norm(by_group, weight, config.layer_norm_epsilon).reshape(z.shape)
-    return x + linear(normed, layer.out_proj, layer.out_proj_bias).astype(x.dtype)
+    if config.devices_of_a_group == 1:
+        by_group = gated.reshape(*z.shape[:-1], config.n_groups, -1)
+        weight = layer.gated_norm.reshape(config.n_groups, -1)
+        normed = rms_norm(by_group, weight, config.layer_norm_epsilon).reshape(z.shape)
+        out = linear(normed, layer.out_proj, None)
+        out = out if config.mesh is None else jax.lax.psum(out, "heads")
+    else:
+        # The norm goes over the heads of all devices. Its scale comes after the product, so that they wait only once.
+        weighted = (gated * over(gated, layer.gated_norm)).astype(layer.out_proj.dtype)
+        squares = jnp.sum(gated * gated, axis=-1, keepdims=True)
+        out, squares = jax.lax.psum((linear(weighted, layer.out_proj, None), squares), "heads")
+        channels = config.inner_size * config.devices_of_a_group
+        out = out * jax.lax.rsqrt(squares / channels + config.layer_norm_epsilon)
+    out = out if layer.out_proj_bias is None else out + over(out, layer.out_proj_bias)
+    return x + out.astype(x.dtype)
 
 
 def logits(config: Mamba2Config, weights: Weights, x: jax.Array) -> jax.Array:

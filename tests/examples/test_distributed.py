@@ -1,5 +1,6 @@
-"""The example model on several devices: heads and weights shared, and only sums exchanged."""
+"""The example model on several devices, which share its heads: one sum over them in each layer."""
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -14,6 +15,10 @@ from sharded import COLLECTIVE
 from mamba2_jax import distributed, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.initial import random_weights
+from mamba2_jax.requests import Sequence
+from mamba2_jax.sampling import Sampling
+from mamba2_jax.scheduler import Scheduler
+from mamba2_jax.speculate import Speculation
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16}
 VARIANTS = {
@@ -21,30 +26,35 @@ VARIANTS = {
     "two groups, biases": Mamba2Config(**SIZES, n_groups=2, use_bias=True),
     "no bias of the convolution": Mamba2Config(**SIZES, use_conv_bias=False),
 }
-# Of the mean squares of a layer's outputs, if a norm goes over the heads of several devices, and of what leaves it.
-SUMS = {"one group": 2, "two groups, biases": 1, "no bias of the convolution": 2}
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_devices_that_share_the_heads(name):
+def test_devices_that_share_the_heads(name, mesh):
     config = VARIANTS[name]
-    mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     weights = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), random(config))
     states = random_states(config)
     tokens, slots = jnp.array([5, 9]), np.array([2, 0], np.int32)
-    step = jax.jit(functools.partial(model.step, config, backend="cpu"))
-    expected = step(weights, states, tokens, slots)
-    placed = distributed.place(weights, mesh), distributed.place(states, mesh), tokens, slots
-    compiled = step.lower(*placed).compile()
+    expected = stepped(config)(weights, states, tokens, slots)
+    shared = config.over(mesh)
+    placed = distributed.place(shared, weights), distributed.place(shared, states), tokens, slots
+    compiled = stepped(shared).lower(*placed).compile()
     logits, after = compiled(*placed)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-4, atol=1e-4)
-    for state, old, new in zip(after, states, expected[1], strict=True):
-        conv = np.concatenate(state.conv, axis=2)
-        assert not np.array_equal(new.conv, old.conv)
-        np.testing.assert_allclose(conv, new.conv, rtol=1e-4, atol=1e-5)
+    for state, old, new in zip(after, states, distributed.place(shared, expected[1]), strict=True):
+        assert not np.array_equal(new.ssm, old.ssm)
+        np.testing.assert_allclose(state.conv, new.conv, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(state.ssm, new.ssm, rtol=1e-4, atol=1e-5)
     found = Counter(kind for kind, _ in re.findall(COLLECTIVE, compiled.as_text()))
-    assert found == {"all-reduce": SUMS[name] * config.num_hidden_layers}
+    assert found == {"all-reduce": config.num_hidden_layers}
+
+
+def stepped(config):
+    return jax.jit(functools.partial(model.step, config, backend="cpu"))
 
 
 def random(config):
@@ -55,3 +65,35 @@ def random_states(config):
     leaves, tree = jax.tree.flatten(model.zero_states(config, 3, "float32", "float32"))
     keys = jax.random.split(jax.random.key(2), len(leaves))
     return jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+SERVED = {
+    "states on the way through prompts": {"prefixes": 4, "prefix_stride": 8},
+    "drafts, replayed": {"speculation": Speculation(4, shortest=1, replay=8)},
+    "quantised states": {"state_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("options", SERVED.values(), ids=SERVED)
+def test_texts_of_requests_are_those_of_one_device(options, mesh):
+    config = dataclasses.replace(VARIANTS["one group"], num_hidden_layers=1)
+    weights, shared = random(config), config.over(mesh)
+    expected = texts(config, weights, **options)
+    assert texts(shared, distributed.place(shared, weights), **options) == expected
+
+
+def texts(config, weights, **options):
+    """Serve some requests, one of which begins as one before it."""
+    batch = Scheduler(config, weights, width=2, rows=32, sampling=Sampling(temperature=0), **options)
+    requests = [Sequence(prompt, 12) for prompt in ([1, 2, 3] * 8, [7, 8], [1, 2, 3] * 8 + [9])]
+    for request in requests:
+        batch.submit(request)
+    list(batch.run())
+    return [request.drawn for request in requests]
+
+
+def test_heads_that_devices_cannot_share(mesh):
+    with pytest.raises(ValueError, match="num_heads: expected a multiple of 2 devices, got 3"):
+        Mamba2Config(**{**SIZES, "num_heads": 3}).over(mesh)
+    with pytest.raises(ValueError, match="n_groups: expected 1 or a multiple of 2 devices, got 3"):
+        Mamba2Config(**{**SIZES, "num_heads": 6}, n_groups=3).over(mesh)
