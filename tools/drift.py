@@ -3,6 +3,7 @@
 import argparse
 import csv
 import functools
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,32 @@ class Decode:
         return (outs.cpu().numpy() if self.on_gpu else outs)[:, 0].astype("float64")
 
 
+class Peer:
+    """The same by a function of mamba_ssm's signature in Torch on a GPU, with A, D, dt and dt_bias as it takes them."""
+
+    def __init__(self, curve: str, function: Any):
+        import torch
+
+        self.function = function
+        self.state = torch.zeros((1, H, P, N), dtype=getattr(torch, curve), device="cuda")
+        self.given = {name: torch.from_numpy(array).cuda() for name, array in parameters().items()}
+        self.given["A"] = self.given["A"][:, None, None].expand(H, P, N)
+        for name in ("D", "dt_bias"):
+            self.given[name] = self.given[name][:, None].expand(H, P)
+
+    def outputs(self, block: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the outputs of a block."""
+        import torch
+
+        arrays = {name: torch.from_numpy(array).cuda() for name, array in block.items()}
+        arrays["dt"] = arrays["dt"][..., None].expand(-1, 1, H, P)
+        outs = []
+        for t in range(len(block["x"])):
+            given = {name: array[t] for name, array in arrays.items()} | self.given
+            outs.append(self.function(self.state, **given, dt_softplus=True))
+        return torch.cat(outs).cpu().numpy().astype("float64")
+
+
 class Scan:
     """The same on the xla backend, in a scan over a block."""
 
@@ -145,7 +172,11 @@ class Scan:
 
 
 def curves_of(backend: str) -> dict[str, Any]:
-    """Return what makes the outputs of each curve of a backend; "plain" is NumPy's own arithmetic."""
+    """Return what makes the outputs of each curve: of a backend, of NumPy's own arithmetic, "plain", or a peer's."""
+    if ":" in backend:
+        module, function = backend.split(":")
+        peer = getattr(importlib.import_module(module), function)
+        return {curve: Peer(curve, peer) for curve in ("float32", "bfloat16", "float16")}
     if backend == "plain":
         return {curve: Plain("float32", curve.split()[0]) for curve in PLAIN}
     if backend == "xla":
@@ -204,7 +235,10 @@ def main() -> None:
     """Measure, save, and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--backend", action="append", default=[], choices=["plain", "cpu", "xla", "reference", "triton"]
+        "--backend",
+        action="append",
+        default=[],
+        help="plain, cpu, xla, reference, triton, or on a GPU a peer: MODULE:FUNCTION, of mamba_ssm's signature",
     )
     parser.add_argument("--curve", action="append", default=[], choices=[*CURVES, *PLAIN], help="absent: all")
     parser.add_argument("--steps", type=int, default=100_000)

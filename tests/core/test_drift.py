@@ -20,9 +20,19 @@ def errors(backend, steps=STEPS):
 LARGEST = {"float32": 2e-7, "float16": 1e-3, "bfloat16": 6e-3, "int16": 1e-4, "int8": 2e-2, "float8_e4m3fn": 8e-2}
 
 
+# How many times the error of NumPy's arithmetic it may be. A GPU's instruction for exp2 errs by two units in the last
+# place where NumPy's exp errs by one, and a state that remembers a thousand tokens adds them up; peers' kernels use it too.
+FACTORS = {"triton": 1.6}
+
+
 @pytest.mark.parametrize(
     "backend",
-    ["cpu", pytest.param("xla", marks=pytest.mark.nightly), "reference"],
+    [
+        "cpu",
+        pytest.param("xla", marks=pytest.mark.nightly),
+        "reference",
+        pytest.param("triton", marks=pytest.mark.gpu),
+    ],
 )
 def test_the_error_of_a_long_decode(backend):
     """It does not grow, and is no larger than that of the peers' arithmetic: float32, rounded when it is stored."""
@@ -33,5 +43,5 @@ def test_the_error_of_a_long_decode(backend):
         assert after < LARGEST[dtype] * (2 if "stochastic" in more else 1), curve
         assert after < 1.5 * before, curve
         if f"{dtype} plain" in plain and "stochastic" not in more:
-            assert after < 1.2 * plain[f"{dtype} plain"][1], curve
+            assert after < FACTORS.get(backend, 1.2) * plain[f"{dtype} plain"][1], curve
     assert errors(backend, steps)["bfloat16 replay"][1] < 0.5 * errors(backend, steps)["bfloat16"][1]
