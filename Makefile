@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all fuzz sanitize check bench bench-compare lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-all fuzz sanitize sanitize-gpu check bench bench-compare lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -55,6 +55,15 @@ plots: .venv/installed
 memcheck: .venv/installed
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 	  $(BIN)/python -m pytest -m gpu -k no_index_reaches tests/core/test_indices.py
+
+# The fuzz on a GPU under NVIDIA's sanitizers: memory (memcheck), and races in shared memory (racecheck).
+GPU_TOOLS ?= memcheck racecheck
+GPU_CALLS ?= 500
+sanitize-gpu: .venv/installed
+	for name in $(GPU_TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=tests compute-sanitizer --tool $$name --target-processes all --error-exitcode 9 \
+	    $(BIN)/python -m fuzz --gpu --calls $(GPU_CALLS) --traced 0 --alike 10 --seed $(SEED) --jobs 1 || exit 1; \
+	done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,11 +1,15 @@
 """Calls leave nothing behind: neither memory nor XLA FFI targets."""
 
+import gc
+
+import jax
 import pytest
 from copied import copied
 from sharded import run
 
 import ssu_bridge
 from ssu_bridge.bench import memory
+from ssu_bridge.core.problem import Problem
 from ssu_bridge.frontends.jax.ffi_targets import registered
 from ssu_bridge.testing.cases import Case
 
@@ -21,6 +25,41 @@ def test_calls_leave_nothing_behind(measure, calls, device):
     assert left.resident < ALLOWED
     assert not left.device  # a CPU does not say
     assert registered() == before
+
+
+# 400 bytes a call: less than any array takes that is kept.
+@pytest.mark.parametrize("framework", ["numpy", "torch", "jax"])
+def test_calls_of_other_forms_leave_nothing_behind(framework):
+    """Several tokens, prompts, trees, quantised states and replay; docs/benchmarks.md has more calls of each."""
+    for case in memory.FORMS:
+        assert memory.eager(2500, case, framework).resident < 2500 * 400, case.name
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_many_shapes_leave_nothing_behind(framework):
+    """What is remembered of each shape, about 4 KB, is bounded, and is full before the measurement begins."""
+    assert memory.shapes(2000, framework).resident < ALLOWED
+
+
+def test_forgotten_shapes_are_forgotten():
+    """Of shapes that JAX has forgotten no more is kept than a fixed number."""
+
+    def trace(number):
+        given = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in memory._of_shape(number).items()}
+        jax.eval_shape(lambda given: ssu_bridge.update(**given, backend="cpu"), given)
+
+    def kept():
+        jax.clear_caches()
+        gc.collect()
+        return sum(type(one) is Problem for one in gc.get_objects())
+
+    for number in range(350):
+        trace(number)
+    before = kept()
+    assert before > 0
+    for number in range(350, 450):
+        trace(number)
+    assert kept() <= before + 20
 
 
 def test_few_bytes_that_each_call_leaves_behind_are_seen():
