@@ -1,9 +1,10 @@
-"""Callers at once: threads of all frameworks whose first calls race, processes that fork or are spawned, asyncio."""
+"""Callers at once: threads of all frameworks whose first calls race, processes that fork or are spawned, asyncio, Ctrl-C."""
 
 import asyncio
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,13 @@ def test_processes_that_a_caller_makes(method, framework, tmp_path):
     program.write_text(CHILD.format(folder=str(__file__).rpartition("/")[0], method=method, framework=framework))
     result = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.returncode) == ("the same\n", 0), result.stderr[-3000:]
+
+
+def test_ctrl_c_anywhere_in_a_first_call():
+    """It comes through, and the same call is right after it."""
+    program = Path(__file__).parent / "helpers/interrupts.py"
+    result = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True, timeout=300)
+    assert (result.stdout, result.returncode) == ("all the same\n", 0), result.stderr[-3000:]
 
 
 def test_tasks_of_asyncio():

@@ -1,15 +1,18 @@
 """Compiled kernels on disk: found again as they were, by another process too, and never a wrong or foreign one."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from interrupts import Interrupt
 
 from ssu_bridge.api import explain
 from ssu_bridge.backends.triton import compile as triton_compile
@@ -184,6 +187,25 @@ def test_ctrl_c_when_a_file_is_in_its_place(folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached(KERNEL, lambda: COMPILED)
     assert cached(KERNEL, refuse).cubin == COMPILED.cubin
+
+
+# Where it comes between two lines of Python's own, a file is closed by its collection alone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_at_any_line(folder, caplog):
+    """What is in the cache after it is whole, and is found or made again."""
+    line = 0
+    while True:
+        line += 1
+        with Interrupt(line) as interrupt, contextlib.suppress(KeyboardInterrupt):
+            cached(KERNEL, lambda: COMPILED)
+        with caplog.at_level(logging.WARNING):
+            assert cached(KERNEL, lambda: COMPILED).cubin == COMPILED.cubin
+        assert cached(KERNEL, refuse).cubin == COMPILED.cubin
+        if interrupt.seen < line:
+            break
+        shutil.rmtree(folder)
+    assert line > 50
+    assert not caplog.text  # no file was found that is not whole
 
 
 # Programs that fill the cache with one kernel, large enough that it is written in several pieces.
