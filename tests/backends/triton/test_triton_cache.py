@@ -12,7 +12,6 @@ import sys
 import time
 
 import pytest
-from interrupts import Interrupt
 
 from ssu_bridge.api import explain
 from ssu_bridge.backends.triton import compile as triton_compile
@@ -193,6 +192,8 @@ def test_ctrl_c_when_a_file_is_in_its_place(folder, monkeypatch):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_line(folder, caplog):
     """What is in the cache after it is whole, and is found or made again."""
+    from interrupts import Interrupt  # programs import this file without the helpers
+
     line = 0
     while True:
         line += 1
