@@ -17,7 +17,8 @@ def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bo
 
     Each thread reads the elements of x and z that belong to the output that it then writes, so out may be either of
     them. Everything else is read by several threads, at any time. Packed sequences may share rows, and so read x and z
-    when another has written them.
+    when another has written them. A token of a tree may need the x of those that it descends from again, after their
+    outputs were written.
 
     Args:
         problem: the description of the call.
@@ -40,7 +41,7 @@ def needs_fresh_output(problem: Problem, arrays: Mapping[str, np.ndarray]) -> bo
                 )
     if (out := arrays.get("out")) is None:
         return False
-    may_be_out = () if problem.layout == "packed" else ("x", "z")
+    may_be_out = () if problem.layout == "packed" else ("z",) if "parent_tokens" in problem.names else ("x", "z")
     return any(
         _overlap(out, array) and not (name in may_be_out and _same_elements(out, array))
         for name, array in arrays.items()

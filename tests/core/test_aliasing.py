@@ -5,16 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from compiled_kernels import problem_of
 from modes import bits, to_host, to_mode
 
 import ssu_bridge
+from ssu_bridge.core.aliasing import needs_fresh_output
+from ssu_bridge.testing.cases import CASES as CONTRACT
 from ssu_bridge.testing.cases import Case
 
 SINGLE = Case("single")
 MULTI = Case("multi", tokens=3)
 # The first and the third sequence share rows, of which the second has none: what it says ends before it begins.
 SHARED_ROWS = Case("packed", tokens=3, cu_seqlens=(0, 3, 0, 2), indices=(4, -1, 2))
-CASES = [SINGLE, MULTI, SHARED_ROWS]
+# Tokens that descend from others than the one before them.
+TREE = next(case for case in CONTRACT if case.name == "tree")
+CASES = [SINGLE, MULTI, SHARED_ROWS, TREE]
 PAIRS = [
     *((mode, backend) for mode in ("numpy", "torch") for backend in ("cpu", "reference")),
     pytest.param("torch.cuda", "triton", marks=pytest.mark.gpu),
@@ -72,6 +77,18 @@ def test_out_beside_what_is_read_row_by_row(name, distance, case, mode, backend)
             assert_equal(case, given, out, expected, mode)
             fresh = to_mode(case.arrays(seed=5), mode)
             given["state"][...], given[name][...] = fresh["state"], fresh[name]
+
+
+@pytest.mark.parametrize(
+    ("case", "names"), [(SINGLE, {"x", "z"}), (MULTI, {"x", "z"}), (SHARED_ROWS, set()), (TREE, {"z"})], ids=str
+)
+def test_out_is_written_where_nothing_is_read_again(case, names):
+    """Every token of a packed call may be another sequence's too, and that of a tree's x another token's."""
+    arrays = case.arrays(seed=5)
+    in_their_place = {
+        name for name in "xzBC" if not needs_fresh_output(problem_of(case), arrays | {"out": arrays[name]})
+    }
+    assert in_their_place == names
 
 
 REPLAYS = [{"tokens": None}, {"tokens": 2}, {"tokens": 4, "cu_seqlens": (0, 1, 2, 4)}]
