@@ -101,8 +101,9 @@ def update(
         rand_seed: round the state stochastically. Torch, NumPy: an int, or one int64 in an array. JAX: a uint32[2]
             array or a key of it. Configured without a seed, Torch and NumPy draw one in each call.
         out: Torch and NumPy: where to put the output, shape and dtype of x; it may be strided on its leading axes. It
-            may be x or z itself, and may overlap what else is only read: then, as with ``cu_seqlens``, the output is
-            computed in memory of its own and copied. The states that are updated share memory with no other array.
+            may be x or z itself, and may overlap what else is only read: then, as x or z with ``cu_seqlens`` and x with
+            ``parent_tokens``, the output is computed in memory of its own and copied. The states that are updated share
+            memory with no other array.
         donate: JAX, eager: give the memory of what is written to the results; False copies it first.
         check_indices: for debugging: check the tables on the host before anything is launched.
         backend, algorithm, round_each_token: for this call, instead of those of the configuration in force. With
