@@ -12,12 +12,13 @@ from ssu_bridge import dispatch, get_config, set_config, using
 
 if not torch.cuda.is_available():
     # The tests spend most of their time compiling programs that run once, and the kernels are not XLA's: programs that
-    # are compiled in half the time and run slower. The processes that tests start inherit it.
+    # are compiled in half the time, each in one piece, and run slower. The processes that tests start inherit it.
     # XLA ends a process over a flag that it does not know: later ones have but one way of fusing. The older one of
     # versions before 0.10.2 rounds twice on the way to float8.
     has_older_fusion = (0, 10, 2) <= jax.__version_info__ < (0, 11, 1)
     fusing = " --xla_cpu_use_fusion_emitters=false" if has_older_fusion else ""
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + fusing)
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" + fusing
+    os.environ.setdefault("XLA_FLAGS", flags)
 
 # A second virtual one, for arrays that are not where the others are.
 jax.config.update("jax_num_cpu_devices", 8)
