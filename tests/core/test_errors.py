@@ -52,7 +52,8 @@ def values(arguments):
 )
 def test_wrong_argument(row, mode):
     right = {**row.case.arrays(seed=1), **row.case.flags}
-    call(mode, convert(right, mode))  # a right call before it changes nothing
+    if mode != "jax.jit":  # which would trace both anew
+        call(mode, convert(right, mode))  # a right call before it changes nothing
     given = convert(right, mode)
     arguments = row.spoil(dict(given)) if row.converted else convert(row.spoil(right), mode)
     if mode in ("numpy", "torch"):
