@@ -76,7 +76,7 @@ def main() -> int:
     if str(site) not in loaded.stdout or runtime.removesuffix(".so") not in loaded.stdout:
         print(f"{site}: the library that was built there is not the one that is loaded\n{loaded.stderr}")
         return 1
-    numbers = ["--calls", options.calls, "--traced", options.traced, "--seed", options.seed, "--jobs", 1]
+    numbers = ["--calls", options.calls, "--traced", options.traced, "--seed", options.seed]
     # Sequences that meet race, by definition.
     numbers += ["--apart"] if options.build == "thread" else []
     return subprocess.run([*python, "-m", "fuzz", *map(str, numbers)], env=watched, cwd=ROOT).returncode

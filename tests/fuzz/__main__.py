@@ -28,7 +28,7 @@ def parsed(arguments):
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
-    parser.add_argument("--traced", type=int, default=10, help="one call in so many is traced by JAX; 0 for none")
+    parser.add_argument("--traced", type=int, default=20, help="one call in so many is traced by JAX; 0 for none")
     parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
     parser.add_argument("--alike", type=int, default=100, help="with --gpu: so many calls in a row share their kernels")
     parser.add_argument("--apart", action="store_true", help="leave out calls whose sequences meet in a slot or a row")
@@ -45,7 +45,7 @@ def parsed(arguments):
 
 def block(options):
     """Return how many calls in a row one process runs: those that JAX traces among them are of one form."""
-    return TRACED_ALIKE * (options.traced or 10)
+    return TRACED_ALIKE * options.traced or 250
 
 
 def drawn(options, number):
