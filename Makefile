@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all fuzz sanitize sanitize-gpu check bench bench-compare lint docs plots memcheck wheel test-wheel test-oldest test-newest clean
+.PHONY: demo test test-all fuzz sanitize sanitize-gpu check bench bench-compare lint docs plots memcheck wheel test-wheel test-pages test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -95,6 +95,10 @@ PYTHONS ?= python3.11 python3.12 python3.13
 FRAMEWORKS ?= numpy jax
 test-wheel: wheel
 	$(BIN)/python tools/test_wheel.py build/wheels $(PYTHONS:%=--python %) $(FRAMEWORKS:%=--framework %)
+
+# The code of README.md and docs/, in fresh environments, each with no more than its page names.
+test-pages: wheel
+	$(BIN)/python tools/test_pages.py build/wheels
 
 .venv/wheel-installed: .venv/installed requirements-wheel.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-wheel.txt

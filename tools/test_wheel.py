@@ -4,11 +4,13 @@ python tools/test_wheel.py dist --python python3.11 --python python3.12 --framew
 """
 
 import argparse
+import contextlib
 import os
 import re
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REQUIREMENTS = {"numpy": (), "jax": ("jax", "jax-tvm-ffi"), "torch": ("torch",)}
@@ -57,11 +59,11 @@ def require_plain(wheel: Path) -> None:
     assert needed <= plain | loaders, needed
 
 
-def check(wheel: Path, python: str, framework: str, requirements: tuple[str, ...]) -> None:
-    """Install the wheel and a framework in a fresh environment, and run steps there."""
+@contextlib.contextmanager
+def fresh(python: str, *requirements: str | Path) -> Iterator[Callable[..., None]]:
+    """Make an environment that has these requirements only; give a function that runs its Python with arguments."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
-        there = Path(folder) / "bin" / "python"
         environment = {
             **os.environ,
             "CXX": "/no/compiler",
@@ -69,10 +71,19 @@ def check(wheel: Path, python: str, framework: str, requirements: tuple[str, ...
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": "",
         }
-        install = [there, "-m", "pip", "install", "--quiet", "--only-binary=:all:", wheel, *requirements]
-        subprocess.run(install, env=environment, check=True)
-        subprocess.run([there, "-c", SMOKE, framework], env=environment, cwd=folder, check=True)
-        subprocess.run([there, "-m", "ssu_bridge", "--version"], env=environment, cwd=folder, check=True)
+
+        def run(*arguments: str | Path) -> None:
+            subprocess.run([f"{folder}/bin/python", *arguments], env=environment, cwd=folder, check=True)
+
+        run("-m", "pip", "install", "--quiet", "--only-binary=:all:", *requirements)
+        yield run
+
+
+def check(wheel: Path, python: str, framework: str, requirements: tuple[str, ...]) -> None:
+    """Install the wheel and a framework in a fresh environment, and run steps there."""
+    with fresh(python, wheel, *requirements) as run:
+        run("-c", SMOKE, framework)
+        run("-m", "ssu_bridge", "--version")
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class MambaConfig:
         backend: a ``MambaBackendEnum`` or its name.
         enable_stochastic_rounding: round float16 and bfloat16 states stochastically, on every backend and GPU.
         stochastic_rounding_philox_rounds: rounds of the random generator; 0 means 10.
-        ssu_algorithm: "auto", or as ``SSUConfig.algorithm``.
+        ssu_algorithm: as ``SSUConfig.algorithm``; None means "auto".
 
     Raises:
         ValueError, TypeError: a field has an unknown or impossible value.
@@ -66,10 +66,12 @@ class MambaConfig:
     backend: MambaBackendEnum = MambaBackendEnum.TRITON
     enable_stochastic_rounding: bool = False
     stochastic_rounding_philox_rounds: int = 0
-    ssu_algorithm: str = "auto"
+    ssu_algorithm: str | None = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "backend", MambaBackendEnum(self.backend))
+        if self.ssu_algorithm is None:
+            object.__setattr__(self, "ssu_algorithm", "auto")
         for theirs, field in _FIELDS.items():
             value: dict[str, Any] = {theirs: getattr(self, field)}
             try:

@@ -93,6 +93,15 @@ def test_a_wrong_field_is_named(field, value, error):
         MambaConfig(**{field: value})
 
 
+@pytest.mark.parametrize("algorithm", [None, "auto", "simple", "vertical", "horizontal"])
+def test_the_algorithm_reaches_the_backend(algorithm, monkeypatch):
+    monkeypatch.setattr(module, "missing", lambda: None)
+    backend, seen = FlashInferSSUBackend(MambaConfig("flashinfer", ssu_algorithm=algorithm)), []
+    monkeypatch.setattr(vllm, "selective_state_update", lambda *_: seen.append(ssu_bridge.get_config()))
+    backend(*[torch.empty(1)] * 8)
+    assert seen == [ssu_bridge.SSUConfig("flashinfer", algorithm or "auto")]
+
+
 def test_the_flags_of_the_command_line(capsys):
     parser = argparse.ArgumentParser()
     vllm_dispatch.add_cli_args(parser)
