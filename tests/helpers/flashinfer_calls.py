@@ -1,5 +1,6 @@
 """Cases that FlashInfer takes, and the views that its own function asks a caller for."""
 
+import ctypes
 import dataclasses
 import re
 
@@ -74,6 +75,15 @@ def assert_refused(case, change, says):
     reason = backend.refusal(change(problem) if change else problem)
     assert reason is not None
     assert re.search(says, reason), reason
+
+
+def address(tensor):
+    """The address of a tensor of TVM-FFI's, also of the versions that do not say it."""
+    if hasattr(tensor, "data_ptr"):
+        return tensor.data_ptr()
+    # Its last field is a DLTensor*, whose first field is the address.
+    dltensor = ctypes.c_void_p.from_address(id(tensor) + type(tensor).__basicsize__ - ctypes.sizeof(ctypes.c_void_p))
+    return ctypes.c_void_p.from_address(dltensor.value).value or 0
 
 
 def as_flashinfer_wants(tensors, one_token_axis=False):

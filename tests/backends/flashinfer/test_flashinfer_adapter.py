@@ -11,6 +11,7 @@ from flashinfer_calls import (
     BARE,
     CASE,
     STEPS,
+    address,
     as_flashinfer_wants,
     draw,
     intermediates,
@@ -42,7 +43,7 @@ class Seen(NamedTuple):
     def of(cls, value):
         if not isinstance(value, tvm_ffi.Tensor):
             return value
-        return cls(tuple(value.shape), tuple(value.strides), str(value.dtype), value.data_ptr())
+        return cls(tuple(value.shape), tuple(value.strides), str(value.dtype), address(value))
 
 
 def seen(tensor):

@@ -12,6 +12,7 @@ from flashinfer_calls import (
     REPLAY_PACKED,
     REPLAY_TOKENS,
     WINDOW,
+    address,
     as_checkpointing_wants,
     assert_refused,
     draw,
@@ -232,7 +233,7 @@ def simulated(most, tensors, of_pads=False):
     def as_tensor(value):
         if not isinstance(value, tvm_ffi.Tensor):
             return value
-        (memory,) = (tensor for tensor in tensors.values() if tensor.data_ptr() == value.data_ptr())
+        (memory,) = (tensor for tensor in tensors.values() if tensor.data_ptr() == address(value))
         return memory.as_strided(tuple(value.shape), tuple(value.strides))
 
     def run(*arguments):
@@ -326,7 +327,7 @@ def described(value):
     """What a tensor looks like while the call lasts."""
     if not isinstance(value, tvm_ffi.Tensor):
         return value
-    return tuple(value.shape), tuple(value.strides), str(value.dtype), value.data_ptr()
+    return tuple(value.shape), tuple(value.strides), str(value.dtype), address(value)
 
 
 SCALARS = {"dt_softplus": True, "pad_slot_id": -1, "d_split": 1, "precompute_heads_per_cta": 0}
