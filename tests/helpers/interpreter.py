@@ -38,6 +38,7 @@ def mend_interpreter():
     """Have the interpreter do what a GPU does where NumPy does something else, and in less time."""
     multiply_bfloat16()
     count_in_numbers()
+    repeat_by_type()
     reduce_in_halves()
     patch_once()
 
@@ -68,6 +69,18 @@ def count_in_numbers():
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patched
+
+
+def repeat_by_type():
+    """Have the interpreter repeat a number as its type says: it takes what a comparison gives for what was compared."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def create_splat(self, ret_ty, arg):
+        return splat(self, ret_ty, TensorHandle(arg.data, ret_ty.scalar))
+
+    InterpreterBuilder.create_splat = create_splat
 
 
 def reduce_in_halves():

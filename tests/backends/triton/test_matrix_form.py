@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from compiled_kernels import CAPABILITIES, problem_of, resources
+from compiled_kernels import CAPABILITIES, assert_stack, problem_of
 from kernel_layers import layer
 from thinned import thinned
 
@@ -58,7 +58,7 @@ SPILLED = {"few, stochastic": 48, "few, float32 inputs": 16, "prompt, float32 in
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_compiles_without_spills(name):
     for one in specialisations(LAYERS[name]):
-        assert resources(compile_step(one).cubin) == {"STACK": SPILLED.get(name, 0), "LOCAL": 0}, one.kernel
+        assert_stack(one, SPILLED.get(name, 0))
 
 
 # By default each for one of the GPUs.

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from compiled_kernels import (
     CAPABILITIES,
+    assert_stack,
     compiled,
     computed_values,
     disassembled,
     problem_of,
-    resources,
     specialisation,
     tile_of,
 )
@@ -23,7 +23,7 @@ from thinned import covering, thinned
 from ssu_bridge import using
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import tiles
-from ssu_bridge.backends.triton.compile import compile_step, launch_of, specialise
+from ssu_bridge.backends.triton.compile import launch_of, specialise
 from ssu_bridge.core.rounding import LARGEST
 from ssu_bridge.testing.cases import CASES, Case
 
@@ -52,7 +52,7 @@ SPILLED = {
     "spelt", covering(LAYERS_FIRST, lambda spelt: computed_values(spelt) | ({spelt} & SPILLED.keys()))
 )
 def test_every_class_compiles_without_spills(spelt):
-    assert resources(compile_step(spelt).cubin) == {"STACK": SPILLED.get(spelt, 0), "LOCAL": 0}
+    assert_stack(spelt, SPILLED.get(spelt, 0))
 
 
 FOR_EVERY_GPU = (
