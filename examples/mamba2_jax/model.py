@@ -406,7 +406,9 @@ def finish(config: Mamba2Config, layer: Layer, x: jax.Array, y: jax.Array, z: ja
         channels = config.inner_size * config.devices_of_a_group
         out = out * jax.lax.rsqrt(squares / channels + config.layer_norm_epsilon)
     out = out if layer.out_proj_bias is None else out + over(out, layer.out_proj_bias)
-    return x + out.astype(x.dtype)
+    x = x + out.astype(x.dtype)
+    # Without the barrier XLA computes x anew in each layer, from the sums over devices of all layers before.
+    return x if config.mesh is None else jax.lax.optimization_barrier(x)
 
 
 def logits(config: Mamba2Config, weights: Weights, x: jax.Array) -> jax.Array:
