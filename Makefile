@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: demo test test-all fuzz sanitize sanitize-gpu check bench bench-compare lint docs plots memcheck wheel test-wheel test-pages test-oldest test-newest clean
+.PHONY: demo test test-all fuzz fuzz-gpu sanitize sanitize-gpu check bench bench-compare lint docs plots memcheck wheel test-wheel test-pages test-oldest test-newest clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(if $(PLOT),--plot $(PLOT))
@@ -20,6 +20,10 @@ CALLS ?= 20000
 SEED ?= 0
 fuzz: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz --calls $(CALLS) --seed $(SEED) --jobs $(JOBS)
+
+# The same on a GPU, for triton and xla.
+fuzz-gpu: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --gpu --calls $(CALLS) --seed $(SEED) --jobs $(JOBS)
 
 # The native part built with AddressSanitizer and UBSan (address) and with ThreadSanitizer (thread), under the fuzz.
 SANITIZERS ?= address thread
@@ -49,7 +53,7 @@ plots: .venv/installed
 	for csv in docs/data/*.csv; do \
 	  $(BIN)/python -m ssu_bridge bench --read $$csv --plot docs/images/$$(basename $$csv .csv).png || exit 1; \
 	done
-	$(BIN)/python tools/drift.py --read docs/data/drift/cpu.csv --plot docs/images/drift.png
+	$(BIN)/python tools/drift.py $(patsubst %,--read %,$(wildcard docs/data/drift/*.csv)) --plot docs/images/drift.png
 
 # On a machine with a GPU: calls of Torch's whose index tables hold anything touch no memory but their arrays'.
 memcheck: .venv/installed

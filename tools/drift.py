@@ -213,7 +213,7 @@ def plot(rows: list[tuple[str, str, int, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys(row[0] for row in rows if row[0] != "plain"))
+    panels = list(dict.fromkeys(row[0] for row in rows if row[0] not in ("plain", "peer")))
     figure, grid = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 2, 4.2), sharey=True, squeeze=False, layout="constrained"
     )
@@ -253,7 +253,8 @@ def main() -> None:
                 (backend, curve, int(step), float(error)) for backend, curve, step, error in [*csv.reader(file)][1:]
             ]
     for backend in options.backend:
-        rows += measured(backend, options.steps, options.curve)
+        measurements = measured(backend, options.steps, options.curve)
+        rows += [("peer" if ":" in backend else backend, *rest) for _, *rest in measurements]  # type: ignore[misc]
     for backend, curve, step, error in rows:
         if step == max(row[2] for row in rows if row[0] == backend):
             print(f"{backend:<10} {curve:<26} {step:>7} steps: {error:.2e}")

@@ -1,6 +1,7 @@
 """The error of a long decode, at reduced length; docs/reliability.md has it over 100,000 steps."""
 
 import functools
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,24 @@ def test_the_error_of_a_long_decode(backend):
         if f"{dtype} plain" in plain and "stochastic" not in more:
             assert after < FACTORS.get(backend, 1.2) * plain[f"{dtype} plain"][1], curve
     assert errors(backend, steps)["bfloat16 replay"][1] < 0.5 * errors(backend, steps)["bfloat16"][1]
+
+
+RECORDED = Path(__file__).parents[2] / "docs/data/drift"
+# Whose arithmetic a backend is held against: NumPy's on a CPU, on a GPU that of the Triton kernel of vLLM and mamba_ssm.
+PEERS = {"cpu": "plain", "xla": "plain", "reference": "plain", "triton": "peer"}
+
+
+def test_recorded_errors():
+    """Of 100,000 steps those of no backend are larger than its peer's, and the table of the docs has them."""
+    rows = [line.split(",") for path in RECORDED.glob("*.csv") for line in path.read_text().splitlines()[1:]]
+    final = {(backend, curve): float(error) for backend, curve, step, error in rows if step == "100000"}
+    table = (RECORDED.parents[1] / "reliability.md").read_text()
+    for (backend, curve), error in final.items():
+        assert f"{error:.1e}" in next(
+            line for line in table.splitlines() if line.startswith(f"| {curve.split(' plain')[0]} |")
+        )
+        peer = PEERS.get(backend)
+        recorded = final.get((peer, f"{curve} plain" if peer == "plain" else curve))
+        if recorded is not None:
+            assert error < 1.01 * recorded, (backend, curve)
+    assert {(backend, curve) for backend in ("cpu", "triton") for curve in drift.CURVES} < final.keys()

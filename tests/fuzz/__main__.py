@@ -30,7 +30,7 @@ def parsed(arguments):
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
     parser.add_argument("--traced", type=int, default=20, help="one call in so many is traced by JAX; 0 for none")
     parser.add_argument("--gpu", action="store_true", help="arrays on a GPU, for triton")
-    parser.add_argument("--alike", type=int, default=100, help="with --gpu: so many calls in a row share their kernels")
+    parser.add_argument("--alike", type=int, default=125, help="with --gpu: so many calls in a row share their kernels")
     parser.add_argument("--apart", action="store_true", help="leave out calls whose sequences meet in a slot or a row")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--most", type=int, default=10, help="stop after so many wrong calls")
