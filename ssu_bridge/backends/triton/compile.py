@@ -364,7 +364,7 @@ def constant_arguments(s: Specialisation) -> dict[str, Any]:
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
     state = {"STORED": _stored(s), "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
-    state |= {"ROUND_EACH": s.rounds_each_token, "AHEAD": s.tile.ahead}
+    state |= {"ROUND_EACH": s.rounds_each_token, "AHEAD": s.tile.ahead, "EARLY": s.tile.early}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = replay.constants(s, _PARTS) if s.window else _matrix_constants(s) if s.tile.chunk else {}
     # Of single tokens there is but the first.

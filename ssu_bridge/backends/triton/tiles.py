@@ -49,6 +49,8 @@ class Tile(NamedTuple):
     segments: Segments = Segments()
     # How many programs later the tile is that a program has brought to the cache; 0: none.
     ahead: int = 0
+    # How many programs have their own tiles brought there before the kernels ahead of theirs are done.
+    early: int = 0
 
     def __str__(self) -> str:
         form = f"matrix form, {self.chunk} tokens at a time, " if self.chunk else ""
@@ -71,7 +73,7 @@ def tile(problem: Problem) -> Tile:
         if not least or requested[0] < least:
             can = f"at least {least} rows" if least else f"{_WARPS_FOR_LONG_ROWS} warps"
             raise ValueError(f"triton_tile: expected {can} for this problem, got (rows, warps) = {requested}")
-        return Tile(requested[0], columns, requested[1], ahead=ahead(problem, requested[0]))
+        return _with_prefetches(problem, Tile(requested[0], columns, requested[1]))
     return fitted(problem, *_table_entry(problem))
 
 
@@ -84,7 +86,11 @@ def fitted(problem: Problem, elements: int, warps: int) -> Tile:
     while warps > 1 and least_rows(problem, warps // 2) and least_rows(problem, warps) > rows:
         warps //= 2
     rows = max(rows, least_rows(problem, warps))
-    return Tile(rows, columns, warps, ahead=ahead(problem, rows))
+    return _with_prefetches(problem, Tile(rows, columns, warps))
+
+
+def _with_prefetches(problem: Problem, tile: Tile) -> Tile:
+    return tile._replace(ahead=ahead(problem, tile.rows), early=_early(problem, tile.rows))
 
 
 def is_plain(problem: Problem) -> bool:
@@ -113,18 +119,33 @@ def _vector(problem: Problem) -> int:
 
 def ahead(problem: Problem, rows: int, least_bytes: int = _LEAST_BYTES) -> int:
     """Return how many programs later the tile is that a program has brought to the cache, where states are so large."""
+    size = _prefetched_bytes(problem, rows)
+    # Of a symbolic number of JAX nothing is known.
+    is_large = isinstance(problem.sequences, int) and _work(problem) * _itemsize(problem) >= least_bytes
+    return _BYTES_AHEAD // size if size and is_large else 0
+
+
+def _early(problem: Problem, rows: int) -> int:
+    """Return how many programs have their own tiles brought to the cache: those whose tiles no program is ahead of."""
+    size = _prefetched_bytes(problem, rows)
+    return _BYTES_AHEAD // size if size and is_plain(problem) else 0
+
+
+def _prefetched_bytes(problem: Problem, rows: int) -> int:
+    """Return the bytes of a tile, 0 where it is not prefetched."""
     assert problem.capability is not None
     # A state that is read from a table's column, or not at all, is not found so simply.
     elsewhere = "state_batch_indices" in problem.tables or "has_initial_state" in problem.names
     # Stochastic rounding takes longer than memory does.
     if elsewhere or problem.stochastic_rounding or problem.capability < _PREFETCHING:
         return 0
-    itemsize = np.dtype(dict(problem.dtypes)["state"]).itemsize
-    size = rows * problem.dstate * itemsize
+    size = rows * problem.dstate * _itemsize(problem)
     is_whole = problem.headdim % rows == 0 and size % VECTOR_BYTES == 0 and "state" not in problem.unaligned
-    # Of a symbolic number of JAX nothing is known.
-    is_large = isinstance(problem.sequences, int) and _work(problem) * itemsize >= least_bytes
-    return _BYTES_AHEAD // size if is_whole and is_large else 0
+    return size if is_whole else 0
+
+
+def _itemsize(problem: Problem) -> int:
+    return np.dtype(dict(problem.dtypes)["state"]).itemsize
 
 
 def _work(problem: Problem) -> int:

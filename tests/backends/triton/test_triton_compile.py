@@ -102,20 +102,30 @@ def test_a_step_of_one_token_takes_few_instructions(dtype, most):
 
 
 def test_it_waits_for_other_kernels_before_it_touches_memory():
-    kernel = compiled(layer())
-    ptx = kernel.text["ptx"]
-    assert 0 < ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.global", ptx).start()
+    ptx = compiled(layer(indices=None)).text["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.\S*global", ptx).start()
     assert launch_of(specialisation(layer())).overlaps
     old = compiled(layer(), (8, 0))
     assert "griddepcontrol" not in old.text["ptx"]
     assert not launch_of(specialisation(layer(), (8, 0))).overlaps
 
 
+def test_a_slot_that_is_prefetched_before_that_stays_in_no_cache():
+    """Kernels ahead may still write it, so it is read from memory again, and the tile is not read but prefetched."""
+    before, after = compiled(layer()).text["ptx"].split("griddepcontrol.wait")
+    assert re.findall(r"(?:ld|st)\.\S*global\S*", before) == ["ld.volatile.global.b32"]
+    assert before.count("cp.async.bulk.prefetch.L2.global") == 1
+    assert "volatile.global" not in after
+    assert len(re.findall(r"ld\.global\.b32", after)) > 0
+
+
 @pytest.mark.parametrize(("dtype", "capability"), thinned(["int16", "int8", "float8_e4m3fn"], CAPABILITIES, one_in=2))
 def test_subnormal_rows_and_scales_count(dtype, capability):
     ptx = compiled(layer(dtype, tokens=4, steps=4), capability).text["ptx"]
     flushing = set(re.findall(r"\S+\.ftz\S*", ptx))
-    assert flushing <= {"ex2.approx.ftz.f32"}  # of the decay, softplus and the gate
+    # Of the decay, softplus and the gate; of inverses only where no number of four and no inverse is subnormal.
+    assert flushing <= {"ex2.approx.ftz.f32", "rcp.approx.ftz.f32"}
+    assert "setp.gt.u32 few, least, 0x00ffffff; setp.lt.and.u32 few, most, 0x7e000000, few;" in ptx
     assert "rcp.rn.f32" in ptx
     # The scale is compared with 2**-128 as a float32.
     assert re.search(r"setp\.\w+\.f32 .*, 0f00200000;", ptx)

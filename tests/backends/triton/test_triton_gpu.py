@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import triton
+import triton.language as tl
 from modes import bits, to_host, to_mode
 
 import ssu_bridge
 from ssu_bridge.api import explain
 from ssu_bridge.backends import reference
+from ssu_bridge.backends.triton.kernels.rounding import _inverse
 from ssu_bridge.core import rounding
 from ssu_bridge.core.quantized import paired, unpaired
 from ssu_bridge.core.slots import routes
@@ -53,6 +56,25 @@ def test_bits_depend_on_neither_batch_nor_framework(dtype, untied):
             for i in range(times):
                 np.testing.assert_array_equal(bits(outs[i]), bits(out[0]))
                 np.testing.assert_array_equal(bits(states[i]), bits(state[0]))
+
+
+@triton.jit
+def inverses(scales, results, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(results + at, _inverse(tl.load(scales + at)))
+
+
+# Of numbers and of inverses that are subnormal, of the smallest and the largest that a few steps are right for, and others.
+@pytest.mark.parametrize("exponent", [0, 1, 2, 127, 200, 251, 252, 253, 254])
+def test_inverses_of_scales_are_ieee(exponent):
+    """For every mantissa, alone and beside others that are not like it."""
+    numbers = (np.arange(2**23, dtype="uint32") | np.uint32(exponent << 23)).view("float32")
+    for scales in (numbers, np.where(np.arange(2**23) % 32 == 5, np.float32(1e-45), numbers)):
+        given = torch.from_numpy(scales).cuda()
+        found = torch.empty_like(given)
+        inverses[(2**23 // 1024,)](given, found, 1024)
+        with np.errstate(divide="ignore", over="ignore"):
+            np.testing.assert_array_equal(bits(found.cpu().numpy()), bits(np.float32(1) / scales))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

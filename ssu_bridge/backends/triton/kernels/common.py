@@ -14,19 +14,25 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def slot_of(table, stride, sequence, slots, PAD: tl.constexpr, there=None):
-    """Return the slot of a sequence, -1 for a pad, and where the table is not ``there``."""
+def slot_of(table, stride, sequence, slots, PAD: tl.constexpr, there=None, VOLATILE: tl.constexpr = False):
+    """Return the slot of a sequence, -1 for a pad, and where the table is not ``there``.
+
+    A load that is VOLATILE leaves nothing in the first-level cache, which a later one could take for the table.
+    """
     if table is None:
         return sequence
     else:
-        index = tl.load(table + sequence * stride, mask=there, other=None if there is None else -1)
+        other = None if there is None else -1
+        index = tl.load(table + sequence * stride, mask=there, other=other, volatile=VOLATILE)
         return checked(index.to(tl.int64), slots, PAD)
 
 
 @triton.jit
 def checked(index, size, PAD: tl.constexpr):
-    """Return an index, -1 for one that is the pad or lies outside."""
-    return tl.where((index == PAD) | (index < 0) | (index >= size), -1, index)
+    """Return an index, -1 for one that is the pad or lies outside. It is an int64."""
+    # As an unsigned number, one below zero is larger than any size.
+    outside = index.to(tl.uint64, bitcast=True) >= size.to(tl.uint64)
+    return tl.where(outside | (index == PAD) if PAD >= 0 else outside, -1, index)
 
 
 @triton.jit
@@ -65,14 +71,20 @@ def prefetch(
     TILES_OF_EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     PAD: tl.constexpr,
+    TOGETHER: tl.constexpr = 1,
+    EARLY: tl.constexpr = False,
 ):
-    """Have one of the tiles that programs update brought to the second-level cache, if there are so many."""
+    """Have tiles that programs update brought to the second-level cache, if there are so many: TOGETHER of a slot.
+
+    EARLY: kernels ahead of this one may still write to the table and to the state. Of a number in the table that is out
+    of date, a tile that nobody needs is brought; what they write to a tile goes to the same cache.
+    """
     if tile < tiles:
         sequence = (tile // TILES_OF_EACH).to(tl.int64)
-        slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD)
+        slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD, None, EARLY)
         if slot >= 0:
             first = state + slot * state_stride + (tile % TILES_OF_EACH).to(tl.int64) * ELEMENTS
-            size: tl.constexpr = ELEMENTS * (state.dtype.element_ty.primitive_bitwidth // 8)
+            size: tl.constexpr = TOGETHER * ELEMENTS * (state.dtype.element_ty.primitive_bitwidth // 8)
             tl.inline_asm_elementwise(
                 """{ .reg .pred first; .reg .b32 thread;
                 mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
@@ -139,7 +151,7 @@ def softplus(d):
     Above 20 the second term is below half an ulp of d. A NaN comes through t.
     """
     t = tl.exp2(-tl.abs(d) * LOG2_E)
-    s = t / (2 + t)
+    s = t * _near_inverse(2 + t)
     q = s * s
     # The series of atanh(s) / s: what is left out is below 3e-9.
     p = 1 / 15
@@ -151,6 +163,14 @@ def softplus(d):
     p = tl.fma(q, p, 1 / 3)
     p = tl.fma(q, p, 1.0)
     return tl.maximum(d, 0) + 2 * s * p
+
+
+@triton.jit
+def _near_inverse(v):
+    """1 / v, as a division has it on a GPU, of a number that needs no scaling for that."""
+    if INTERPRETED:
+        return 1 / v
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, True, 1)
 
 
 @triton.jit

@@ -65,19 +65,28 @@ def single_token(
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
     AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Advance ``state`` in place and write ``out``. An absent array is None; strides are those of the first axis.
 
     STORED is the dtype of the state's elements, as ``rounding`` names it, and ROUNDS those of the random generator.
     The grid has a program for each sequence, head and block of rows, in this order. With OVERLAP it may start before
-    the kernels ahead of it are done, and lets the next one start; neither touches memory before the other is done.
-    A program has the tile of the program AHEAD of it brought from memory to the cache, unless AHEAD is 0.
+    the kernels ahead of it are done, and lets the next one start; neither touches memory before the other is done, but
+    that the first EARLY programs have their own tiles brought from memory to the cache. A program has the tile of the
+    program AHEAD of it brought there, unless AHEAD is 0.
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     program = tl.program_id(0)
+    if EARLY:
+        gdc_launch_dependents()
+        prefetch(
+            program, EARLY, state, state_batch_indices, state_stride, state_batch_indices_stride, slots, H * blocks,
+            BLOCK_P * N, PAD, 1, True,
+        )  # fmt: skip
+        gdc_wait()
+    elif OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     sequence = (program // (H * blocks)).to(tl.int64)
     head = program // blocks % H
     rows = program % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -100,11 +109,13 @@ def single_token(
     if state_scale is not None:
         old_scales = load(state_scale + source * state_scale_stride + channels, row_mask & (source >= 0))
     if AHEAD:
-        # While this program waits for its own tile.
-        prefetch(
-            program + AHEAD, tl.num_programs(0), state, state_batch_indices, state_stride, state_batch_indices_stride,
-            slots, H * blocks, BLOCK_P * N, PAD,
-        )  # fmt: skip
+        # While this program waits for its own tile. One of several programs looks up where all of theirs are.
+        together: tl.constexpr = 4 if H * blocks % 4 == 0 and AHEAD % 4 == 0 else 1
+        if program % together == 0:
+            prefetch(
+                program + AHEAD, tl.num_programs(0), state, state_batch_indices, state_stride,
+                state_batch_indices_stride, slots, H * blocks, BLOCK_P * N, PAD, together,
+            )  # fmt: skip
 
     old = widen(loaded, STORED)
     if state_scale is not None:
