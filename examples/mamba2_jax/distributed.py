@@ -65,6 +65,7 @@ def _orders(config: Mamba2Config) -> dict[str, np.ndarray]:
     B = (groups[:, None] * config.state_size + np.arange(config.state_size)).ravel()
     C = config.n_groups * config.state_size + B
     conv = [channels, *(config.inner_size + part for part in (B, C))]
+    # z, the convolution's inputs, and dt.
     in_proj = [channels, *(config.inner_size + part for part in conv), config.inner_size + config.conv_size + heads]
 
     def together(parts: list[np.ndarray]) -> np.ndarray:

@@ -92,6 +92,18 @@ def texts(config, weights, **options):
     return [request.drawn for request in requests]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_states_are_replayed_before_they_are_placed_or_after(dtype, mesh):
+    config = VARIANTS["one group"]
+    weights, shared = random(config), config.over(mesh)
+    states = [state._replace(ssm=model.stored(state.ssm, dtype)) for state in random_states(config)]
+    before, _ = model.with_replay(config, weights, states, 8)
+    after, _ = model.with_replay(shared, weights, distributed.place(shared, states), 8)
+    for one, other in zip(*map(jax.tree.leaves, (distributed.place(shared, before), after)), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+        np.testing.assert_array_equal(one, other)
+
+
 def test_heads_that_devices_cannot_share(mesh):
     with pytest.raises(ValueError, match="num_heads: expected a multiple of 2 devices, got 3"):
         Mamba2Config(**{**SIZES, "num_heads": 3}).over(mesh)
