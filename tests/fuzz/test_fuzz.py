@@ -42,6 +42,16 @@ def test_drawn_calls(block, modes, count):
     assert outcomes["computed"] > count / 2, outcomes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", range(1, 5))
+@pytest.mark.parametrize(("modes", "count"), [(draw.ON_GPU, 60), (draw.TRACED_ON_GPU, 15)], ids=["eager", "traced"])
+def test_drawn_calls_on_a_gpu(form, modes, count):
+    for number in range(SEED + form * count, SEED + form * count + count):
+        call = draw.draw(f"on a gpu {form}", number, modes)
+        wrong = run(call).wrong
+        assert wrong is None, script(call, wrong)
+
+
 def kernels_of(call):
     """Return what Triton would compile for a call on a GPU."""
     given = arguments(placed_in_numpy(call), call._replace(flags=call.flags | {"backend": "auto"}))
