@@ -39,7 +39,7 @@ def environment(site: Path, runtime: str, options: dict[str, str]) -> dict[str, 
     """Return the variables under which Python loads a build's library, and the sanitizer's runtime before all else."""
     # With the C++ library, whose exceptions a sanitizer that is loaded before it does not find.
     found = [_path_of(library) for library in (runtime, "libstdc++.so.6")]
-    path = os.pathsep.join([str(site), str(ROOT / "tests")])
+    path = os.pathsep.join([str(site), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     more = {
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "SSU_BRIDGE_NUM_THREADS": "4",
