@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from ssu_bridge.backends.triton import disk_cache
 from ssu_bridge.backends.triton.compile import Compiled, specialise
 from ssu_bridge.backends.triton.disk_cache import cached, directory
 from ssu_bridge.backends.triton.tiles import tile
-from ssu_bridge.backends.triton.triton_cache import PLACES
+from ssu_bridge.backends.triton.triton_cache import PLACES, with_files
 from ssu_bridge.cases import CASES
 
 PROBLEM = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))
@@ -339,6 +340,25 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(home, before, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.returncode) == ("compiled in []\n", 0), result.stderr
     assert "the next process compiles it too" in result.stderr or "SSU_BRIDGE_CACHE_DIR" in result.stderr
+
+
+def test_a_full_home_is_no_obstacle(caplog):
+    """Triton compiles in a temporary folder, of which nothing is left, and in its own one the next time."""
+    knobs = pytest.importorskip("triton").knobs
+    folders, before, told = [], knobs.cache.dir, dict(os.environ)
+
+    def compile_it():
+        folders.append(knobs.cache.dir)
+        if len(folders) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.path.isdir(folders[-1])
+
+    with caplog.at_level(logging.WARNING):
+        assert with_files(compile_it)
+    assert "No space left" in caplog.text
+    assert folders[0] == before != folders[1]
+    assert not os.path.exists(folders[1])
+    assert (knobs.cache.dir, dict(os.environ)) == (before, told)
 
 
 def test_the_folder(monkeypatch, tmp_path):
