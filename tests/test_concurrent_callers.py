@@ -6,26 +6,12 @@ import sys
 import threading
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from one_call import CASE, bits
 
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
-
-# Of several tokens, which threads of the kernel's own share; and the same bits in every framework on cpu.
-CASE = Case(
-    "at once",
-    sequences=4,
-    slots=8,
-    indices=(4, 0, 2, 7),
-    nheads=8,
-    headdim=64,
-    dstate=64,
-    tokens=3,
-    dtypes={"state": "int8"},
-)
 
 # Nothing of ours is loaded or compiled before the threads start; JAX cannot be imported by several at once.
 RACE = """
@@ -84,20 +70,11 @@ def test_first_calls_of_eight_threads_race():
     assert (result.stdout, result.returncode) == ("the same\n", 0), result.stderr[-3000:]
 
 
-def bits(framework="numpy"):
-    """Return the bits of a call's results."""
-    convert = {"numpy": lambda array: array, "torch": torch.from_numpy, "jax": jnp.array}[framework]
-    given = {name: convert(array) for name, array in CASE.arrays(seed=0).items()}
-    state = ssu_bridge.QuantizedState(given.pop("state"), given.pop("state_scale"))
-    out, state = ssu_bridge.update(state, **given, **CASE.flags, backend="cpu")
-    return tuple(np.asarray(array).tobytes() for array in (out, *state))
-
-
 # A process that has called already, with threads of the kernel and of the frameworks, and one that it makes.
 CHILD = """
 import multiprocessing, sys
 sys.path.insert(0, {folder!r})
-from test_concurrent_callers import bits
+from one_call import bits
 if __name__ == "__main__":
     before = bits({framework!r})
     context = multiprocessing.get_context({method!r})
@@ -115,7 +92,7 @@ if __name__ == "__main__":
 )
 def test_processes_that_a_caller_makes(method, framework, tmp_path):
     program = tmp_path / "program.py"  # spawned processes read it again
-    program.write_text(CHILD.format(folder=str(__file__).rpartition("/")[0], method=method, framework=framework))
+    program.write_text(CHILD.format(folder=str(Path(__file__).parent / "helpers"), method=method, framework=framework))
     result = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.returncode) == ("the same\n", 0), result.stderr[-3000:]
 

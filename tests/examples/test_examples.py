@@ -71,10 +71,6 @@ def tiny(monkeypatch):
 DEMO = ["--prompt", "And God said, ", "--tokens", "32", "--rounds", "1", "--layers", "1"]
 
 
-def test_the_demo_of_a_small_model(run_here, tiny):
-    assert_shown(run_here(demo, *DEMO))
-
-
 @pytest.mark.nightly  # `make demo` runs it, too
 def test_the_demo(tmp_path):
     assert_shown(run("demo.py", *DEMO, "--plot", tmp_path / "latency.png"))
@@ -130,6 +126,11 @@ def test_the_benchmark_of_verification(run_here, tiny):
 def small_checkpoint(tmp_path):
     checkpoint.save(tmp_path, TINY, random_weights(TINY, jax.random.key(0)), "float32")
     return tmp_path
+
+
+def test_the_demo_of_small_models(run_here, tiny, small_checkpoint, monkeypatch):
+    monkeypatch.setattr(demo, "KJV", small_checkpoint)
+    assert_shown(run_here(demo, *DEMO))
 
 
 def test_the_benchmark_of_drafts(run_here, small_checkpoint, monkeypatch):

@@ -27,12 +27,12 @@ def trained():
     return checkpoint.load(KJV)
 
 
-def assert_same_texts(trained, texts):
-    """From a token on that two logits are as good as equal for, a text may be another."""
+def assert_same_texts(trained, texts, count=200):
+    """From a token on that two logits are as good as equal for, a text may be another; so many tokens are compared."""
     assert len(texts) == len(TEXTS) == 10
     for (prompt, expected), got in zip(TEXTS.items(), texts, strict=True):
-        assert len(got) == len(expected) == 200
-        for place in (i for i, (one, other) in enumerate(zip(bytes(got), expected, strict=True)) if one != other):
+        assert len(got) == count <= len(expected) == 200
+        for place in (i for i, (one, other) in enumerate(zip(bytes(got), expected, strict=False)) if one != other):
             states = model.zero_states(trained[0], 1, "float32", "float32")
             before = [list(prompt) + list(expected[:place])]
             logits = np.sort(prefill(*trained, states, before, jnp.zeros(1, jnp.int32)).logits[0])
@@ -51,7 +51,8 @@ def scheduled(trained, batch):
 @pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @jax.default_matmul_precision("float32")  # a GPU's default has ten bits
 def test_prefill_in_buckets(trained, _device):
-    assert_same_texts(trained, [list(stream(*trained, list(p), 200, sampling=GREEDY)) for p in TEXTS])
+    # How a prompt was read shows in the first tokens.
+    assert_same_texts(trained, [list(stream(*trained, list(p), 48, sampling=GREEDY)) for p in TEXTS], 48)
 
 
 @pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
