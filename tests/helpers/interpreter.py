@@ -129,7 +129,8 @@ def run_interpreted(problem, tensors):
     given = [tensors[name] for name in (*problem.names, "out")]
     given = [tensor.view(bytes_of.get(tensor.dtype, tensor.dtype)) for tensor in given]
     launch = launch_of(whole)
-    scratch = launch.scratch // 4 * launch.grids[0].blocks(problem.sequences, problem.tokens)
+    parts = zip(launch.grids, launch.scratch, strict=True)
+    scratch = sum(grid.blocks(problem.sequences, problem.tokens) * each // 4 for grid, each in parts)
     places = {**dict(enumerate(given)), launch.tensors: torch.full((scratch,), torch.nan)}
     for specialisation in launches(whole):
         kernel = kernel_of(specialisation)

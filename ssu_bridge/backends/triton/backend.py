@@ -67,18 +67,19 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         for one, kernel in zip(kernels, compiled, strict=True)
     ]
     rows = [
-        (kernel.cubin, kernel.name, kernel.shared_bytes, kernel.warps, grid, arguments, kernel.scratch_pointers)
-        for kernel, grid, arguments in zip(compiled, launch.grids, passed, strict=True)
+        (k.cubin, k.name, k.shared_bytes, k.warps, grid, arguments, k.scratch_pointers, scratch)
+        for k, grid, arguments, scratch in zip(compiled, launch.grids, passed, launch.scratch, strict=True)
     ]
-    function = library().cubin_kernel(rows, launch.tensors, launch.in_place, launch.scratch, launch.overlaps)
+    function = library().cubin_kernel(rows, launch.tensors, launch.in_place, launch.overlaps)
     check = functools.partial(_check, _reader(specialisation), launch, passed)
     return DeviceKernel(
-        specialisation.target, function, check, functools.partial(_scratch, launch) if launch.scratch else None
+        specialisation.target, function, check, functools.partial(_scratch, launch) if any(launch.scratch) else None
     )
 
 
 def _scratch(launch: Launch, problem: Problem) -> Any:
-    return launch.grids[0].blocks(problem.sequences, problem.tokens) * (launch.scratch // FLOAT_BYTES)
+    parts = zip(launch.grids, launch.scratch, strict=True)
+    return sum(g.blocks(problem.sequences, problem.tokens) * (each // FLOAT_BYTES) for g, each in parts if each)
 
 
 def _reader(s: Specialisation) -> Callable[..., object]:

@@ -74,6 +74,7 @@ class Specialisation:
             flags += f";replay={self.window}+{self.most_tokens}"
         ahead = f"+{self.tile.ahead}" if self.tile.ahead else ""
         chunk = f"x{self.tile.chunk}{'' if self.tile.one_chunk else '+'}" if self.tile.chunk else ""
+        chunk += "/d" if self.tile.decays else ""
         heads = f"*{self.tile.heads}" if self.tile.heads > 1 else ""
         if self.tile.segments.most > 1:
             chunk += f";segments={self.tile.segments.most}x{self.tile.segments.least}"
@@ -118,9 +119,9 @@ def _kernel_name(problem: Problem, tile: Tile) -> str:
 
 def launches(specialisation: Specialisation) -> tuple[Specialisation, ...]:
     """Return the specialisations of the kernels that a call launches, one after the other."""
-    if specialisation.tile.segments.most == 1:
-        return (specialisation,)
-    return dataclasses.replace(specialisation, kernel="segment_states"), specialisation
+    tile = specialisation.tile
+    before = ["decays"] * tile.decays + ["segment_states"] * (tile.segments.most > 1)
+    return (*(dataclasses.replace(specialisation, kernel=kernel) for kernel in before), specialisation)
 
 
 class Kind(enum.IntEnum):
@@ -175,8 +176,8 @@ class Launch(NamedTuple):
     # The inputs that the results after out are, by their numbers.
     in_place: tuple[int, ...]
     tensors: int
-    # Bytes of scratch memory for each program of the first kernel; the memory is one tensor more.
-    scratch: int
+    # Bytes of scratch memory for each program of each kernel; all of it together is one tensor more.
+    scratch: tuple[int, ...]
     # It may be launched before the kernels ahead of it are done, and waits for them itself.
     overlaps: bool
 
@@ -255,12 +256,11 @@ def kernel_of(specialisation: Specialisation) -> Any:
 def launch_of(specialisation: Specialisation) -> Launch:
     """Return how the kernels of a specialisation are launched."""
     names = list(_kernel_dtypes(specialisation))
-    is_split = specialisation.tile.segments.most > 1
     return Launch(
         grids=tuple(map(grid_of, launches(specialisation))),
         in_place=tuple(names.index(name) for name in specialisation.results if name != "out"),
         tensors=_tensors(specialisation),
-        scratch=FLOAT_BYTES * _record(specialisation) if is_split else 0,
+        scratch=tuple(FLOAT_BYTES * _scratch_floats(one) for one in launches(specialisation)),
         overlaps=specialisation.capability >= _OVERLAPPING,
     )
 
@@ -271,6 +271,9 @@ def grid_of(specialisation: Specialisation) -> Grid:
     programs = s.nheads // s.tile.heads * -(-s.headdim // s.tile.rows)
     packed = s.layout == "packed"
     whole = Grid(programs, names.index("cu_seqlens" if packed else "x"), less=packed)
+    if s.kernel == "decays":
+        in_blocks = {"most": _ANY, "least": _TOKENS_OF_DECAYS, "tokens": names.index("x"), "axis": 1}
+        return whole._replace(programs=s.nheads, **in_blocks)
     if s.tile.segments.most == 1:
         return whole
     return whole._replace(
@@ -291,10 +294,22 @@ FLOAT_BYTES = 4
 _FLOATS_IN_A_LINE = 32
 
 
+def _scratch_floats(s: Specialisation) -> int:
+    """Return how many float32 a program of a kernel leaves to the kernels after it."""
+    if s.kernel == "decays":
+        return _NUMBERS_OF_DECAYS * _TOKENS_OF_DECAYS
+    return _record(s) if s.kernel == "segment_states" else 0
+
+
 def _record(s: Specialisation) -> int:
     """Return how many float32 the record of a segment has: two tiles and a decay."""
     return 2 * s.tile.rows * s.tile.columns + _FLOATS_IN_A_LINE
 
+
+# How many numbers a token has for its decays, and the tokens of a program that computes them.
+_NUMBERS_OF_DECAYS = 5
+_TOKENS_OF_DECAYS = 512
+_ANY = 2**31 - 1
 
 _TOKEN_AXIS = {"multi": 1, "packed": 0}
 
@@ -312,7 +327,7 @@ def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
         for axis, stride in enumerate(_strides(specialisation, name)):
             if stride:
                 result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
-    if specialisation.tile.segments.most > 1:
+    if any(map(_scratch_floats, launches(specialisation))):
         result["scratch"] = Argument(Kind.ADDRESS, _tensors(specialisation), divisor=VECTOR_BYTES)
     sequences = ("cu_seqlens" if specialisation.layout == "packed" else "x", 0)
     sizes = {
@@ -380,6 +395,8 @@ def _stored(s: Specialisation) -> str:
 
 _CHUNK_OF_SEGMENT_STATES = 64
 _STAGES_OF_SEGMENT_STATES = 2
+# Of both kernels where no decays have to be summed up in the loop over chunks.
+_STAGES_WITH_DECAYS = 3
 # In how many bfloat16 parts a number goes into a product without an error.
 _PARTS = {"bfloat16": 1, "float16": 2, "float32": 3}
 # What a thread holds side by side of a row of the state is read at once, and four threads hold the columns of a group.
@@ -395,15 +412,23 @@ def _matrix_constants(s: Specialisation) -> dict[str, Any]:
         "WARPS": s.tile.warps,
         "W": min(group, s.tile.columns),
         "Q": _CHUNK_OF_SEGMENT_STATES if s.kernel == "segment_states" else s.tile.chunk,
+        "BLOCK": _TOKENS_OF_DECAYS if s.tile.decays else 0,
         "ONE": s.tile.one_chunk,
         "SEGMENTS": s.tile.segments.most,
         "LEAST": s.tile.segments.least,
         "UNIT": s.tile.segments.unit,
         "RECORD": _record(s),
-        "STAGES": _STAGES_OF_SEGMENT_STATES,
+        "STAGES": _stages(s),
         "S_PARTS": 1 if as_it_is else 3,
         **{f"{name.upper()}_PARTS": _PARTS[dtypes[name]] for name in ("x", "B", "C")},
     }
+
+
+def _stages(s: Specialisation) -> int:
+    """Return in how many stages the loop over a segment's chunks reads ahead."""
+    if s.tile.decays:
+        return _STAGES_WITH_DECAYS
+    return _STAGES_OF_SEGMENT_STATES if s.kernel == "segment_states" else 1
 
 
 def _options(s: Specialisation) -> dict[str, int]:

@@ -15,6 +15,10 @@ _LEAST = 16
 _MOST_ROWS = 64
 # More tokens at a time take more registers than there are.
 _MOST_CHUNK = 32
+# The compute capability on which it was measured to compute decays by another kernel.
+_WITH_DECAYS = 9
+# What the lengths of segments are multiples of then: the chunk of the kernel for the states before segments.
+_UNIT_WITH_DECAYS = 64
 # From so many bytes of state in a call on, tiles are prefetched.
 _LEAST_BYTES_AHEAD = 40 << 20
 # The most columns with which a program's state leaves registers for the rest.
@@ -116,8 +120,19 @@ def _matrix_tile(problem: Problem) -> Tile:
     else:
         chunk, one = most, is_tree
     ahead = tiles.ahead(problem, rows, _LEAST_BYTES_AHEAD) if one else 0
-    one_tile = Tile(rows, columns, rows // _LEAST, chunk, one, ahead=ahead)
-    return one_tile if one or is_tree else one_tile._replace(segments=_segments(problem, one_tile))
+    decays = not one and chunk == _MOST_CHUNK and _is_prompt(problem, rows, columns)
+    tile = Tile(rows, columns, rows // _LEAST, chunk, one, ahead=ahead, decays=decays)
+    return tile if one or is_tree else tile._replace(segments=_segments(problem, tile))
+
+
+def _is_prompt(problem: Problem, rows: int, columns: int) -> bool:
+    """Return whether sequences are long and all of one length, on a GPU where another kernel's decays were measured."""
+    assert problem.capability is not None
+    measured_there = problem.capability[0] == _WITH_DECAYS and rows == _MOST_ROWS and columns == _MOST_COLUMNS
+    if not measured_there or problem.layout != "multi" or "intermediate_states" in problem.names:
+        return False
+    least = measured("triton/forms", problem.capability)["least_tokens_of_a_prompt"]
+    return isinstance(problem.tokens, int) and problem.tokens >= least
 
 
 def _takes_registers(problem: Problem, stores_some: bool) -> bool:
@@ -138,4 +153,5 @@ def _segments(problem: Problem, tile: Tile) -> Segments:
     if most < 2 or not is_long:
         return Segments()
     stores_some = "intermediate_states" in problem.names
-    return Segments(most, table["least"], problem.options.intermediate_stride if stores_some else tile.chunk)
+    unit = problem.options.intermediate_stride if stores_some else _UNIT_WITH_DECAYS if tile.decays else tile.chunk
+    return Segments(most, table["least"], unit)

@@ -47,6 +47,8 @@ class Tile(NamedTuple):
     # Of a replay step: how many heads a program does.
     heads: int = 1
     segments: Segments = Segments()
+    # Of the matrix form: whether another kernel has computed the decays.
+    decays: bool = False
     # How many programs later the tile is that a program has brought to the cache; 0: none.
     ahead: int = 0
     # How many programs have their own tiles brought there before the kernels ahead of theirs are done.

@@ -31,15 +31,16 @@ struct Launch {
   Grid grid;
   std::vector<KernelArgument> arguments;
   int values;
+  int64_t scratch;  // bytes for each block
 };
 
 class CubinKernel {
  public:
-  CubinKernel(std::vector<Launch> launches, int tensors, std::vector<int> in_place, int64_t scratch, bool overlapping)
+  CubinKernel(std::vector<Launch> launches, int tensors, std::vector<int> in_place, bool with_scratch, bool overlapping)
       : launches_(std::move(launches)),
         tensors_(tensors),
         in_place_(std::move(in_place)),
-        scratch_(scratch),
+        with_scratch_(with_scratch),
         overlapping_(overlapping) {}
 
   void operator()(ffi::PackedArgs given, ffi::Any*) const {
@@ -48,7 +49,7 @@ class CubinKernel {
     DLTensor none = {nullptr, tensors[kState]->device, 0, {kDLUInt, 8, 1}, nullptr, nullptr, 0};
     tensors[tensors_] = &none;
     std::optional<ffi::Tensor> allocated;  // until all is launched
-    if (int64_t bytes = scratch_ == 0 ? 0 : scratch_ * launches_.front().grid.blocks(tensors)) {
+    if (int64_t bytes = scratch_bytes(tensors)) {
       if (given.size() == tensors_) allocated = allocate_scratch(bytes, none.device);
       tensors[tensors_] = allocated ? allocated->GetDLTensorPtr() : given[tensors_].cast<DLTensor*>();
       check_scratch(*tensors[tensors_], bytes);
@@ -58,13 +59,19 @@ class CubinKernel {
 
  private:
   void read_tensors(ffi::PackedArgs given, const DLTensor** tensors) const {
-    bool with_scratch = scratch_ != 0 && given.size() == tensors_ + 1;
+    bool with_scratch = with_scratch_ && given.size() == tensors_ + 1;
     if (given.size() != tensors_ && !with_scratch)
       TVM_FFI_THROW(ValueError) << "expected " << tensors_ << " tensors, got " << given.size();
     for (int i = 0; i < given.size(); ++i) tensors[i] = given[i].cast<DLTensor*>();
     check_on_one_device(tensors, given.size());
     int result = tensors_ - static_cast<int>(in_place_.size());
     for (int input : in_place_) move_to_result(tensors[input], tensors[result++]);
+  }
+
+  int64_t scratch_bytes(const DLTensor* const* tensors) const {
+    int64_t bytes = 0;
+    for (const Launch& one : launches_) bytes += one.scratch == 0 ? 0 : one.scratch * one.grid.blocks(tensors);
+    return bytes;
   }
 
   void launch(const Launch& one, const DLTensor* const* tensors) const {
@@ -84,7 +91,7 @@ class CubinKernel {
   std::vector<Launch> launches_;
   int tensors_;
   std::vector<int> in_place_;
-  int64_t scratch_;
+  bool with_scratch_;
   bool overlapping_;
 };
 
@@ -108,7 +115,8 @@ std::vector<int> parse_in_place(const ffi::Array<int64_t>& inputs, int64_t tenso
 }
 
 Launch parse_launch(const CubinLaunch& launch, int64_t tensors, bool with_scratch) {
-  int64_t warps = launch.get<3>(), scratch_pointers = launch.get<6>();
+  int64_t warps = launch.get<3>(), scratch_pointers = launch.get<6>(), scratch = launch.get<7>();
+  if (scratch < 0) TVM_FFI_THROW(ValueError) << "scratch: expected no negative number of bytes, got " << scratch;
   ffi::Array<ffi::Array<int64_t>> arguments = launch.get<5>();
   check_counts(warps, tensors, scratch_pointers, arguments.size());
   unsigned shared = static_cast<unsigned>(launch.get<2>());
@@ -117,19 +125,22 @@ Launch parse_launch(const CubinLaunch& launch, int64_t tensors, bool with_scratc
           static_cast<unsigned>(warps * kThreadsInWarp),
           parse_grid(launch.get<4>(), tensors),
           parse_kernel_arguments(arguments, static_cast<int>(tensors) + with_scratch),
-          static_cast<int>(arguments.size() + scratch_pointers)};
+          static_cast<int>(arguments.size() + scratch_pointers),
+          scratch};
 }
 
 }  // namespace
 
 ffi::Function make_cubin_kernel(ffi::Array<CubinLaunch> launches, int64_t tensors, ffi::Array<int64_t> in_place,
-                                int64_t scratch, bool overlapping) {
-  if (launches.empty() || scratch < 0) TVM_FFI_THROW(ValueError) << "expected a kernel, and no negative scratch memory";
+                                bool overlapping) {
+  if (launches.empty()) TVM_FFI_THROW(ValueError) << "expected a kernel";
+  bool with_scratch = false;
+  for (const CubinLaunch& launch : launches) with_scratch |= launch.get<7>() != 0;
   std::vector<Launch> parsed;
-  for (const CubinLaunch& launch : launches) parsed.push_back(parse_launch(launch, tensors, scratch != 0));
+  for (const CubinLaunch& launch : launches) parsed.push_back(parse_launch(launch, tensors, with_scratch));
   int count = static_cast<int>(tensors);
   return ffi::Function::FromPacked(
-      CubinKernel(std::move(parsed), count, parse_in_place(in_place, tensors), scratch, overlapping));
+      CubinKernel(std::move(parsed), count, parse_in_place(in_place, tensors), with_scratch, overlapping));
 }
 
 ffi::Array<int64_t> cubin_arguments(ffi::Array<int64_t> grid, ffi::Array<ffi::Array<int64_t>> arguments,

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssu_bridge.backends.triton.kernels.chunks import advanced, decayed, decays_after, exponents_of, summed
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_output, inside, load, prefetch, slot_of
+from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
 from ssu_bridge.backends.triton.kernels.products import mixed, product, product_of_rows
 from ssu_bridge.backends.triton.kernels.segments import bounds_of, first_record, segment_at, start_of_segment
@@ -97,6 +98,8 @@ def matrix_form(
     LEAST: tl.constexpr,
     UNIT: tl.constexpr,
     RECORD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     S_PARTS: tl.constexpr,
     X_PARTS: tl.constexpr,
     B_PARTS: tl.constexpr,
@@ -106,8 +109,9 @@ def matrix_form(
 ):
     """Do what ``many_tokens`` does with the same arguments, in chunks of Q tokens; with ONE there is one chunk.
 
-    A thread holds W / 4 columns of the state side by side. PARTS are how many bfloat16 parts an operand has; what is
-    computed on the way has three.
+    With BLOCK the kernel ``decays`` has stored the decays, in blocks of as many tokens, and the loop over chunks reads
+    ahead in STAGES. A thread holds W / 4 columns of the state side by side. PARTS are how many bfloat16 parts an
+    operand has; what is computed on the way has three.
     """
     if OVERLAP:
         gdc_wait()
@@ -163,6 +167,11 @@ def matrix_form(
     if has_initial_state is not None:
         wanted = live & (tl.load(has_initial_state + sequence * has_initial_state_stride) != 0)
     place = (head, first_row, 0)
+    decays = None
+    if BLOCK:
+        decays = first_of(scratch, sequence, head, tokens, H, BLOCK)
+        if SEGMENTS > 1:
+            scratch += size_of_decays(sequences, tokens, H, BLOCK)
     if SEGMENTS > 1 and ((begin > 0) | (end < length)):
         record = first_record(sequence, first, cu_seqlens, sequences, tokens, SEGMENTS, LEAST)
         record = record * (H * blocks) + program % (H * blocks)
@@ -185,14 +194,26 @@ def matrix_form(
     strides = (x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride)
     if ONE:
         current = _chunk(
-            current, 0, length, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-            parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+            current, 0, length, arrays, strides, parameters, bias, decays, skip, z, z_token_stride, parent_tokens,
+            parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False, S_PARTS, X_PARTS,
+            B_PARTS, C_PARTS,
         )  # fmt: skip
     elif intermediate_states is None:
-        for token in range(begin, end, Q):
+        whole_end = begin
+        if BLOCK:
+            # Without masks, which take a tenth of the instructions.
+            whole_end += (end - begin) // Q * Q
+            for token in tl.range(begin, whole_end, Q, num_stages=STAGES):
+                current = _chunk(
+                    current, token, end, arrays, strides, parameters, bias, decays, skip, z, z_token_stride,
+                    parent_tokens, parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, True,
+                    S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+                )  # fmt: skip
+        for token in range(whole_end, end, Q):
             current = _chunk(
-                current, token, end, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-                parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS, C_PARTS,
+                current, token, end, arrays, strides, parameters, bias, decays, skip, z, z_token_stride, parent_tokens,
+                parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False, S_PARTS, X_PARTS,
+                B_PARTS, C_PARTS,
             )  # fmt: skip
     else:
         entry = source
@@ -204,9 +225,9 @@ def matrix_form(
             stop = tl.minimum(after, end)
             for token in range(start, stop, Q):
                 current = _chunk(
-                    current, token, stop, arrays, strides, parameters, bias, skip, z, z_token_stride, parent_tokens,
-                    parent_tokens_token_stride, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS, B_PARTS,
-                    C_PARTS,
+                    current, token, stop, arrays, strides, parameters, bias, decays, skip, z, z_token_stride,
+                    parent_tokens, parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False,
+                    S_PARTS, X_PARTS, B_PARTS, C_PARTS,
                 )  # fmt: skip
             step = tl.cast(start // INTERMEDIATE_STRIDE, tl.int64)
             scale = intermediate_state_scales
@@ -244,48 +265,60 @@ def _chunk(
     strides,
     parameters,
     bias,
+    decays,
     skip,
     z,
     z_token_stride,
     parent_tokens,
     parent_tokens_token_stride,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     MIX: tl.constexpr,
     Q: tl.constexpr,
+    WHOLE: tl.constexpr,
     S_PARTS: tl.constexpr,
     X_PARTS: tl.constexpr,
     B_PARTS: tl.constexpr,
     C_PARTS: tl.constexpr,
 ):
-    """Write the outputs of the tokens from ``token`` to before ``end``, at most Q, and return the state after them."""
+    """Write the outputs of the tokens from ``token`` to before ``end``, at most Q, and return the state after them.
+
+    There are Q if the chunk is WHOLE.
+    """
     x, dt, B, C, out = arrays
     x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride = strides
     rate, row_mask = parameters
     t = tl.arange(0, Q)
-    there = token + t < end
+    there = tl.full((Q,), True, tl.int1) if WHOLE else token + t < end
     at = token + t.to(tl.int64)
     mask = there[:, None] & row_mask[None, :]
-    raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
+    if decays is None:
+        raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
     Xs = tl.load(x[None, :] + at[:, None] * x_token_stride, mask=mask, other=0.0)
     columns = tl.arange(0, BLOCK_N)
     columns_mask = there[:, None] & inside(columns, N, BLOCK_N)[None, :]
     Bs = tl.load(B + at[:, None] * B_token_stride + columns[None, :], mask=columns_mask, other=0.0)
     Cs = tl.load(C + at[:, None] * C_token_stride + columns[None, :], mask=columns_mask, other=0.0)
 
-    coarse, fine, d = exponents_of(raw_d, there, rate, bias, SOFTPLUS)
-    if parent_tokens is None:
-        coarse, fine, d = summed(coarse, fine, d)
-        on_path = t[:, None] <= t[None, :]
+    on_path = t[:, None] <= t[None, :]
+    if decays is not None:
+        numbers = decays_at(decays, token, H, BLOCK)
+        coarse, up, d = tl.load(numbers + t), tl.load(numbers + BLOCK + t), tl.load(numbers + 2 * BLOCK + t)
     else:
-        on_path = _paths(parent_tokens, at, there, t, parent_tokens_token_stride, Q)
-        coarse = tl.sum(tl.where(on_path, coarse[:, None], 0.0), 0)
-        fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
-    up = tl.exp2(fine)
+        coarse, fine, d = exponents_of(raw_d, there, rate, bias, SOFTPLUS)
+        if parent_tokens is None:
+            coarse, fine, d = summed(coarse, fine, d)
+        else:
+            on_path = _paths(parent_tokens, at, there, t, parent_tokens_token_stride, Q)
+            coarse = tl.sum(tl.where(on_path, coarse[:, None], 0.0), 0)
+            fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
+        up = tl.exp2(fine)
     weights = product_of_rows(Bs, Cs, B_PARTS, C_PARTS)
-    weights = decayed(weights, coarse, tl.div_rn(d, up), on_path)
+    weights = decayed(weights, coarse, d if decays is not None else tl.div_rn(d, up), on_path)
     y = product(tl.trans(Xs), weights, tl.zeros((BLOCK_P, Q), tl.float32), X_PARTS, 3)
     before = product_of_rows(current, mixed(Cs, MIX), S_PARTS, C_PARTS)
     y = tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :]
@@ -302,7 +335,10 @@ def _chunk(
     tl.store(out[None, :] + at[:, None] * out_token_stride, y.to(out.dtype.element_ty), mask=mask)
 
     if parent_tokens is None:
-        after, decay = decays_after(coarse, fine, d, t, Q)
+        if decays is not None:
+            after, decay = tl.load(numbers + 3 * BLOCK + t), tl.load(numbers + 4 * BLOCK)
+        else:
+            after, decay = decays_after(coarse, fine, d, t, Q)
         current = advanced(current, Xs, mixed(Bs, MIX), after, decay, S_PARTS == 1, B_PARTS)
     return current
 

@@ -6,6 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssu_bridge.backends.triton.kernels.chunks import advanced, decays_after, exponents_of, summed
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, inside
+from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
 from ssu_bridge.backends.triton.kernels.segments import bounds_of, segment_at
 from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in
@@ -54,6 +55,7 @@ def segment_states(
     WARPS: tl.constexpr,
     W: tl.constexpr,
     Q: tl.constexpr,
+    BLOCK: tl.constexpr,
     B_PARTS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     LEAST: tl.constexpr,
@@ -87,6 +89,9 @@ def segment_states(
     B = at_first(B, B_stride, B_token_stride, sequence, first) + head // (H // G) * N
 
     tile = tl.arange(0, BLOCK_P)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    if BLOCK:
+        decays = first_of(scratch, sequence, head, tokens, H, BLOCK)
+        scratch += size_of_decays(sequences, tokens, H, BLOCK)
     record = scratch + program * RECORD
     current = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if segment == 0:
@@ -113,12 +118,20 @@ def segment_states(
     for token in tl.range(begin, end, Q, num_stages=STAGES):
         there = token + t < end
         at = token + t.to(tl.int64)
-        raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
         Xs = tl.load(x[None, :] + at[:, None] * x_token_stride, mask=there[:, None] & row_mask[None, :], other=0.0)
         columns_mask = there[:, None] & inside(columns, N, BLOCK_N)[None, :]
         Bs = tl.load(B + at[:, None] * B_token_stride + columns[None, :], mask=columns_mask, other=0.0)
-        coarse, fine, d = summed(*exponents_of(raw_d, there, rate, bias, SOFTPLUS))
-        after, decay = decays_after(coarse, fine, d, t, Q)
+        if BLOCK:
+            # A chunk here is two there.
+            numbers = decays_at(decays, token, H, BLOCK)
+            second = tl.load(numbers + 4 * BLOCK + Q // 2)
+            after = tl.load(numbers + 3 * BLOCK + t)
+            after = tl.where(t < Q // 2, after * second, after)
+            decay = tl.load(numbers + 4 * BLOCK) * second
+        else:
+            raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
+            coarse, fine, d = summed(*exponents_of(raw_d, there, rate, bias, SOFTPLUS))
+            after, decay = decays_after(coarse, fine, d, t, Q)
         current = advanced(current, Xs, Bs, after, decay, False, B_PARTS)
         total *= decay
     tl.store(record + BLOCK_P * BLOCK_N + tile, current)
