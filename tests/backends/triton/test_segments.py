@@ -40,6 +40,14 @@ CALLS = {
         "indices": (0, 1, 2, 3, -1, 5, 6, 7),
     },
     "packed, out of order": {"tokens": 200, "cu_seqlens": (100, 200, 3, 100)},
+    # So many that a record is found by its block of rows.
+    "packed, with shared rows": {
+        "tokens": 200,
+        "cu_seqlens": (0, 200, 0, 200, 64, 150, 10, 110),
+        "sequences": 7,
+        "slots": 9,
+        "indices": (0, 1, 2, 3, 4, 5, 6),
+    },
     "states on the way": {"steps": 4, "intermediate_stride": 40},
     "states on the way, packed": {
         "tokens": 200,
@@ -55,7 +63,7 @@ CALLS = {
 }
 
 # Of which each does what no other does.
-DAILY = ("odd sizes", "packed, many", "states on the way, packed", "accepted", "int8")
+DAILY = ("odd sizes", "packed, many", "packed, with shared rows", "states on the way, packed", "accepted", "int8")
 
 
 def in_segments(programs, least):

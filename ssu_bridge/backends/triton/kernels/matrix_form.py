@@ -18,7 +18,13 @@ from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_out
 from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
 from ssu_bridge.backends.triton.kernels.products import mixed, product, product_of_rows
-from ssu_bridge.backends.triton.kernels.segments import bounds_of, first_record, segment_at, start_of_segment
+from ssu_bridge.backends.triton.kernels.segments import (
+    bounds_of,
+    first_record,
+    is_not_split,
+    segment_at,
+    start_of_segment,
+)
 from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in, store_state
 
 
@@ -140,7 +146,10 @@ def matrix_form(
         length = tl.minimum(length, Q)
     begin, end = 0, length
     if SEGMENTS > 1:
-        begin, end = bounds_of(segment, length, SEGMENTS, LEAST, UNIT)
+        is_whole = is_not_split(
+            sequence, length, cu_seqlens, cu_seqlens_stride, sequences, tokens, SEGMENTS, LEAST
+        )  # fmt: skip
+        begin, end = bounds_of(segment, length, is_whole, SEGMENTS, LEAST, UNIT)
     if begin >= end:
         return
     x = at_first(x, x_stride, x_token_stride, sequence, first)

@@ -8,7 +8,7 @@ from ssu_bridge.backends.triton.kernels.chunks import advanced, decays_after, ex
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, inside
 from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.segments import bounds_of, segment_at
+from ssu_bridge.backends.triton.kernels.segments import bounds_of, is_not_split, segment_at
 from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in
 
 
@@ -81,7 +81,8 @@ def segment_states(
     channels = head * P + rows
 
     first, length = tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
-    begin, end = bounds_of(segment, length, SEGMENTS, LEAST, UNIT)
+    is_whole = is_not_split(sequence, length, cu_seqlens, cu_seqlens_stride, sequences, tokens, SEGMENTS, LEAST)
+    begin, end = bounds_of(segment, length, is_whole, SEGMENTS, LEAST, UNIT)
     if end >= length:
         return
     x = at_first(x, x_stride, x_token_stride, sequence, first) + channels

@@ -21,13 +21,34 @@ _LOOKED_THROUGH = tl.constexpr(1024)
 
 
 @triton.jit
-def bounds_of(segment, length, SEGMENTS: tl.constexpr, LEAST: tl.constexpr, UNIT: tl.constexpr):
+def bounds_of(segment, length, is_whole, SEGMENTS: tl.constexpr, LEAST: tl.constexpr, UNIT: tl.constexpr):
     """Return a segment's first token and the one after its last; both are the length where there is no such segment."""
     length = length.to(tl.int64)
     size = tl.maximum(LEAST, (length + SEGMENTS - 1) // SEGMENTS)
-    size = tl.where(length < 2 * LEAST, length, (size + UNIT - 1) // UNIT * UNIT)
+    size = tl.where(is_whole, length, (size + UNIT - 1) // UNIT * UNIT)
     begin = tl.where(segment < 0, length, tl.minimum(segment * size, length))
     return begin.to(tl.int32), tl.minimum(begin + size, length).to(tl.int32)
+
+
+@triton.jit
+def is_not_split(
+    sequence, length, cu_seqlens, cu_seqlens_stride, sequences, tokens, SEGMENTS: tl.constexpr, LEAST: tl.constexpr
+):
+    """Return whether a sequence is one segment: a short one, or one whose records would be those of a later sequence.
+
+    Packed sequences can share rows, and each has states of its own, but a block of rows has one record.
+    """
+    is_whole = length < 2 * LEAST
+    if cu_seqlens is not None:  # noqa: SIM102
+        if (length >= 2 * LEAST) & (_records_of_each(cu_seqlens, sequences, tokens, SEGMENTS, LEAST) == 0):
+            at = cu_seqlens + sequence * cu_seqlens_stride
+            first = _block(tl.load(at), tokens, LEAST)
+            last = _block(tl.load(at + cu_seqlens_stride), tokens, LEAST)
+            for i in range(sequence + 1, sequences, _LOOKED_THROUGH):
+                begin, end = _blocks_of_others(i, cu_seqlens, cu_seqlens_stride, sequences, tokens, LEAST)
+                shared = (begin < last) & (first < end) & (begin < end)
+                is_whole |= tl.max(shared.to(tl.int32), 0) > 0
+    return is_whole
 
 
 @triton.jit
@@ -65,16 +86,23 @@ def _searched(record, cu_seqlens, cu_seqlens_stride, sequences, tokens, LEAST: t
     """Return the sequence that has a block of rows, and how many it has before that one; of none less than -1."""
     found = tl.full((), -1, tl.int64)
     for i in range(0, sequences, _LOOKED_THROUGH):
+        begin, end = _blocks_of_others(i, cu_seqlens, cu_seqlens_stride, sequences, tokens, LEAST)
         candidates = i + tl.arange(0, _LOOKED_THROUGH).to(tl.int64)
-        there = candidates < sequences
-        at = cu_seqlens + candidates * cu_seqlens_stride
-        begin = _block(tl.load(at, mask=there, other=0), tokens, LEAST)
-        end = _block(tl.load(at + cu_seqlens_stride, mask=there, other=0), tokens, LEAST)
         has_it = (begin <= record) & (record < end)
         found = tl.maximum(found, tl.max(tl.where(has_it, candidates, -1), 0))
     sequence = tl.maximum(found, 0)
     block = _block(tl.load(cu_seqlens + sequence * cu_seqlens_stride), tokens, LEAST)
     return sequence, tl.where(found < 0, -2, record - block)
+
+
+@triton.jit
+def _blocks_of_others(i, cu_seqlens, cu_seqlens_stride, sequences, tokens, LEAST: tl.constexpr):
+    """Return the first blocks of the sequences from i on, and those after their last ones."""
+    others = i + tl.arange(0, _LOOKED_THROUGH).to(tl.int64)
+    there = others < sequences
+    at = cu_seqlens + others * cu_seqlens_stride
+    begin = _block(tl.load(at, mask=there, other=0), tokens, LEAST)
+    return begin, _block(tl.load(at + cu_seqlens_stride, mask=there, other=0), tokens, LEAST)
 
 
 @triton.jit
