@@ -272,8 +272,7 @@ def grid_of(specialisation: Specialisation) -> Grid:
     packed = s.layout == "packed"
     whole = Grid(programs, names.index("cu_seqlens" if packed else "x"), less=packed)
     if s.kernel == "decays":
-        in_blocks = {"most": _ANY, "least": _TOKENS_OF_DECAYS, "tokens": names.index("x"), "axis": 1}
-        return whole._replace(programs=s.nheads, **in_blocks)
+        return whole._replace(programs=s.nheads, most=_ANY, least=_TOKENS_OF_DECAYS, tokens=names.index("x"), axis=1)
     if s.tile.segments.most == 1:
         return whole
     return whole._replace(

@@ -131,7 +131,7 @@ def _is_prompt(problem: Problem, rows: int, columns: int) -> bool:
     measured_there = problem.capability[0] == _WITH_DECAYS and rows == _MOST_ROWS and columns == _MOST_COLUMNS
     if not measured_there or problem.layout != "multi" or "intermediate_states" in problem.names:
         return False
-    least = measured("triton/forms", problem.capability)["least_tokens_of_a_prompt"]
+    least: int = measured("triton/forms", problem.capability)["least_tokens_of_a_prompt"]
     return isinstance(problem.tokens, int) and problem.tokens >= least
 
 

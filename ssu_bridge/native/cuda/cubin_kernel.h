@@ -20,8 +20,8 @@ using CubinLaunch = tvm::ffi::Tuple<tvm::ffi::Bytes, tvm::ffi::String, int64_t, 
 // It launches the kernels in order on the stream of TVM-FFI's environment. A grid is a row of Grid; `arguments` are
 // rows of KernelArgument. With `overlapping` a kernel may start before the one ahead of it in the stream is done, and
 // has to wait by itself. The cubins are loaded on each device when they are first called there; a call with no entries
-// only loads them. If a kernel has scratch memory, the last tensor of all of them is the memory of all: the one that the
-// caller gives after the others, else it is allocated.
+// only loads them. If a kernel has scratch memory, the last tensor of all of them is the memory of all: the one that
+// the caller gives after the others, else it is allocated.
 tvm::ffi::Function make_cubin_kernel(tvm::ffi::Array<CubinLaunch> launches, int64_t tensors,
                                      tvm::ffi::Array<int64_t> in_place, bool overlapping);
 

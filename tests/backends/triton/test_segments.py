@@ -184,7 +184,7 @@ def test_they_compile_and_spill_next_to_nothing(name):
     *before, after = (resources(compile_step(kernel).cubin) for kernel in kernels)
     assert all(one == {"STACK": 0, "LOCAL": 0} for one in before)
     assert after["LOCAL"] == 0
-    assert after["STACK"] <= (104 if with_decays else 16)  # 26 or 4 registers of 255
+    assert after["STACK"] <= (112 if with_decays else 16)  # 28 or 4 registers of 255
 
 
 def test_a_split_is_told(split):
