@@ -45,6 +45,10 @@ def test_a_layer(state, tokens):
         {"tokens": 20, "has_initial_state": (True, False, True)},
         {"tokens": 90, "cu_seqlens": (0, 1, 40, 90)},
         {"tokens": 70, "headdim": 40, "dstate": 96},
+        # With decays from another kernel: in one piece with tokens that fill no chunk, and in segments.
+        {"tokens": 300, "has_initial_state": (True, False, True), "dtypes": BFLOAT16, "destinations": (1, -1, 3)},
+        {"tokens": 1100, "sequences": 1, "indices": (2,), "dtypes": BFLOAT16},
+        {"tokens": 1100, "sequences": 1, "indices": (2,), "dtypes": {**BFLOAT16, "state": "int8"}, "absent": ("z",)},
         {"tokens": 64, "parents": tuple(tuple(t // 2 - 1 for t in range(64)) for _ in range(3))},
         {"tokens": 90, "cu_seqlens": (0, 3, 20, 90), "parents": tuple(t % 7 - 1 for t in range(90))},
     ],
