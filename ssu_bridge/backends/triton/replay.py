@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ssu_bridge.backends.base import lacks_form
-from ssu_bridge.backends.triton.tiles import Tile, power_of_two
+from ssu_bridge.backends.triton.tiles import Tile, early, power_of_two
 from ssu_bridge.core.arguments import VECTOR_BYTES
 from ssu_bridge.core.problem import Problem
 
@@ -32,7 +32,7 @@ class _Measured(NamedTuple):
     warps: int
     heads: int
     stages: int
-    # So many programs at least, where a program does several heads.
+    # Where a program does several heads, there are so many programs at least, times the heads.
     programs: int
 
 
@@ -42,8 +42,8 @@ _MEASURED = {
     "bfloat16": _Measured(32, 1, 2, 2, 2048),
     "float16": _Measured(32, 1, 2, 2, 1),
     "int16": _Measured(32, 1, 2, 2, 1),
-    "int8": _Measured(32, 1, 4, 3, 4096),
-    "float8_e4m3fn": _Measured(32, 1, 4, 3, 4096),
+    "int8": _Measured(32, 1, 4, 3, 1024),
+    "float8_e4m3fn": _Measured(32, 1, 4, 3, 1024),
 }
 # The same for several tokens, of any checkpoint. Products of long windows, or of float32 in parts, take the registers
 # of four warps.
@@ -83,7 +83,8 @@ def tile(problem: Problem) -> Tile:
                 f"{requested}"
             )
     columns = max(power_of_two(problem.dstate), _LEAST)
-    return Tile(rows, columns, warps, chunk, not one, _heads(problem, rows, best))
+    heads = _heads(problem, rows, best)
+    return Tile(rows, columns, warps, chunk, not one, heads, early=early(problem, rows) if one else 0)
 
 
 def _heads(problem: Problem, rows: int, best: _Measured) -> int:
@@ -94,7 +95,7 @@ def _heads(problem: Problem, rows: int, best: _Measured) -> int:
         isinstance(problem.sequences, int)  # not a symbolic number of JAX
         and 2 * heads <= best.heads
         and problem.nheads // problem.ngroups % (2 * heads) == 0
-        and programs >= 2 * heads * best.programs
+        and programs >= (2 * heads) ** 2 * best.programs
     ):
         heads *= 2
     return heads
@@ -114,7 +115,7 @@ def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
 
 # With so few registers more programs fit, by the dtype of the checkpoint and the heads of a program: of one new token
 # and of several. What is spilled for it, at most 24 bytes, costs less than it gains.
-_REGISTERS = {("bfloat16", 1): 128, ("bfloat16", 2): 144, ("int8", 2): 128, ("int8", 4): 128}
+_REGISTERS = {("bfloat16", 1): 128, ("bfloat16", 2): 128, ("int8", 2): 128, ("int8", 4): 128}
 _REGISTERS_OF_SEVERAL = {("bfloat16", 2): 168, ("int8", 2): 168}
 
 

@@ -51,7 +51,7 @@ class Tile(NamedTuple):
     decays: bool = False
     # How many programs later the tile is that a program has brought to the cache; 0: none.
     ahead: int = 0
-    # How many programs have their own tiles brought there before the kernels ahead of theirs are done.
+    # Of how many tiles that is done before the kernels ahead of this one are done, each by the program that updates it.
     early: int = 0
 
     def __str__(self) -> str:
@@ -92,7 +92,8 @@ def fitted(problem: Problem, elements: int, warps: int) -> Tile:
 
 
 def _with_prefetches(problem: Problem, tile: Tile) -> Tile:
-    return tile._replace(ahead=ahead(problem, tile.rows), early=_early(problem, tile.rows))
+    early_tiles = early(problem, tile.rows) if is_plain(problem) else 0
+    return tile._replace(ahead=ahead(problem, tile.rows), early=early_tiles)
 
 
 def is_plain(problem: Problem) -> bool:
@@ -127,10 +128,10 @@ def ahead(problem: Problem, rows: int, least_bytes: int = _LEAST_BYTES) -> int:
     return _BYTES_AHEAD // size if size and is_large else 0
 
 
-def _early(problem: Problem, rows: int) -> int:
-    """Return how many programs have their own tiles brought to the cache: those whose tiles no program is ahead of."""
+def early(problem: Problem, rows: int) -> int:
+    """Return how many tiles are brought to the cache early: as many as others are brought ahead."""
     size = _prefetched_bytes(problem, rows)
-    return _BYTES_AHEAD // size if size and is_plain(problem) else 0
+    return _BYTES_AHEAD // size if size else 0
 
 
 def _prefetched_bytes(problem: Problem, rows: int) -> int:

@@ -124,7 +124,15 @@ def test_a_tile_of_a_replay_step():
     assert forms.tile(few)[:4] == forms.tile(many)[:4], "the bits depend on it, and not on the number of heads"
     assert "tile=32x1*2" in specialise(many, forms.tile(many)).target
     quantised = problem_of(CLASSES["layer, int8, replay"])
-    assert [forms.tile(dataclasses.replace(quantised, sequences=n)).heads for n in (1, 32, 64, 1000)] == [1, 1, 2, 4]
+    assert [forms.tile(dataclasses.replace(quantised, sequences=n)).heads for n in (1, 16, 32, 64, 128)] == [
+        1,
+        1,
+        2,
+        2,
+        4,
+    ]
+    plain = problem_of(case)
+    assert [forms.tile(dataclasses.replace(plain, sequences=n)).heads for n in (1, 32, 64)] == [1, 1, 2]
     one_group_each = dataclasses.replace(quantised, sequences=1000, ngroups=64)
     assert forms.tile(one_group_each).heads == 1
     with using(triton_tile=(16, 2)), pytest.raises(ValueError, match="at least 16 rows for each warp"):

@@ -83,14 +83,20 @@ def prefetch(
         sequence = (tile // TILES_OF_EACH).to(tl.int64)
         slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD, None, EARLY)
         if slot >= 0:
-            first = state + slot * state_stride + (tile % TILES_OF_EACH).to(tl.int64) * ELEMENTS
-            size: tl.constexpr = TOGETHER * ELEMENTS * (state.dtype.element_ty.primitive_bitwidth // 8)
-            tl.inline_asm_elementwise(
-                """{ .reg .pred first; .reg .b32 thread;
-                mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
-                @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, thread; }""",
-                "=r,l,r", [first.to(tl.int64), tl.full((), size, tl.int32)], tl.int32, False, 1,
-            )  # fmt: skip
+            tile_of_slot = (tile % TILES_OF_EACH).to(tl.int64)
+            prefetch_elements(state + slot * state_stride + tile_of_slot * ELEMENTS, TOGETHER * ELEMENTS)
+
+
+@triton.jit
+def prefetch_elements(first, ELEMENTS: tl.constexpr):
+    """Have one thread ask for so many elements to be brought to the second-level cache; their bytes are whole 16s."""
+    size: tl.constexpr = ELEMENTS * (first.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        """{ .reg .pred first; .reg .b32 thread;
+        mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, thread; }""",
+        "=r,l,r", [first.to(tl.int64), tl.full((), size, tl.int32)], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -108,6 +114,17 @@ def to_float32(loaded):
         )
     else:
         return tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [loaded], tl.float32, True, 1)
+
+
+@triton.jit
+def pairs_to_float32(loaded):
+    """Convert numbers that threads hold in pairs: two bfloat16 by two instructions, where the compiler takes three."""
+    if INTERPRETED or loaded.dtype != tl.bfloat16:
+        return loaded.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [loaded], tl.int32, True, 2
+        ).to(tl.float32, bitcast=True)
 
 
 @triton.jit

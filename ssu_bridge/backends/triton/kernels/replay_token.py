@@ -18,6 +18,8 @@ from ssu_bridge.backends.triton.kernels.common import (
     gated_output,
     inside,
     load,
+    pairs_to_float32,
+    prefetch_elements,
     slot_of,
     softplus,
 )
@@ -95,6 +97,7 @@ def replay_token(
     RING_TOGETHER: tl.constexpr,
     B_PARTS: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Write ``out``, the token's row of the rings, and if it must be the checkpoint. An absent array is None.
 
@@ -102,9 +105,6 @@ def replay_token(
     checkpoint is read COLUMNS at a time, a ring RING_COLUMNS. The grid, strides and OVERLAP are those of the other
     kernels.
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     parts: tl.constexpr = H // HEADS
     program = tl.program_id(0)
@@ -113,17 +113,24 @@ def replay_token(
     first_row = program % blocks * BLOCK_P
     rows = first_row + tl.arange(0, BLOCK_P)
     row_mask = inside(rows, P, BLOCK_P)
+    if EARLY:
+        gdc_launch_dependents()
+        if program * HEADS < EARLY:
+            slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD, None, True)
+            if slot >= 0:
+                first_tile = state + slot * state_stride + (first_head.to(tl.int64) * (P * N) + first_row * N)
+                for i in tl.static_range(HEADS):
+                    prefetch_elements(first_tile + i * (P * N), BLOCK_P * N)
+        gdc_wait()
+    elif OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
     begin, length = tokens_of(cu_seqlens, cu_seqlens_stride, sequence, tokens)
     if length <= 0:
         return
     slot = slot_of(state_batch_indices, state_batch_indices_stride, sequence, slots, PAD)
-    live = slot >= 0
-    first, count = cursor_of(
-        replay_start, replay_pending, slot, replay_start_stride, replay_pending_stride, WINDOW, RING
-    )
-    state += slot * state_stride
-    scale = state_scale if state_scale is None else state_scale + slot * state_scale_stride
+    # Loads wait for what is loaded or stored before and could be their address or at it: few of them wait for the slot.
     group = first_head // (H // G)
     x = at_first(x, x_stride, x_token_stride, sequence, begin) + rows
     dt = at_first(dt, dt_stride, dt_token_stride, sequence, begin)
@@ -131,11 +138,28 @@ def replay_token(
     C = at_first(C, C_stride, C_token_stride, sequence, begin) + group * N
     z = z if z is None else at_first(z, z_stride, z_token_stride, sequence, begin) + rows
     out = at_first(out, out_stride, out_token_stride, sequence, begin) + rows
+    # One number for each head, taken out of here where that head is computed.
+    numbers = tl.arange(0, HEADS)
+    raw_d = tl.load(dt + first_head + numbers)
+    raw_rates = tl.load(A + first_head + numbers)
+    raw_bias = dt_bias if dt_bias is None else tl.load(dt_bias + first_head + numbers)
+    live = slot >= 0
+    first, count = cursor_of(
+        replay_start, replay_pending, slot, replay_start_stride, replay_pending_stride, WINDOW, RING
+    )
+    state += slot * state_stride
+    scale = state_scale if state_scale is None else state_scale + slot * state_scale_stride
     replay_x += slot * replay_x_stride
     replay_dt += slot * replay_dt_stride
     ring_B = replay_B + slot * replay_B_stride + group.to(tl.int64) * (RING * N)
     row = row_after(first, count, RING)
     flushes = live & (count + 1 > WINDOW)
+    all_d = raw_d.to(tl.float32)
+    if dt_bias is not None:
+        all_d += raw_bias.to(tl.float32)
+    if SOFTPLUS:
+        all_d = softplus(all_d)
+    all_rates = raw_rates.to(tl.float32) * LOG2_E
 
     # What a group's heads have in common. The last of several loads decides in which layout it is computed.
     columns = tl.arange(0, COLUMNS)[None, :]
@@ -143,7 +167,7 @@ def replay_token(
     same = tl.zeros((TOGETHER, 1), tl.int32)
     Cs = ()
     for column in tl.static_range(0, N, COLUMNS):
-        Cs += (load(C + column + (same + columns), inside(same + (column + columns), N, COLUMNS)),)
+        Cs += (_wide(C + column + (same + columns), inside(same + (column + columns), N, COLUMNS)),)
     back = tl.arange(0, K)
     ring_rows = row_after(first, count - 1 - back, RING)
     there = back < count
@@ -154,26 +178,12 @@ def replay_token(
     for column in tl.static_range(0, N, RING_COLUMNS):
         mask = inside(column + ring_columns, N, RING_COLUMNS)
         same_mask = inside(ring_same + (column + ring_columns), N, RING_COLUMNS)
-        ring_C = load(C + column + (ring_same + ring_columns), same_mask)
-        old_B = load(ring_B + ring_rows[:, None] * N + column + ring_columns, there[:, None] & mask)
+        ring_C = _wide(C + column + (ring_same + ring_columns), same_mask)
+        old_B = _wide(ring_B + ring_rows[:, None] * N + column + ring_columns, there[:, None] & mask)
         dots = tl.fma(old_B.reshape(dots.shape), tl.broadcast_to(ring_C[None, :, :], dots.shape), dots)
-        new_dots = tl.fma(load(B + column + (ring_same + ring_columns), same_mask), ring_C, new_dots)
+        new_dots = tl.fma(_wide(B + column + (ring_same + ring_columns), same_mask), ring_C, new_dots)
     dots = tl.sum(dots, 2).reshape(K)
     new_dot = tl.max(tl.sum(new_dots, 1), 0)
-    if live & (first_row == 0) & (first_head % (H // G) == 0):
-        all_columns = tl.arange(0, BLOCK_N)
-        columns_mask = inside(all_columns, N, BLOCK_N)
-        new_B = tl.load(B + all_columns, mask=columns_mask, other=0)
-        tl.store(ring_B + row * N + all_columns, new_B, mask=columns_mask)
-
-    # One number for each head, taken out of here where that head is computed.
-    numbers = tl.arange(0, HEADS)
-    all_d = tl.load(dt + first_head + numbers).to(tl.float32)
-    if dt_bias is not None:
-        all_d += tl.load(dt_bias + first_head + numbers).to(tl.float32)
-    if SOFTPLUS:
-        all_d = softplus(all_d)
-    all_rates = tl.load(A + first_head + numbers).to(tl.float32) * LOG2_E
 
     for i in tl.range(0, HEADS, num_stages=STAGES):
         head = first_head + i
@@ -182,7 +192,8 @@ def replay_token(
         for j in tl.static_range(len(Cs)):
             tile_mask = row_mask[:, None] & inside(j * COLUMNS + columns, N, COLUMNS)
             old = tl.load(tile + j * COLUMNS + columns, mask=tile_mask & live, other=0)
-            old = widen(old, STORED).reshape(products.shape)
+            old = pairs_to_float32(old) if STORED == "bfloat16" else widen(old, STORED)
+            old = old.reshape(products.shape)
             products = tl.fma(old, tl.broadcast_to(Cs[j][None, :, :], products.shape), products)
         ring_x = replay_x + head.to(tl.int64) * (RING * P)
         ring_dt = replay_dt + head * RING
@@ -191,7 +202,7 @@ def replay_token(
         rate = tl.sum(tl.where(numbers == i, all_rates, 0.0), 0)
         old_d, later = pending_steps(ring_dt, first, count, d, K, RING)
         weights = tl.where(there, dots * (old_d * tl.exp2(later * rate)), 0.0)
-        old_x = load(ring_x + ring_rows[:, None] * P + rows[None, :], there[:, None] & row_mask[None, :])
+        old_x = _wide(ring_x + ring_rows[:, None] * P + rows[None, :], there[:, None] & row_mask[None, :])
 
         y = tl.sum(products, 2).reshape(BLOCK_P) * tl.exp2((tl.sum(old_d, 0) + d) * rate)
         if scale is not None:
@@ -204,8 +215,20 @@ def replay_token(
         tl.store(out + head * P, y.to(out.dtype.element_ty), mask=row_mask)
         tl.store(ring_x + row * P + rows, xs, mask=row_mask & live)
         tl.store(ring_dt + row, d, mask=live & (first_row == 0))
+    # Late, as loads would wait for it.
+    if live & (first_row == 0) & (first_head % (H // G) == 0):
+        all_columns = tl.arange(0, BLOCK_N)
+        columns_mask = inside(all_columns, N, BLOCK_N)
+        new_B = tl.load(B + all_columns, mask=columns_mask, other=0)
+        tl.store(ring_B + row * N + all_columns, new_B, mask=columns_mask)
     if flushes:
         advance_checkpoints(
             state, scale, replay_x, ring_B, replay_dt, A, (first, count), (first_head, first_row), rand_seed,
             slot * (H * P * N), P, N, K, RING, HEADS, BLOCK_P, BLOCK_N, WARPS, W, STORED, B_PARTS, ROUNDS, FLUSH_STAGES,
         )  # fmt: skip
+
+
+@triton.jit
+def _wide(pointers, mask):
+    """Load as float32 what threads hold in pairs, 0 where the mask is false."""
+    return pairs_to_float32(tl.load(pointers, mask=mask, other=0.0))
