@@ -75,15 +75,25 @@ class ReplaySteps:
         return [functools.partial(call, **arguments) for arguments in self.calls]
 
     def flashinfer(self) -> Sequence[Call]:
-        """Return the calls of FlashInfer's own function, their views and what it needs besides made before."""
+        """Return the calls of FlashInfer's own function, their views and what it needs besides made before.
+
+        Where GPUs can, each starts before the one ahead of it is done, as ours do.
+        """
         from flashinfer.mamba import checkpointing_ssu
 
         checkpoint, scale = self.state.checkpoint, None
         if isinstance(checkpoint, QuantizedState):
             checkpoint, scale = checkpoint
         rings = (self.state.x, self.state.B, self.state.dt, self.cursor.start, self.cursor.pending)
+        overlaps = torch.cuda.get_device_capability() >= (9, 0)
         call = functools.partial(
-            checkpointing_ssu, checkpoint, *rings, state_scale=scale, dt_softplus=True, **self._scratch()
+            checkpointing_ssu,
+            checkpoint,
+            *rings,
+            state_scale=scale,
+            dt_softplus=True,
+            enable_pdl=overlaps,
+            **self._scratch(),
         )
         return [functools.partial(call, **self._views(arguments)) for arguments in self.calls]
 
