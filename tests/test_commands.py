@@ -182,8 +182,11 @@ sys.modules |= dict.fromkeys({hidden!r})
 from ssu_bridge.bench import timing
 whole = timing.interleaved
 timing.interleaved = lambda functions, **_: whole(functions, rounds=2, seconds=0)
-from ssu_bridge.bench.cpu import report, steps
-steps.BATCHES = (1,)
+from ssu_bridge.bench.cpu import replay, report, steps
+steps.BATCHES, replay._CHECKPOINTS = (1,), ("int8",)
+if "jax" not in {hidden!r}:
+    from ssu_bridge.bench.cpu import prompts
+    prompts.TOKENS, prompts.SCANNED = (16,), 16
 report.SECTIONS = [section for section in report.SECTIONS if "sharded" not in section.title]
 from ssu_bridge.__main__ import main
 sys.exit(main(["bench", "--json"]))
