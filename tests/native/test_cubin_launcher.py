@@ -1,10 +1,13 @@
 """Native code for CUDA without a GPU: what the launcher packs, and what it asks of a driver that only pretends."""
 
+import contextlib
 import ctypes
+import json
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -168,12 +171,12 @@ def test_host_memory_and_wrong_counts_are_refused(state):
         kernel()(view(state), view(state), view(state))
 
 
-def test_without_a_driver():
-    """On a machine without the driver's library a call says so, and nothing before it needs one."""
-    result = run_with_driver("None", driver_folder="/nonexistent")
-    if "cannot be opened" not in result.stdout:
+def test_without_a_driver(tmp_path):
+    with server("/nonexistent", tmp_path) as run:
+        shown = run()
+    if "cannot be opened" not in shown:
         pytest.skip("this machine has the NVIDIA driver")
-    assert "RuntimeError: the NVIDIA driver's library cannot be opened" in result.stdout
+    assert "RuntimeError: the NVIDIA driver's library cannot be opened" in shown
 
 
 # --- With a driver that pretends ---
@@ -186,38 +189,56 @@ def driver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
     source = Path(__file__).parents[1] / "helpers" / "fake_cuda.cc"
     subprocess.run([COMPILER, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
-    return folder
+    with server(folder, tmp_path_factory.mktemp("shown")) as run:
+        yield run
 
 
-SCRIPT = """
-import sys
+# Runs each line, of code with variables of the environment and a file to print to, in a process that it forks, so that
+# what they all need is imported once.
+SERVER = """
+import ctypes, json, os, sys
 sys.path[:0] = {tests!r}
 from test_cubin_launcher import *
-state, x = np.zeros((6, 4), "float32"), np.zeros((3, 8), "float32")
-s, t, none = OnDevice(state), OnDevice(x), OnDevice(x[:0])
-step = kernel()
-try:
-    {code}
-except Exception as error:
-    print(type(error).__name__ + ":", error)
-print("address", state.ctypes.data)
+import tvm_ffi
+library()
+for line in sys.stdin:
+    code, environment, file = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    os.environ.update(environment)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 1)
+    state, x = np.zeros((6, 4), "float32"), np.zeros((3, 8), "float32")
+    s, t, none = OnDevice(state), OnDevice(x), OnDevice(x[:0])
+    step = kernel()
+    try:
+        exec(code)
+    except Exception as error:
+        print(type(error).__name__ + ":", error)
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)
+    print("address", state.ctypes.data, flush=True)
+    os._exit(0)
 """
 
 
-def run_with_driver(code, driver_folder, **env):
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(driver_folder),
-        "FAKE_CUDA_ARGUMENTS": "5",
-        "FAKE_CUDA_VERSION": "12030",
-    }
-    environment |= env
-    script = SCRIPT.format(
-        tests=[HELPERS, os.path.dirname(__file__)], code=code if code != "None" else "step(s(), t(), s())"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH + script], env=environment, capture_output=True, text=True
-    )
+@contextlib.contextmanager
+def server(libraries, files):
+    """Run code where the driver's library is looked for in a folder: a function that returns what the code prints."""
+    script = WITHOUT_TORCH + SERVER.format(tests=[HELPERS, os.path.dirname(__file__)])
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(libraries)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) as process:
+
+        def run(code="step(s(), t(), s())", **env):
+            file = files / str(len(list(files.iterdir())))
+            env = {"FAKE_CUDA_ARGUMENTS": "5", "FAKE_CUDA_VERSION": "12030", **env}
+            print(json.dumps((textwrap.dedent(code), env, str(file))), file=process.stdin, flush=True)
+            assert process.stdout.readline() == "0\n"
+            return file.read_text()
+
+        yield run
 
 
 class OnDevice:
@@ -261,7 +282,7 @@ class OnDevice:
 
 def test_it_loads_once_a_device_and_launches_in_its_context(driver):
     code = "[step(s(d), t(d), s(d)) for d in (0, 0, 1)]"
-    lines = run_with_driver(code, driver).stdout.splitlines()
+    lines = driver(code).splitlines()
     address = lines[-1].split()[1]
     launch = f"6 1 1, 128 threads, 100 bytes: {address} 6 8 0 0"
     assert lines[:-1] == [
@@ -277,19 +298,19 @@ def test_it_loads_once_a_device_and_launches_in_its_context(driver):
 
 @pytest.mark.parametrize(("version", "prefix"), [("12030", "1 attribute 6 = 1, "), ("12020", "")])
 def test_a_launch_overlaps_where_the_driver_can(driver, version, prefix):
-    lines = run_with_driver("kernel(overlapping=True)(s(), t(), s())", driver, FAKE_CUDA_VERSION=version).stdout
+    lines = driver("kernel(overlapping=True)(s(), t(), s())", FAKE_CUDA_VERSION=version)
     assert f"\n{prefix}launch 1100 in 100: 6 1 1, 128 threads, 100 bytes:" in lines
 
 
 def test_no_sequences_load_and_launch_nothing(driver):
-    lines = run_with_driver("step(s(), none(), s())", driver).stdout.splitlines()
+    lines = driver("step(s(), none(), s())").splitlines()
     assert lines[:-1] == ["load 'cubin' in 100", "function step"]
 
 
 def test_kernels_of_a_call_run_in_order_with_memory_of_the_caller(driver):
     code = "memory = OnDevice(np.zeros((9, 64), 'float32')); split_kernel()(s(), t(), s(), memory())"
     code += "; print('memory', memory.array.ctypes.data)"
-    lines = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout.splitlines()
+    lines = driver(code, FAKE_CUDA_ARGUMENTS="2").splitlines()
     address = lines[-2].split()[1]
     assert [line for line in lines if line.startswith("launch")] == [
         f"launch 1100 in 100: 18 1 1, 128 threads, 0 bytes: {address} 3",
@@ -298,7 +319,7 @@ def test_kernels_of_a_call_run_in_order_with_memory_of_the_caller(driver):
 
 
 def test_memory_that_nobody_gives_is_allocated_and_freed(driver):
-    lines = run_with_driver("split_kernel()(s(), t(), s())", driver, FAKE_CUDA_ARGUMENTS="2").stdout.splitlines()
+    lines = driver("split_kernel()(s(), t(), s())", FAKE_CUDA_ARGUMENTS="2").splitlines()
     launches = [line.split()[-2] for line in lines if line.startswith("launch")]
     assert lines[0] == f"allocate {18 * 64} bytes in 100 on 0: {launches[0]}"
     assert len(launches) == 2
@@ -307,14 +328,14 @@ def test_memory_that_nobody_gives_is_allocated_and_freed(driver):
 
 
 def test_memory_of_several_kernels_is_one(driver):
-    lines = run_with_driver("split_kernel(last=16)(s(), t(), s())", driver, FAKE_CUDA_ARGUMENTS="2").stdout.splitlines()
+    lines = driver("split_kernel(last=16)(s(), t(), s())", FAKE_CUDA_ARGUMENTS="2").splitlines()
     assert lines[0].startswith(f"allocate {18 * 64 + 9 * 16} bytes in 100 on 0")
 
 
 @pytest.mark.parametrize(("short", "launches"), [("x[:, :1]", 1), ("x[:0]", 0)])
 def test_no_segments_need_no_memory(driver, short, launches):
     code = f"short = OnDevice({short}); split_kernel()(s(), short(), s())"
-    out = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout
+    out = driver(code, FAKE_CUDA_ARGUMENTS="2")
     assert "allocate" not in out
     assert out.count("launch") == launches
 
@@ -329,30 +350,31 @@ def test_no_segments_need_no_memory(driver, short, launches):
     ],
 )
 def test_other_memory_is_refused(driver, code, message):
-    out = run_with_driver(code, driver, FAKE_CUDA_ARGUMENTS="2").stdout
+    out = driver(code, FAKE_CUDA_ARGUMENTS="2")
     assert f"ValueError: {message}" in out
     assert "launch" not in out
 
 
 def test_much_shared_memory_is_asked_for(driver):
-    lines = run_with_driver("kernel(shared=50_000)(s(), t(), s())", driver).stdout.splitlines()
+    lines = driver("kernel(shared=50_000)(s(), t(), s())").splitlines()
     assert "attribute 8 = 50000" in lines
 
 
 @pytest.mark.parametrize("call", ["cuInit", "cuModuleLoadData", "cuLaunchKernel"])
 def test_an_error_of_the_driver_has_its_name(driver, call):
-    result = run_with_driver("None", driver, FAKE_CUDA_FAILS=call)
-    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700), an illegal memory access" in result.stdout
+    result = driver(FAKE_CUDA_FAILS=call)
+    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700), an illegal memory access" in result
 
 
 def test_a_result_with_other_memory_gets_the_elements_and_is_updated_there(driver):
-    code = """state[:] = np.arange(24).reshape(6, 4)
+    code = """
+    state[:] = np.arange(24).reshape(6, 4)
     other, before = np.empty_like(state), state.copy()
     result = OnDevice(other)
     kernel(tensors=5, in_place=(1, 0))(s(), t(), none(), t(), result())
     assert (other == before).all() and (state == before).all()
     state = other  # whose address the last line says"""
-    lines = run_with_driver(code, driver).stdout.splitlines()
+    lines = driver(code).splitlines()
     address = lines[-1].split()[1]
     launch = f"launch 1100 in 100: 6 1 1, 128 threads, 100 bytes: {address} 6 8 0 0"
     assert lines[:-1] == ["copy 96 bytes in 100 on 0", "load 'cubin' in 100", "function step", launch]
@@ -360,37 +382,39 @@ def test_a_result_with_other_memory_gets_the_elements_and_is_updated_there(drive
 
 def test_an_error_of_that_copy_has_its_name(driver):
     code = "other = OnDevice(state.copy()); step(s(), t(), other())"
-    result = run_with_driver(code, driver, FAKE_CUDA_FAILS="cuMemcpyDtoDAsync")
-    assert "RuntimeError: cuMemcpyDtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
-    assert "launch" not in result.stdout
+    result = driver(code, FAKE_CUDA_FAILS="cuMemcpyDtoDAsync")
+    assert "RuntimeError: cuMemcpyDtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result
+    assert "launch" not in result
 
 
 def test_nothing_is_launched_for_results_unlike_their_inputs_or_on_two_devices(driver):
     for other in ("none", "OnDevice(state[1:])"):
-        result = run_with_driver(f"other = {other}; step(s(), t(), other())", driver)
-        assert "ValueError: a result is neither the memory of the input that is updated in place" in result.stdout
-        assert "launch" not in result.stdout
-        assert "copy" not in result.stdout
-    result = run_with_driver("step(s(0), t(1), s(0))", driver)
-    assert "ValueError: argument 1: expected memory of the CUDA device that the state is on" in result.stdout
-    assert "launch" not in result.stdout
+        result = driver(f"other = {other}; step(s(), t(), other())")
+        assert "ValueError: a result is neither the memory of the input that is updated in place" in result
+        assert "launch" not in result
+        assert "copy" not in result
+    result = driver("step(s(0), t(1), s(0))")
+    assert "ValueError: argument 1: expected memory of the CUDA device that the state is on" in result
+    assert "launch" not in result
 
 
 def test_many_threads_load_once(driver):
-    code = """from concurrent.futures import ThreadPoolExecutor
+    code = """
+    from concurrent.futures import ThreadPoolExecutor
     tensors = s(), t()
     list(ThreadPoolExecutor(8).map(lambda _: step(*tensors, tensors[0]), range(200)))"""
-    lines = run_with_driver(code, driver).stdout.splitlines()
+    lines = driver(code).splitlines()
     assert sum(line.startswith("load") for line in lines) == 1
     assert sum(line.startswith("launch") for line in lines) == 200
 
 
 def test_a_stream_waits_for_all_that_was_recorded_on_its_device(driver):
-    code = """wait, record = library().waiting_kernel(), library().record_work
+    code = """
+    wait, record = library().waiting_kernel(), library().record_work
     wait(s(), s())
     [record(*work) for work in ((0, 11), (0, 12), (1, 11), (0, 11))]
     wait(s(), t(), s(), t())"""
-    lines = run_with_driver(code, driver).stdout.splitlines()
+    lines = driver(code).splitlines()
     assert lines[:-1] == [
         "event with flags 2 in 100",
         "record 1100 on 11 in 100",
@@ -415,7 +439,7 @@ def test_a_stream_waits_for_all_that_was_recorded_on_its_device(driver):
 )
 def test_what_no_stream_waits_for(driver, arguments, message):
     code = f"library().record_work(0, 11); library().waiting_kernel()({arguments})"
-    lines = run_with_driver(code, driver).stdout
+    lines = driver(code)
     assert f"ValueError: {message}" in lines
     assert "0 waits for" not in lines
 
@@ -423,10 +447,10 @@ def test_what_no_stream_waits_for(driver, arguments, message):
 @pytest.mark.parametrize("call", ["cuEventCreate", "cuEventRecord", "cuStreamWaitEvent"])
 def test_an_error_of_recording_and_waiting_has_its_name(driver, call):
     code = "library().record_work(0, 11); library().waiting_kernel()(s(), s())"
-    result = run_with_driver(code, driver, FAKE_CUDA_FAILS=call)
-    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result.stdout
+    result = driver(code, FAKE_CUDA_FAILS=call)
+    assert f"RuntimeError: {call} failed: CUDA_ERROR_ILLEGAL_ADDRESS (700)" in result
 
 
 def test_a_device_beyond_all_is_refused(driver):
-    result = run_with_driver("library().record_work(64, 11)", driver)
-    assert "ValueError: expected a CUDA device below 64, got 64" in result.stdout
+    result = driver("library().record_work(64, 11)")
+    assert "ValueError: expected a CUDA device below 64, got 64" in result
