@@ -109,6 +109,7 @@ test-pages: wheel
 	touch $@
 
 # The tests with the oldest versions that pyproject.toml allows, and with the newest; each in an environment of its own.
+# The newest for that Python, of which later ones have later versions of JAX and NumPy: make test-newest PYTHON=python3.13.
 test-oldest: build/oldest/installed
 	build/oldest/bin/python -m pytest -n $(JOBS) -m "not nightly" $(TESTS)
 

@@ -7,6 +7,8 @@ python tools/test_pages.py dist README.md  # the code of one page
 import argparse
 import ast
 import re
+import shlex
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -14,9 +16,6 @@ from pathlib import Path
 from test_wheel import fresh
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"jax", "torch"}
-# What every environment has: the package brings NumPy.
-BROUGHT = {*sys.stdlib_module_names, "ssu_bridge", "numpy"}
 
 
 def imports(block: str) -> set[str]:
@@ -28,16 +27,11 @@ def imports(block: str) -> set[str]:
 
 
 def requirements(page: str, block: str, wheel: Path) -> tuple[str, ...]:
-    """Return what is installed for a block: extras for its frameworks, other packages as the page installs them."""
-    found = imports(block) - BROUGHT
-    extras = f"[{','.join(sorted(found & EXTRAS))}]" if found & EXTRAS else ""
-    named = {
-        re.match(r"[\w-]+", word)[0]: word
-        for line in re.findall(r"pip install ([^`#\n]*)", page)
-        for word in line.replace('"', "").split()
-        if word[0].isalpha()
-    }
-    return f"{wheel}{extras}", *sorted(named[package] for package in found - EXTRAS)
+    """Return what is installed for a block: extras for its frameworks, and the packages of the page's first command."""
+    extras = imports(block) & {"jax", "torch"}
+    command = re.search(r"pip install ([^`#\n]*)", page)
+    packages = shlex.split(command[1]) if command else []
+    return f"{wheel}[{','.join(sorted(extras))}]" if extras else str(wheel), *(p for p in packages if p[0] != ".")
 
 
 def main() -> None:
@@ -53,12 +47,18 @@ def main() -> None:
         text = page.read_text()
         for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
             blocks[requirements(text, block, wheel)].append((f"{page.name}-{number}", block))
+    failed = []
     for needed, own in blocks.items():
         print(*(word.rpartition("/")[2] for word in needed), flush=True)
         with fresh(arguments.python, *needed) as run:
             for name, block in own:
                 print(f"  {name}", flush=True)
-                run("-W", "error", "-c", block)
+                try:
+                    run("-W", "error", "-c", block)
+                except subprocess.CalledProcessError:
+                    failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
