@@ -3,14 +3,14 @@
 import dataclasses
 
 import pytest
-from compiled_kernels import problem_of, resources
+from compiled_kernels import assert_stack, problem_of
 from interpreter import interpret, mend_interpreter, run_in_interpreter
 from kernel_layers import layer
 from test_matrix_form import tile_of
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import compile_step, launches, specialise
+from ssu_bridge.backends.triton.compile import launches, specialise
 from ssu_bridge.backends.triton.tiles import Segments
 from ssu_bridge.testing.cases import Case
 
@@ -171,6 +171,8 @@ SPLIT = {
     "packed": layer(tokens=1100, cu_seqlens=(0, 1100)),
     "states on the way": layer(tokens=1100, steps=32, intermediate_stride=64),
 }
+# Bytes that go through the stack: 4 to 28 registers of 255.
+SPILLED = {"float32": 88, "bfloat16": 112, "int8": 88, "packed": 16, "states on the way": 16}
 
 
 @pytest.mark.parametrize(
@@ -181,10 +183,8 @@ def test_they_compile_and_spill_next_to_nothing(name):
     kernels = launches(specialise(problem, forms.tile(problem)))
     with_decays = problem.layout == "multi" and not SPLIT[name].steps
     assert [kernel.kernel for kernel in kernels] == ["decays"] * with_decays + ["segment_states", "matrix_form"]
-    *before, after = (resources(compile_step(kernel).cubin) for kernel in kernels)
-    assert all(one == {"STACK": 0, "LOCAL": 0} for one in before)
-    assert after["LOCAL"] == 0
-    assert after["STACK"] <= (112 if with_decays else 16)  # 28 or 4 registers of 255
+    for kernel in kernels:
+        assert_stack(kernel, SPILLED[name] if kernel.kernel == "matrix_form" else 0)
 
 
 def test_a_split_is_told(split):
