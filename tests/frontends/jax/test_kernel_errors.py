@@ -116,8 +116,14 @@ def failing_kernel(monkeypatch):
 
     function = tvm_ffi.convert(fail)
     monkeypatch.setattr(cpu, "load", lambda problem: DeviceKernel("ssu_bridge.cpu(failing)", function, lambda *a: None))
+    # A program compiled before for the same shapes would be run here, and the one compiled here by a later test.
+    forget_programs()
     yield
-    jax.clear_caches()  # a later test's call of the same shapes would run the program compiled here
+    forget_programs()
+
+
+def forget_programs():
+    jax.clear_caches()
     api._launchers.clear()
 
 
