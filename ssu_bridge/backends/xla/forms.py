@@ -53,7 +53,7 @@ def refusal(problem: Problem) -> str | None:
 
 
 def settings(problem: Problem) -> str:
-    """Return which form is taken and why, in words; "" for one token, which is none."""
+    """Return which form is selected and why, in words; "" for one token, which is none."""
     if problem.replays:
         return "matrix form of the tokens since the checkpoint and the new ones"
     if _is_one_token(problem):
