@@ -33,8 +33,7 @@ def decays(
 ):
     """Store the decays of a block of BLOCK tokens of a sequence and head; arguments as for ``matrix_form``."""
     if OVERLAP:
-        # The next kernel is not launched before this one ends: its programs would crowd on the multiprocessors that are
-        # free first, where they stay.
+        # The next kernel is launched when this one ends: to launch it before was not faster.
         gdc_wait()
     program = tl.program_id(0).to(tl.int64)
     blocks = tokens // BLOCK + 1
