@@ -101,6 +101,13 @@ def test_a_step_of_one_token_takes_few_instructions(dtype, most):
     assert not [line for line in code if line.startswith(("I2F.", "F2I.S"))]
 
 
+@pytest.mark.parametrize(("dtype", "dstate", "rows"), [("int16", 128, 2), ("int8", 256, 2), ("float8_e4m3fn", 512, 1)])
+def test_tiles_of_fewer_rows_than_are_taken_together(dtype, dstate, rows):
+    small = layer(dtype, headdim=1, dstate=dstate)
+    assert specialisation(small).tile.rows == rows
+    assert "rcp.rn.f32" in compiled(small).text["ptx"]
+
+
 def test_it_waits_for_other_kernels_before_it_touches_memory():
     ptx = compiled(layer(indices=None)).text["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < re.search(r"(ld|st)\.\S*global", ptx).start()

@@ -56,26 +56,29 @@ def _extended(integers, STORED: tl.constexpr):
 def _inverse(scales):
     """1 / scale, as IEEE has it.
 
-    rcp.rn tests each number for those that its few steps are not right for. Here a test serves four.
+    rcp.rn tests each number for those that its few steps are not right for. Here a test serves four, if there are four.
     """
     if _INTERPRETED:
         return tl.div_rn(1.0, scales)
-    return tl.inline_asm_elementwise(
-        """{ .reg .f32 e; .reg .b32 least, most; .reg .pred few;
-        min.u32 least, $4, $5; min.u32 least, least, $6; min.u32 least, least, $7;
-        max.u32 most, $4, $5; max.u32 most, most, $6; max.u32 most, most, $7;
-        setp.gt.u32 few, least, 0x00ffffff; setp.lt.and.u32 few, most, 0x7e000000, few;
-        @few bra FEW${:uid};
-        rcp.rn.f32 $0, $4; rcp.rn.f32 $1, $5; rcp.rn.f32 $2, $6; rcp.rn.f32 $3, $7;
-        bra DONE${:uid};
-        FEW${:uid}:
-        rcp.approx.ftz.f32 $0, $4; neg.f32 e, $4; fma.rn.f32 e, e, $0, 0f3f800000; fma.rn.f32 $0, $0, e, $0;
-        rcp.approx.ftz.f32 $1, $5; neg.f32 e, $5; fma.rn.f32 e, e, $1, 0f3f800000; fma.rn.f32 $1, $1, e, $1;
-        rcp.approx.ftz.f32 $2, $6; neg.f32 e, $6; fma.rn.f32 e, e, $2, 0f3f800000; fma.rn.f32 $2, $2, e, $2;
-        rcp.approx.ftz.f32 $3, $7; neg.f32 e, $7; fma.rn.f32 e, e, $3, 0f3f800000; fma.rn.f32 $3, $3, e, $3;
-        DONE${:uid}: }""",
-        "=&f,=&f,=&f,=&f,r,r,r,r", [scales.to(tl.int32, bitcast=True)], tl.float32, True, 4,
-    )  # fmt: skip
+    elif scales.shape[0] % 4:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [scales], tl.float32, True, 1)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 e; .reg .b32 least, most; .reg .pred few;
+            min.u32 least, $4, $5; min.u32 least, least, $6; min.u32 least, least, $7;
+            max.u32 most, $4, $5; max.u32 most, most, $6; max.u32 most, most, $7;
+            setp.gt.u32 few, least, 0x00ffffff; setp.lt.and.u32 few, most, 0x7e000000, few;
+            @few bra FEW${:uid};
+            rcp.rn.f32 $0, $4; rcp.rn.f32 $1, $5; rcp.rn.f32 $2, $6; rcp.rn.f32 $3, $7;
+            bra DONE${:uid};
+            FEW${:uid}:
+            rcp.approx.ftz.f32 $0, $4; neg.f32 e, $4; fma.rn.f32 e, e, $0, 0f3f800000; fma.rn.f32 $0, $0, e, $0;
+            rcp.approx.ftz.f32 $1, $5; neg.f32 e, $5; fma.rn.f32 e, e, $1, 0f3f800000; fma.rn.f32 $1, $1, e, $1;
+            rcp.approx.ftz.f32 $2, $6; neg.f32 e, $6; fma.rn.f32 e, e, $2, 0f3f800000; fma.rn.f32 $2, $2, e, $2;
+            rcp.approx.ftz.f32 $3, $7; neg.f32 e, $7; fma.rn.f32 e, e, $3, 0f3f800000; fma.rn.f32 $3, $3, e, $3;
+            DONE${:uid}: }""",
+            "=&f,=&f,=&f,=&f,r,r,r,r", [scales.to(tl.int32, bitcast=True)], tl.float32, True, 4,
+        )  # fmt: skip
 
 
 @triton.jit
