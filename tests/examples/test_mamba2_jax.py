@@ -41,12 +41,13 @@ def peer(**changes):
 def peer_greedy(peer_model, prompt, count):
     """Logits of the token after the prompt and after each of count - 1 greedy tokens, and the tokens."""
     result = peer_model(torch.tensor([prompt]), use_cache=True)
+    cache = "cache" if "cache" in result else "cache_params"  # as transformers before 5.24 calls it
     logits, tokens = [result.logits[0, -1]], []
     while True:
         tokens.append(int(logits[-1].argmax()))
         if len(tokens) == count:
             return torch.stack(logits).numpy(), tokens
-        result = peer_model(torch.tensor([tokens[-1:]]), cache_params=result.cache_params, use_cache=True)
+        result = peer_model(torch.tensor([tokens[-1:]]), **{cache: result[cache]}, use_cache=True)
         logits.append(result.logits[0, -1])
 
 
