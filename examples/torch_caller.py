@@ -65,7 +65,7 @@ def captured(layer: Layer, token: torch.Tensor, slots: torch.Tensor) -> Callable
         layer(static_token, slots)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         static_out = layer(static_token, slots)
 
     def step(token: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def recorded(verifier: Verifier, batch: int, tokens: int) -> Call:
         verifier.verify(fed)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         drawn = verifier.verify(fed)
 
     def verify(tokens: torch.Tensor) -> torch.Tensor:

@@ -112,13 +112,15 @@ def _stored(
     """Compare the states that were stored to one array, and to its scales."""
     places, exact, bounds, words = store
     values = after[name].reshape(*after[name].shape[: len(places)], *exact.shape[1:])
+    draws = _coarse(words) if coarse_rounding else (words,)
     if scale not in after:
-        return [_rounded_row(name, places, values, exact, bounds, _coarse(words) if coarse_rounding else (words,))]
+        return [_rounded_row(name, places, values, exact, bounds, draws)]
     dtype, scales = values.dtype.name, after[scale].reshape(values.shape[:-1])[places]
 
     def rounded(states: np.ndarray) -> tuple[np.ndarray, ...]:
         # With the scale that was stored, which the other row is about.
-        return (rounding.rounded(single(states) * (1 / scales)[..., None], dtype, words),)
+        numbers = single(states) * (1 / scales)[..., None]
+        return tuple(rounding.rounded(numbers, dtype, some) for some in draws)
 
     got = values[places]
     worth = got.astype(np.float64) * scales[..., None]

@@ -265,7 +265,7 @@ def test_nothing_waits_while_jax_traces_or_torch_captures():
     torch.ones(1, device="cuda")
     with pytest.raises(ValueError, match="state: expected a call outside of jit"):
         jax.jit(lambda x: x + ssu_bridge.after_torch(state))(1.0)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
         torch.ones(1, device="cuda")
         with pytest.raises(ValueError, match="captured in a CUDA graph"):
             ssu_bridge.after_torch(state)

@@ -123,20 +123,29 @@ def test_every_part_of_every_result_is_looked_at(monkeypatch, name, place, row):
     assert failed.where == place[: len(failed.where)]
 
 
-def test_the_random_numbers_are_looked_at():
-    """A state that is rounded to nearest, or with the numbers of another token, is within a unit and yet wrong."""
-    case = Case("random", dtypes={"state": "bfloat16"}, seed=5)
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3fn"])
+def test_the_random_numbers_are_looked_at(dtype):
+    """A state that is rounded to nearest, or with the numbers of another token, is within a unit and yet wrong.
+
+    A backend with random numbers of its own is given that unit, and no more.
+    """
+    case = Case("random", dtypes={"state": dtype}, seed=5)
     arrays = case.arrays(seed=2)
-    exact = reference.compute(explain(**arrays, **case.flags).choices[0].problem, arrays)
-    store = exact.stores["state"]
+    exact = reference.compute(explain(**paired(arrays), **case.flags).choices[0].problem, arrays)
+    after = {name: array.copy() for name, array in arrays.items()} | {"out": arrays["x"]}
+    store, scaled = exact.stores["state"], exact.stores["state"].states.astype(np.float32)
+    if dtype in rounding.LARGEST:
+        scaled, after["state_scale"][store.places] = rounding.scale_rows(np, scaled, dtype)
+
+    def passes(words, coarse_rounding, of=scaled):
+        after["state"][store.places] = rounding.rounded(of, dtype, words)
+        rows = tolerances.compare(exact, arrays, after, coarse_rounding=coarse_rounding)
+        return next(row for row in rows if row.name == "state").passed
+
     others = {"right": store.words, "nearest": None, "shifted": np.roll(store.words, 1)}
-    passed = {}
-    for name, words in others.items():
-        after = {"out": arrays["x"], "state": arrays["state"].copy()}
-        after["state"][store.places] = rounding.rounded(store.states.astype(np.float32), "bfloat16", words)
-        (row,) = (row for row in tolerances.compare(exact, arrays, after) if row.name == "state")
-        passed[name] = row.passed
-    assert passed == {"right": True, "nearest": False, "shifted": False}
+    assert {name: passes(words, False) for name, words in others.items()} == dict.fromkeys(others, False) | {"right": 1}
+    assert all(passes(words, True) for words in others.values())
+    assert not passes(store.words, True, of=scaled * np.float32(1.5))
 
 
 def test_an_output_that_is_not_written_fails(monkeypatch):

@@ -67,7 +67,7 @@ def _captured(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGra
         calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:
             call()
     graph.replay()

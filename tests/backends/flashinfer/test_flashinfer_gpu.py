@@ -226,7 +226,7 @@ def test_in_a_cuda_graph():
     call = functools.partial(ssu_bridge.update, **tensors, **CASE.flags, backend="flashinfer")
     call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out, _ = call()
     for _ in range(2):
         tensors["state"].copy_(start)

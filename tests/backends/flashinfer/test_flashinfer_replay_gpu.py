@@ -242,7 +242,7 @@ def test_in_a_cuda_graph():
 
     expected = call().clone()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out = call()
     given["state"].checkpoint.copy_(kept)
     graph.replay()

@@ -170,7 +170,7 @@ def test_in_a_cuda_graph(first):
     start = tensors["state"].clone()
     call = functools.partial(ssu_bridge.update, **tensors, **case.flags, backend="triton")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         out, _ = call()
     for _ in range(2):
         tensors["state"].copy_(start)
