@@ -27,7 +27,7 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         raise ValueError("check_indices: expected False while Torch traces, where indices have no values yet, got True")
     if refusal := transforms.functorch_refusal():
         raise UnsupportedError(refusal)
-    transforms.require_no_grad(named(arrays, out))
+    transforms.require_no_grad(named(arrays, out), lambda: options.config.backend)
     if not draws_seed(arrays, options):  # the operator draws one, when it has checked its tensors
         arrays = placed(arrays, options)
     x = arrays[1]

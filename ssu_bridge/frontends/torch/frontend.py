@@ -78,9 +78,9 @@ class Launcher:
         return returned(given)
 
     def _kernel(self, arrays: Arrays, out: torch.Tensor | None) -> tuple[DeviceKernel | HostKernel, Problem]:
-        found = _checked_kernel(key_of(arrays, out), self._options)
-        transforms.require_no_grad(named(arrays, out))
-        return found
+        kernel, problem = _checked_kernel(key_of(arrays, out), self._options)
+        transforms.require_no_grad(named(arrays, out), lambda: consider_problem(problem).backend)
+        return kernel, problem
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Torch's transforms and modes: which of them are in force, and the errors for the unsupported ones."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,18 +72,18 @@ def require_supported(given: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def require_no_grad(given: Mapping[str, torch.Tensor]) -> None:
-    """Check that no gradient would be lost.
+def require_no_grad(given: Mapping[str, torch.Tensor], backend: Callable[[], object]) -> None:
+    """Check that no gradient would be lost; ``backend`` returns the one that the error is to name.
 
     Raises:
-        UnsupportedError: naming the argument.
+        UnsupportedError: naming the argument and the backend.
     """
     if not torch.is_grad_enabled():
         return
     for name, tensor in given.items():
         if name in NO_GRAD and tensor.requires_grad:
             raise UnsupportedError(
-                f"{name}: it requires grad, but update has no gradient for Torch; use torch.no_grad()"
+                f"{name}: it requires grad, but backend {backend()} has no gradient for Torch; use torch.no_grad()"
             )
 
 

@@ -61,8 +61,16 @@ def test_another_call_of_the_same_sizes(tensors, changes):
         ({"D": torch.ones(4, dtype=torch.float64)}, ValueError, "D: expected dtype"),
         ({"z": torch.ones(3, 4, 16)[..., ::2]}, ValueError, "z: expected .* dense"),
         ({"z": torch.ones(3, 4, 8).to_sparse()}, ValueError, "z: expected a strided tensor"),
-        ({"C": torch.ones(3, 2, 16, requires_grad=True)}, ssu_bridge.UnsupportedError, "C: it requires grad"),
-        ({"out": torch.ones(3, 4, 8, requires_grad=True)}, ssu_bridge.UnsupportedError, "out: it requires grad"),
+        (
+            {"C": torch.ones(3, 2, 16, requires_grad=True)},
+            ssu_bridge.UnsupportedError,
+            "C: it requires grad, but backend cpu has",
+        ),
+        (
+            {"out": torch.ones(3, 4, 8, requires_grad=True)},
+            ssu_bridge.UnsupportedError,
+            "out: it requires grad, but backend cpu has",
+        ),
     ],
     ids=str,
 )
@@ -78,7 +86,7 @@ def test_grad_mode_and_parameters(tensors):
     tensors["x"].requires_grad_()
     with torch.no_grad():
         ssu_bridge.update(**tensors, **CASE.flags)
-    with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad"):
+    with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad, but backend cpu has"):
         ssu_bridge.update(**tensors, **CASE.flags)
 
 
