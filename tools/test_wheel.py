@@ -62,8 +62,8 @@ def require_plain(wheel: Path) -> None:
 @contextlib.contextmanager
 def fresh(python: str, *requirements: str | Path) -> Iterator[Callable[..., None]]:
     """Make an environment that has these requirements only; give a function that runs its Python with arguments."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([python, "-m", "venv", folder], check=True)
+    with tempfile.TemporaryDirectory() as home:
+        subprocess.run([python, "-m", "venv", home], check=True)
         environment = {
             **os.environ,
             "CXX": "/no/compiler",
@@ -72,8 +72,8 @@ def fresh(python: str, *requirements: str | Path) -> Iterator[Callable[..., None
             "PYTHONPATH": "",
         }
 
-        def run(*arguments: str | Path) -> None:
-            subprocess.run([f"{folder}/bin/python", *arguments], env=environment, cwd=folder, check=True)
+        def run(*arguments: str | Path, folder: str | Path | None = None) -> None:
+            subprocess.run([f"{home}/bin/python", *arguments], env=environment, cwd=folder or home, check=True)
 
         run("-m", "pip", "install", "--quiet", "--only-binary=:all:", *requirements)
         yield run
