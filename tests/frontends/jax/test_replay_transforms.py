@@ -18,6 +18,7 @@ from ssu_bridge.testing.cases import Case
 SIZES = {"nheads": 8, "headdim": 8, "dstate": 16, "tokens": 2, "window": 5, "most": 3}
 SLOTS = Case("slots", ngroups=4, starts=(0, 7, 6, 2, 1, 4), pending=(5, 2, 1, 3, 4, 0), **SIZES)
 ONE = Case("one group", ngroups=1, starts=SLOTS.starts, pending=SLOTS.pending, **SIZES)
+TWO = Case("two groups", ngroups=2, starts=SLOTS.starts, pending=SLOTS.pending, **SIZES)
 EIGHT = {"starts": (0, 1, 2, 3, 4, 5, 6, 7), "pending": (5, 4, 3, 2, 1, 0, 5, 5)}
 OWN = Case("own slots", sequences=8, slots=8, indices=None, ngroups=2, **EIGHT, **SIZES)
 
@@ -41,11 +42,15 @@ def test_a_sharded_state_stays_where_it_is(name, kind):
     check_sharded(case, mesh_of(kind, **sizes), specs, close)
 
 
-def test_a_ring_of_groups_goes_with_the_heads():
+@pytest.mark.parametrize(
+    ("case", "got"), [(SLOTS, "4 groups, which to_replay shards so"), (TWO, "2 groups, which cannot be")]
+)
+def test_a_ring_of_groups_goes_with_the_heads(case, got):
     mesh = mesh_of(h=4)
-    arrays = {n: jax.device_put(a, NamedSharding(mesh, OVER_HEADS.get(n, P()))) for n, a in drawn(SLOTS).items()}
-    with pytest.raises(ssu_bridge.UnsupportedError, match="replay_B: expected one group, or groups that are sharded"):
-        decode(SLOTS, "auto", arrays)
+    arrays = {n: jax.device_put(a, NamedSharding(mesh, OVER_HEADS.get(n, P()))) for n, a in drawn(case).items()}
+    message = f"replay_B: expected one group, or a multiple of 4 groups, sharded over 'h' as the heads are; got {got}"
+    with pytest.raises(ssu_bridge.UnsupportedError, match=message):
+        decode(case, "auto", arrays)
     assert not arrays["state"].is_deleted()
 
 

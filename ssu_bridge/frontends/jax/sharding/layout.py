@@ -133,10 +133,11 @@ def _check(problem: Problem, symbol: str | int, size: int, axes: tuple[Any, ...]
 def _check_groups(problem: Problem, heads: tuple[Any, ...], mesh: Mapping[Any, int]) -> None:
     """Check that a ring of B, whose groups are not sharded as the heads are, can be: each shard writes its own."""
     if heads and problem.ngroups > 1:
-        count = _count(heads, mesh)
+        count, axes = _count(heads, mesh), " and ".join(map(repr, heads))
+        got = "which to_replay shards so" if problem.ngroups % count == 0 else "which cannot be"
         raise UnsupportedError(
-            f"replay_B: expected one group, or groups that are sharded over {' and '.join(map(repr, heads))} as the "
-            f"heads are, a multiple of {count}; got {problem.ngroups} groups elsewhere (to_replay shards them so)"
+            f"replay_B: expected one group, or a multiple of {count} groups, sharded over {axes} as the heads are; "
+            f"got {problem.ngroups} groups, {got}"
         )
 
 
