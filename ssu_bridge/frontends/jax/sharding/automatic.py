@@ -41,9 +41,14 @@ def _digest(problem: Problem, maps: Maps, kinds: tuple[Any, ...]) -> str:
     divides a step: by the text alone JAX's compilation cache would take one for another.
     """
     backends = [consider_problem(problem.on(*platform)).backend for platform in platforms().items()]
-    version = importlib.metadata.version("ssu-bridge")
-    said = (version, backends, problem, [sorted(names) for names in maps], kinds)
+    said = (_version(), backends, problem, [sorted(names) for names in maps], kinds)
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _version() -> str:
+    """Return the installed version, which is read from a file."""
+    return importlib.metadata.version("ssu-bridge")
 
 
 def kernels_in(program: Any) -> Iterator[Problem]:
