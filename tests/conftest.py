@@ -1,5 +1,6 @@
 """What all tests share: where the GPU tests are skipped, and what a test must not leave behind."""
 
+import gc
 import os
 import zlib
 
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="gpu: this machine has no NVIDIA GPU"))
+
+
+def pytest_collection_finish():
+    """Take what is imported out of the garbage collector's sight: else it looks through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ FORMS = (
     Case("replay of int8", **_SMALL, dtypes={"state": "int8"}, window=5, starts=(0,) * 6, pending=(2,) * 6),
 )
 # After so many calls the process has all that it keeps; of other shapes each, caches of calls are full after these.
-_WARM_UP, _WARM_UP_OF_SHAPES = 1000, {"numpy": 1000, "torch": 5000, "jax": 500, "jit": 500, "plain jit": 500}
+_WARM_UP, _WARM_UP_OF_SHAPES = 300, {"numpy": 1000, "torch": 5000, "jax": 500, "jit": 500, "plain jit": 500}
 # After so many shapes JAX forgets its programs, of which it keeps as many as there are shapes.
 _SHAPES_BETWEEN_CLEARING = 250
 _CALLS_OF_A_LOOP = 10_000

@@ -6,9 +6,7 @@ import sys
 
 import pytest
 import torch
-import transformers
 from transformer_families import FAMILIES, tiny
-from transformers.models.mamba2 import modeling_mamba2
 
 from ssu_bridge.compat import install_as_mamba_ssm, mamba_ssm
 
@@ -28,8 +26,16 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.fixture
+def modeling_mamba2():
+    """The module of the family, imported by the tests that need it: it takes seconds."""
+    return importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_on_one_thread():
+    import transformers
+
     before, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)  # the models are so small that threads cost more than they compute
@@ -66,7 +72,7 @@ def step(module):
     return module.mamba2_selective_state_update(state, x, x, -torch.ones(4, 8, 16), B, B, z=None, seq_idx=None, other=3)
 
 
-def test_models_that_were_imported_before_and_after(calls, monkeypatch):
+def test_models_that_were_imported_before_and_after(calls, modeling_mamba2, monkeypatch):
     with install_as_mamba_ssm():
         step(modeling_mamba2)
         assert len(calls) == 1
@@ -129,7 +135,7 @@ def test_an_older_transformers_is_named(monkeypatch):
     installed.close()
 
 
-def test_a_function_that_cannot_be_replaced_is_named(monkeypatch):
+def test_a_function_that_cannot_be_replaced_is_named(modeling_mamba2, monkeypatch):
     class Func:  # what the package kernels makes of the function
         def __call__(self):
             raise AssertionError

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from thinned import thinned
-from transformers import Mamba2Config as PeerConfig
-from transformers import Mamba2ForCausalLM
 
 import ssu_bridge
 from mamba2_jax import checkpoint, generate, measure, model
@@ -33,8 +31,10 @@ TINY = Mamba2Config(**SIZES)
 
 
 def peer(**changes):
+    from transformers import Mamba2Config, Mamba2ForCausalLM  # which takes seconds
+
     torch.manual_seed(0)
-    return Mamba2ForCausalLM(PeerConfig(**SIZES, **{"eos_token_id": None, **changes})).eval()
+    return Mamba2ForCausalLM(Mamba2Config(**SIZES, **{"eos_token_id": None, **changes})).eval()
 
 
 @torch.inference_mode()
@@ -175,6 +175,8 @@ def test_text_is_printed_as_it_is_drawn(monkeypatch, capsys):
 
 
 def test_transformers_reads_what_it_saves(tmp_path):
+    from transformers import Mamba2ForCausalLM
+
     config = Mamba2Config(**SIZES, n_groups=4, use_bias=True, tie_word_embeddings=False)
     weights = random_weights(config, jax.random.key(1))
     checkpoint.save(tmp_path, config, weights, "float32")

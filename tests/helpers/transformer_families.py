@@ -1,7 +1,6 @@
 """Tiny models with random weights of the families in transformers that decode with selective_state_update."""
 
 import torch
-import transformers
 
 _COMMON = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1}
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -47,6 +46,8 @@ FAMILIES = {
 
 def tiny(family):
     """Return a model of a family, the same in each run, that does not stop before it has written all."""
+    import transformers  # which takes seconds
+
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**FAMILIES[family], eos_token_id=None)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()

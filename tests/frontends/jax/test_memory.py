@@ -13,7 +13,8 @@ from ssu_bridge.core.problem import Problem
 from ssu_bridge.frontends.jax.ffi_targets import registered
 from ssu_bridge.testing.cases import Case
 
-ALLOWED = 2 * 2**20
+# Where nothing is left behind, it is 160 KB at most.
+ALLOWED = 3 * 2**18
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -21,7 +22,7 @@ ALLOWED = 2 * 2**20
 @pytest.mark.parametrize(
     ("measure", "calls"),
     [
-        (memory.eager, 200_000),
+        (memory.eager, 50_000),
         (memory.traced, 250_000),
         pytest.param(memory.traced, 1_000_000, marks=pytest.mark.nightly),
     ],
@@ -40,13 +41,14 @@ def test_calls_leave_nothing_behind(measure, calls, device):
 def test_calls_of_other_forms_leave_nothing_behind(framework):
     """Several tokens, prompts, trees, quantised states and replay; docs/benchmarks.md has more calls of each."""
     for case in memory.FORMS:
-        assert memory.eager(2500, case, framework).resident < ALLOWED, case.name
+        assert memory.eager(700, case, framework).resident < ALLOWED, case.name
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
+# Torch's cache holds so many that filling it takes seconds; that it is bounded is tested where it is.
+@pytest.mark.parametrize("framework", ["numpy", pytest.param("torch", marks=pytest.mark.nightly)])
 def test_many_shapes_leave_nothing_behind(framework):
     """What is remembered of each shape, about 4 KB, is bounded, and is full before the measurement begins."""
-    assert memory.shapes(2000, framework).resident < ALLOWED
+    assert memory.shapes(500, framework).resident < ALLOWED
 
 
 def test_forgotten_shapes_are_forgotten():
