@@ -12,8 +12,9 @@ import torch
 import demo
 import share_state
 import torch_caller
-from mamba2_jax import benchmark, distributed, generate, scheduler, train
+from mamba2_jax import benchmark, checkpoint, distributed, generate, scheduler, train
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.initial import random_weights
 from ssu_bridge import config
 
 EXAMPLES = Path(demo.__file__).parent
@@ -137,8 +138,10 @@ def test_a_wrong_variable_of_the_example_about_a_package(mistake, package_exampl
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the backend runs here")
 @pytest.mark.parametrize("module", [demo, generate, benchmark, scheduler, share_state, torch_caller])
-def test_a_backend_that_cannot_run_here(mistake, monkeypatch, module):
-    small = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8)
+def test_a_backend_that_cannot_run_here(mistake, monkeypatch, tmp_path, module):
+    # Of a size that no other test's is: what was compiled for another backend would run.
+    small = Mamba2Config(256, 48, 1, num_heads=6, head_dim=16, state_size=8)
     monkeypatch.setitem(benchmark.SIZES, "mamba2-130m", small)
-    jax.clear_caches()  # of programs that another test compiled for another backend
+    checkpoint.save(tmp_path, small, random_weights(small, jax.random.key(0)), "float32")
+    monkeypatch.setattr(module, "KJV", tmp_path, raising=False)
     assert mistake(module, "--mamba-backend", "triton").startswith("backend triton: ")

@@ -133,10 +133,10 @@ def texts(trained, prompts, count, speculation, sampling, keys):
 @pytest.mark.parametrize(
     "speculation",
     [
-        # Of drawn texts, and with replay, chains are verified by default.
+        # Chains of drawn texts are verified by default, below, and with replay in test_scheduler.py.
         pytest.param(Speculation(), id="chain", marks=pytest.mark.nightly),
         pytest.param(Speculation(7, 2, shortest=1), id="tree"),
-        pytest.param(Speculation(5, replay=12), id="replay"),
+        pytest.param(Speculation(5, replay=12), id="replay", marks=pytest.mark.nightly),
     ],
 )
 @jax.default_matmul_precision("float32")  # a GPU's default has ten bits

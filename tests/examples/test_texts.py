@@ -67,5 +67,6 @@ def test_the_scheduler_and_its_prefix_cache(trained, _device):
     assert [place and place[0] for place in found] == [(len(p) - 1) // 16 * 16 or None for p in TEXTS]
 
 
+@pytest.mark.nightly  # in test_scheduler.py the length of a piece changes no text of a smaller model
 def test_the_scheduler_without_a_prefix_cache(trained):
     assert_same_texts(trained, scheduled(trained, Scheduler(*trained, width=4, sampling=GREEDY, piece=3, rows=20)))
