@@ -1,5 +1,6 @@
 """Which backend does what, by asking them: the table of docs/how-to/choosing-a-backend.md."""
 
+import functools
 from collections.abc import Iterator
 
 from ssu_bridge.backends.base import Feature, features
@@ -23,11 +24,20 @@ def problem_of(case: Case, backend: Backend, framework: str = "jax") -> Problem:
     flags |= {"donate": True, "check_indices": False}
     replay = {"replay_window": case.window, "replay_tokens": case.most if case.window else 0}
     options = options_of(**flags, **replay, backend=None, algorithm=None, config=SSUConfig())
-    infos = {name: ArrayInfo(array.shape, array.dtype.name) for name, array in case.arrays(seed=0).items()}
+    infos = dict(_infos()[case.name])
     if framework == "jax" and "rand_seed" in infos:
         infos["rand_seed"] = ArrayInfo((2,), "uint32")
     platform, capability = _PLATFORMS.get(backend, ("cpu", None))
     return describe(infos, options, framework=framework, platform=platform, capability=capability)
+
+
+@functools.cache
+def _infos() -> dict[str, dict[str, ArrayInfo]]:
+    """Return shapes and dtypes of the arrays of each case."""
+    return {
+        case.name: {name: ArrayInfo(array.shape, array.dtype.name) for name, array in case.arrays(seed=0).items()}
+        for case in CASES
+    }
 
 
 def supports(backend: Backend) -> Iterator[tuple[Feature, bool]]:

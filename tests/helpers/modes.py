@@ -36,13 +36,13 @@ GPU_PAIRS = [(mode, backend) for mode, (_, backends) in GPU_MODES.items() for ba
 def in_turns(cases):
     """Return named cases in each mode on each backend as parameters.
 
-    By default a case is compiled in one of the modes of xla and in one jitted mode of cpu, by turns; marked nightly are
-    those in which it is the same kernel on the same numbers in another program.
+    By default a case is run in one of JAX's modes on cpu, in one on xla and in one mode on reference, by turns; marked
+    nightly are those in which the same numbers are computed in the same way in another program.
     """
     params = []
     for (number, (name, case)), (mode, backend) in itertools.product(enumerate(cases.items()), PAIRS):
-        compiled = [m for m, b in PAIRS if b == backend and (b == "xla" or m.startswith("jax."))]
-        marks = [pytest.mark.nightly] if mode in compiled and mode != compiled[number % len(compiled)] else []
+        alike = [m for m, b in PAIRS if b == backend and (b != "cpu" or framework(m) == "jax")]
+        marks = [pytest.mark.nightly] if mode in alike and mode != alike[number % len(alike)] else []
         params.append(pytest.param(case, mode, backend, id=f"{name}-{mode}-{backend}", marks=marks))
     return params
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from compiled_kernels import CAPABILITIES, assert_stack, problem_of
+from compiled_kernels import CAPABILITIES, assert_stack, computed_values, problem_of
 from kernel_layers import layer
-from thinned import thinned
+from thinned import covering, thinned
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
@@ -29,24 +29,25 @@ def specialisations(case, capability=(9, 0)):
     return launches(specialise(problem, forms.tile(problem)))
 
 
+# First those that need the most registers.
 LAYERS = {
+    "prompt, float32 inputs": layer(other="float32", tokens=300),
+    "few, stochastic": layer("bfloat16", tokens=8, seed=1),
+    "prompt, int8": layer("int8", tokens=300),
+    "states on the way, int8": layer("int8", tokens=64, steps=2, intermediate_stride=32),
+    "large tree": layer(tokens=64, parents=(tuple(range(-1, 63)),)),
+    "packed": layer(tokens=40, cu_seqlens=(0, 40)),
+    "fresh": layer(tokens=8, has_initial_state=(True,)),
+    "few, float32 inputs": layer(other="float32", tokens=8),
     "few, bfloat16": layer("bfloat16", tokens=8),
     "few, float32": layer(tokens=8),
     "few, float16": layer("float16", tokens=8),
     "few, int8": layer("int8", tokens=8),
-    "few, stochastic": layer("bfloat16", tokens=8, seed=1),
     "prompt": layer(tokens=300),
     "prompt, bfloat16": layer("bfloat16", tokens=300),
     "prompt, dstate 64": layer(tokens=300, dstate=64),
-    "prompt, int8": layer("int8", tokens=300),
-    "packed": layer(tokens=40, cu_seqlens=(0, 40)),
     "tree": layer("bfloat16", tokens=5, parents=CHAIN),
-    "large tree": layer(tokens=64, parents=(tuple(range(-1, 63)),)),
-    "fresh": layer(tokens=8, has_initial_state=(True,)),
-    "few, float32 inputs": layer(other="float32", tokens=8),
-    "prompt, float32 inputs": layer(other="float32", tokens=300),
     "states on the way": layer(tokens=64, steps=4, intermediate_stride=16),
-    "states on the way, int8": layer("int8", tokens=64, steps=2, intermediate_stride=32),
 }
 
 
@@ -62,7 +63,12 @@ SPILLED = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def computed_values_of(name):
+    return set().union(*map(computed_values, specialisations(LAYERS[name])))
+
+
+# By default each value of a field that makes another computation is compiled in some layer.
+@pytest.mark.parametrize("name", covering({name: name for name in LAYERS}, computed_values_of))
 def test_it_compiles_without_spills(name):
     for one in specialisations(LAYERS[name]):
         assert_stack(one, SPILLED.get(name, 0) if one.kernel == "matrix_form" else 0)

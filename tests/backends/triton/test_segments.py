@@ -20,7 +20,7 @@ LAYER = {
     "indices": (4, 0, 2),
     "tokens": 150,
     "dtypes": {"*": "float32"},
-    "nheads": 2,
+    "nheads": 1,
     "headdim": 16,
     "dstate": 16,
     "ngroups": 1,
@@ -28,7 +28,7 @@ LAYER = {
 TABLE = tuple((slot, 3, *[0] * 148) for slot in (4, 0, 2))
 # What a call can ask for, with sequences of more than the 32 tokens that a segment has here.
 CALLS = {
-    "several": {},
+    "several": {"nheads": 2},
     "one": {"tokens": 200, "sequences": 1, "indices": (2,)},
     "odd sizes": {"nheads": 4, "ngroups": 2, "headdim": 20, "dstate": 24},
     "packed": {"tokens": 200, "cu_seqlens": (0, 1, 90, 200)},
@@ -59,7 +59,7 @@ CALLS = {
     "not stored": {"disable_state_update": True},
     "stored elsewhere": {"destinations": (1, -1, 3)},
     "accepted": {"indices": TABLE, "accepted": (1, 2, 7), "destinations": (4, -1, 2)},
-    "int8": {"dtypes": {"*": "float32", "state": "int8"}},
+    "int8": {"nheads": 2, "dtypes": {"*": "float32", "state": "int8"}},
 }
 
 # Of which each does what no other does.

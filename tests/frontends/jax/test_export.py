@@ -14,6 +14,7 @@ from jax.interpreters import mlir
 from matrix_cases import MATRIX_CASES
 from modes import bits, int64_as_it_is, skip_if_refused, to_mode
 from sharded import run
+from thinned import thinned
 
 import ssu_bridge
 from ssu_bridge.api import explain
@@ -154,7 +155,8 @@ def test_a_program_for_another_gpu_is_refused():
         ssu_bridge.prepare(renamed(exported, here, "sm70"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# By default of a third of the cases.
+@pytest.mark.parametrize("case", thinned(CASES, one_in=3), ids=lambda case: case.name)
 def test_every_kernel_is_found_by_its_name(case):
     arrays = case.arrays(seed=3)
     with int64_as_it_is(arrays):

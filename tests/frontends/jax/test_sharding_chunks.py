@@ -10,6 +10,7 @@ from copied import copied
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharded import COLLECTIVE, channels, heads, mesh_of, put, sequences
+from thinned import thinned
 
 import ssu_bridge
 from ssu_bridge.backends.xla import forms
@@ -74,8 +75,8 @@ def check_parts(name, kind):
 PRODUCT_BY_CHUNK = r'op_name="[^"]*while/body[^"]*dot_general'
 
 
-@pytest.mark.parametrize("name", SHARDED)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+# By default each with one kind of axes.
+@pytest.mark.parametrize(("name", "kind"), thinned(SHARDED, [AxisType.Auto, AxisType.Explicit], one_in=2))
 def test_each_device_computes_its_part(name, kind):
     program = check_parts(name, kind)
     # That a sequence's entry is on its device is not known to XLA, which sends states to all that could have it.
@@ -97,7 +98,9 @@ def test_all_chunks_at_once(name, monkeypatch):
     assert not re.search(PRODUCT_BY_CHUNK, program)
 
 
-@pytest.mark.parametrize("name", ["heads", "channels", "sequences"])
+@pytest.mark.parametrize(
+    "name", ["heads", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("channels", "sequences"))]
+)
 def test_gradients(name):
     case, axes, specs = SHARDED[name]
 

@@ -80,9 +80,9 @@ def trace(functions, runs):
             jax.block_until_ready(jitted(*given))
 
 
-# By default every other case in each mode.
+# By default each case in one or two modes.
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("mode", "case"), thinned(MODES, CASES, one_in=2))
+@pytest.mark.parametrize(("mode", "case"), thinned(MODES, CASES, one_in=4))
 def test_each_call_and_transform(mode, case, backend):
     expected = without_a_mode(case, backend)
     if expected is None:
