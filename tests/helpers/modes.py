@@ -84,13 +84,21 @@ WRITTEN = tuple(SCALES)
 
 def step(mode, given, **flags):
     """Run ``update`` in a mode; return what it returns. Torch and NumPy get an output full of NaN to write to."""
-    if framework(mode) != "jax":
-        given = {**given, "out": poisoned(given["x"])}
+    return stepper(mode, **flags)(given)
+
+
+def stepper(mode, **flags):
+    """Return what runs ``update`` in a mode, as ``step`` does; JAX compiles it once for all calls of a shape."""
     if mode == "jax.jit":
-        return _jitted(given, flags)
+        return _jitted(flags)
     if mode == "jax.lax.scan":
-        return _scanned(given, flags)
-    return ssu_bridge.update(**given, **flags)
+        return _scanned(flags)
+
+    def run(given):
+        given = given if framework(mode) == "jax" else {**given, "out": poisoned(given["x"])}
+        return ssu_bridge.update(**given, **flags)
+
+    return run
 
 
 def skip_if_refused(explanation):
@@ -115,20 +123,23 @@ def run(arrays, mode, backend, **flags):
     return to_host(results_by_name(ssu_bridge.update(**given, **flags, backend=backend)), mode)
 
 
-def _jitted(given, flags):
-    """One step whose states are donated, and come first: JAX gives their memory to the first results like them."""
+def _jitted(flags):
+    """A step whose states are donated, and come first: JAX gives their memory to the first results like them."""
 
     @functools.partial(jax.jit, donate_argnames=WRITTEN)
     def run(**given):
         out, *results = ssu_bridge.update(**given, **flags)
         return *results, out
 
-    *results, out = run(**given)
-    return out, *results
+    def step(given):
+        *results, out = run(**given)
+        return out, *results
+
+    return step
 
 
-def _scanned(given, flags):
-    """One step inside a scan whose carry is what it writes."""
+def _scanned(flags):
+    """A step inside a scan whose carry is what it writes."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(written, rest):
@@ -139,9 +150,12 @@ def _scanned(given, flags):
         written, outs = jax.lax.scan(body, written, None, length=1)
         return written, outs[0]
 
-    rest = dict(given)
-    written, out = run({name: rest.pop(name) for name in WRITTEN if name in rest}, rest)
-    return out, *(written[name] for name in WRITTEN if name in written)
+    def step(given):
+        rest = dict(given)
+        written, out = run({name: rest.pop(name) for name in WRITTEN if name in rest}, rest)
+        return out, *(written[name] for name in WRITTEN if name in written)
+
+    return step
 
 
 def address(array):
