@@ -16,6 +16,8 @@ from ssu_bridge.bench.timing import microseconds
 _BY_HEAD = dict.fromkeys(("A", "D", "dt_bias"), ("h",))
 _BY_ROW = ("x", "dt", "B", "C")
 _VERIFIED, _WINDOW = 8, 16
+# Of a replay state whole cycles, and so many that the start of a loop is little of it on several GPUs too.
+_ITERATIONS = 128
 _PROMPT = Work(1, 8192, Sizes(128, 64, 128, 8), "float32")
 
 
@@ -32,7 +34,8 @@ def main(devices: int, batches: Sequence[int]) -> None:
     for work in (*map(Work, batches), *several_tokens, *replayed, _PROMPT):
         caches = jax_loops.cold_caches(work)
         places = (dict, functools.partial(_sharded, mesh, bool(work.tokens)))
-        one, several = jax_loops.in_turn([jax_loops.loop(work, caches, "triton", place) for place in places])
+        loops = [jax_loops.loop(work, caches, "triton", place, _ITERATIONS) for place in places]
+        one, several = jax_loops.in_turn(loops)
         ratio = one.median / several.median
         print(f"{work!s:<44}{microseconds(one):<26}{microseconds(several):<28}{ratio:>26.3f}", flush=True)
 

@@ -97,11 +97,15 @@ def cold_caches(work: Work) -> int:
 
 
 def loop(
-    work: Work, caches: int, backend: str, place: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    work: Work,
+    caches: int,
+    backend: str,
+    place: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    iterations: int = _ITERATIONS,
 ) -> Callable[[], float]:
     """Return a function that runs a jitted loop over steps, on so many caches in turn, and returns the time of a step.
 
-    ``place`` puts the arrays where they are to be.
+    ``place`` puts the arrays where they are to be. The start of a loop is a part of each of its steps.
     """
     arrays = _arguments(work, caches)
     arrays = place(_replayed(work, arrays, caches) if work.window else arrays)
@@ -122,13 +126,13 @@ def loop(
                 cursor = advance_replay(cursor, slots[0], tokens=1)
             return tuple(states), cursor, x
 
-        return jax.lax.fori_loop(0, _ITERATIONS, body, carry)
+        return jax.lax.fori_loop(0, iterations, body, carry)
 
     def run() -> float:
         nonlocal carry
         started = time.perf_counter()
         carry = jax.block_until_ready(steps(carry, arrays, slots))  # type: ignore[no-untyped-call]
-        return (time.perf_counter() - started) / _ITERATIONS / _LAYERS
+        return (time.perf_counter() - started) / iterations / _LAYERS
 
     run()
     return run
