@@ -45,6 +45,7 @@ def _digest(problem: Problem, maps: Maps, kinds: tuple[Any, ...]) -> str:
     return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
 
+# One string.
 @functools.cache
 def _version() -> str:
     """Return the installed version, which is read from a file."""
