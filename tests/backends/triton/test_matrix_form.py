@@ -29,7 +29,6 @@ def specialisations(case, capability=(9, 0)):
     return launches(specialise(problem, forms.tile(problem)))
 
 
-# First those that need the most registers.
 LAYERS = {
     "prompt, float32 inputs": layer(other="float32", tokens=300),
     "few, stochastic": layer("bfloat16", tokens=8, seed=1),
