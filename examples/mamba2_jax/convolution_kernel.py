@@ -36,7 +36,7 @@ def step(
 
     Args:
         cache: (slots, width - 1, channels), as in ``convolution``. It is updated in place where it is donated.
-        slots: (batch,) int32, where each sequence's last inputs lie; negative for none.
+        slots: (batch,) int32, where each sequence's last inputs lie; one that does not exist for none.
         rows: (batch, ...), whose columns from ``start`` on are the inputs; the others are not read.
         weight, bias: as in ``convolve``.
         sizes: the channels of the parts that come back, in their order.
@@ -93,7 +93,8 @@ def _kernel(
     for i in range(sequences):  # All are loaded before any is stored, so that loads do not wait for stores.
         sequence = pl.program_id(0) * sequences + i
         slot = slots[sequence]
-        live, place = jnp.full(channels, slot >= 0), jnp.maximum(slot, 0)
+        is_there = (slot >= 0) & (slot < cache.shape[0])
+        live, place = jnp.full(channels, is_there), jnp.where(is_there, slot, 0)
         before = [triton.load(cache.at[place, jnp.int32(j), own], mask=live, other=0) for j in range(width - 1)]
         loaded.append((sequence, live, place, [*before, rows[sequence, pl.ds(start + first, channels)]]))
     for sequence, live, place, inputs in loaded:

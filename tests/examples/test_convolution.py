@@ -148,9 +148,9 @@ def test_what_is_kept_of_some_sequences_leaves_others_as_they_are(rng):
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("batch", [3, 8])
 def test_one_token_in_one_kernel(batch, has_bias, dtype, rng):
-    """The same outputs and cache; places that stand empty store nothing, and one slot is left as it was."""
+    """The same outputs and cache; slots that do not exist store nothing, and others are left as they were."""
     sizes, start, slots = (64, 32, 32), 5, rng.permutation(batch + 1)[:batch].astype("int32")
-    slots[1] = -1
+    slots[1], slots[2] = -1, batch + 1
 
     def drawn(*shape):
         return jnp.array(rng.standard_normal(shape), dtype)
