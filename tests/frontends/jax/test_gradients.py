@@ -74,7 +74,7 @@ def test_gradients_at_and_around_each_switch(dtype, untied):
         out, state = ssu_bridge.update(**arrays, dt_softplus=True, backend="xla")
         return (out.astype("float32") * weights).sum() + (state.astype("float32") * of_state).sum()
 
-    got = jax.grad(loss)(copied(arrays))
+    got = jax.jit(jax.grad(loss))(copied(arrays))
     # The exponential of a rounded float32 is off by as many roundings as that is large, here about 100.
     eps, of_exp = float(jnp.finfo(dtype).eps), 128 * float(jnp.finfo("float32").eps)
     for name in arrays:

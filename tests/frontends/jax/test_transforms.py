@@ -393,7 +393,7 @@ def summed(arrays, backend="xla"):
 @pytest.mark.parametrize("transform", (jax.checkpoint, jax.jit, lambda f: jax.jit(jax.checkpoint(f))))
 def test_the_gradient_through_other_transforms(arrays, transform):
     loss, x = summed(arrays)
-    np.testing.assert_allclose(jax.grad(transform(loss))(x), jax.grad(loss)(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.grad(transform(loss))(x), jax.jit(jax.grad(loss))(x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_a_scan_is_the_sum_over_its_steps(arrays):
@@ -402,7 +402,7 @@ def test_the_gradient_of_a_scan_is_the_sum_over_its_steps(arrays):
     def run(x):
         return jax.lax.scan(lambda total, scale: (total + scale * loss(x), None), 0.0, jnp.arange(4.0))[0]
 
-    np.testing.assert_allclose(jax.grad(run)(x), 6 * jax.grad(loss)(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.grad(run)(x), 6 * jax.jit(jax.grad(loss))(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -424,7 +424,7 @@ def test_a_checkpoint_with_a_policy(arrays, policy, backend):
         return (x * (loss(x) if backend == "xla" else loss(jax.lax.stop_gradient(x)))).sum()
 
     got = jax.jit(jax.grad(jax.checkpoint(product, policy=policy)))(x)
-    np.testing.assert_allclose(got, jax.grad(product)(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(jax.grad(product))(x), rtol=1e-5, atol=1e-5)
 
 
 def with_vjp(function, derivative):
@@ -453,7 +453,7 @@ def test_a_gradient_of_ones_own(arrays, transform, custom, backend):
     derivative = functools.partial(step, backend="xla")
     function = transform(custom(functools.partial(step, backend=backend), derivative))
     x = rest["x"]
-    expected = jax.grad(lambda x: derivative(x).sum())(x)
+    expected = jax.jit(jax.grad(lambda x: derivative(x).sum()))(x)
     for _ in range(2):
         np.testing.assert_allclose(jax.grad(lambda x: function(x).sum())(x), expected, rtol=1e-5, atol=1e-5)
     both = jax.vmap(jax.grad(lambda x: function(x).sum()))(jnp.stack([x, -x]))
