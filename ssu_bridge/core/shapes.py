@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ssu_bridge.core.arguments import ARGUMENTS, SIZES, TIED_AXES, TOKEN_AXES, VECTOR_BYTES, pattern_of, patterns
-from ssu_bridge.core.arrays import ArrayInfo
+from ssu_bridge.core.arrays import ArrayInfo, is_dense
 
 
 class Shapes:
@@ -107,7 +107,7 @@ class Shapes:
             return
         pattern, inner = self._inner(name, info)
         # Behind the free axes: dense, but for the trailing axes of a tied view, which repeat one element.
-        repeated = TIED_AXES[name] if tied and len(pattern) == len(self._patterns(name)[0]) else 0
+        repeated = self._repeated(name, info, tied)
         dense, step = [0] * repeated, 1
         for n in reversed(info.shape[len(info.shape) - inner : len(info.shape) - repeated]):
             dense.insert(0, step)
@@ -127,6 +127,13 @@ class Shapes:
                     )
                 step = max(step, n * abs(stride))
 
+    def is_dense(self, name: str, info: ArrayInfo, tied: bool) -> bool:
+        """Return whether an array's entries have no gaps between them; of a tied view those that do not repeat."""
+        if info.strides is None:
+            return True
+        axes = len(info.shape) - self._repeated(name, info, tied)
+        return is_dense(info.shape[:axes], info.strides[:axes])
+
     def is_aligned(self, name: str, info: ArrayInfo) -> bool:
         """Return whether each vector that a kernel loads of an array begins at a multiple of VECTOR_BYTES."""
         if not info.aligned:
@@ -140,6 +147,10 @@ class Shapes:
                 return False
             step *= info.shape[axis]
         return True
+
+    def _repeated(self, name: str, info: ArrayInfo, tied: bool) -> int:
+        """Return how many of the last axes of a tied view repeat one element."""
+        return TIED_AXES[name] if tied and len(info.shape) == len(self._patterns(name)[0]) else 0
 
     def _inner(self, name: str, info: ArrayInfo) -> tuple[str, int]:
         """Return the pattern of an array and how many of its last axes must be dense."""

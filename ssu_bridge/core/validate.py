@@ -16,7 +16,7 @@ from ssu_bridge.core.arguments import (
     STATE,
     TIED_AXES,
 )
-from ssu_bridge.core.arrays import ArrayInfo, is_dense
+from ssu_bridge.core.arrays import ArrayInfo
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.core.quantized import SCALES
 from ssu_bridge.core.shapes import Shapes
@@ -89,7 +89,7 @@ def describe(
         entries=size.get("E", 0),
         stochastic_rounding="rand_seed" in arrays,
         unaligned=_unaligned(shapes, arrays, tied),
-        strided=tuple(n for n, a in arrays.items() if n not in tied and a.strides and not is_dense(a.shape, a.strides)),
+        strided=tuple(name for name, info in arrays.items() if not shapes.is_dense(name, info, name in tied)),
         options=options,
     )
 

@@ -306,6 +306,19 @@ def test_torch_expanded_views_are_tied(arrays, backend):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gaps_between_the_tokens_of_a_tied_view_are_told(expanded):
+    case = Case("tokens", tokens=3)
+    tensors = to_mode(case.arrays(seed=2), "torch")
+    dense = tensors["dt"].contiguous()
+    spread = torch.stack((dense, dense), dim=2)[:, :, 0]
+    for dt, strided in ((dense, ()), (spread, ("dt",))):
+        dt = dt[..., None].expand(*dt.shape, case.headdim) if expanded else dt
+        problem = explain(**{**tensors, "dt": dt}, **case.flags).choices[0].problem
+        assert "dt" in problem.tied
+        assert problem.strided == strided
+
+
 def test_torch_bumps_the_version_counter(arrays):
     tensors = to_mode(arrays, "torch")
     out = torch.empty_like(tensors["x"])
