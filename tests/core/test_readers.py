@@ -228,7 +228,7 @@ def check_of_triton(problem):
     s = specialise(problem, forms.tile(problem))
     passed = [tuple(runtime_arguments(one).values()) for one in launches(s)]
     reader, launch = triton_backend._reader(s), launch_of(s)
-    return lambda *tensors: triton_backend._check(reader, launch, passed, *tensors)
+    return lambda *tensors: triton_backend._check(s, reader, launch, passed, *tensors)
 
 
 def triton_serves(problem, other, arrays):
@@ -237,9 +237,17 @@ def triton_serves(problem, other, arrays):
     as_one_chunk = not s.tile.one_chunk or max(other.tokens, 1) <= s.tile.chunk
     vectors = {*other.names, "out"} - {*s.tied, *s.unaligned, *TABLES, "rand_seed"}
     lies_well = all(is_aligned(name, arrays[name], other.layout) for name in vectors)
-    return (
-        dataclasses.replace(o, kernel=s.kernel, tile=s.tile, unaligned=s.unaligned) == s and as_one_chunk and lies_well
-    )
+    rows = [name for name in (*other.names, "out") if ARGUMENTS[name].free == "*"]
+    lies_well &= not s.dense or all(has_dense_rows(arrays[name], other.layout) for name in rows)
+    own = dataclasses.replace(o, kernel=s.kernel, tile=s.tile, unaligned=s.unaligned, dense=s.dense)
+    return own == s and as_one_chunk and lies_well
+
+
+def has_dense_rows(info, form):
+    """Whether the tokens of an array follow each other without gaps; of a tied view the entries that do not repeat."""
+    axis = len(TOKEN_AXES[form]) - 1
+    row = math.prod(n for n, stride in zip(info.shape[axis + 1 :], info.strides[axis + 1 :], strict=True) if stride)
+    return 0 in info.shape or info.shape[axis] == 1 or info.strides[axis] == row
 
 
 def is_aligned(name, info, form):

@@ -14,9 +14,11 @@ from ssu_bridge.backends.triton import forms, replay
 from ssu_bridge.backends.triton.compile import (
     FLOAT_BYTES,
     Argument,
+    Kind,
     Launch,
     Specialisation,
     compile_step,
+    dense_strides,
     launch_of,
     launches,
     runtime_arguments,
@@ -71,7 +73,7 @@ def _kernel(specialisation: Specialisation) -> DeviceKernel:
         for k, grid, arguments, scratch in zip(compiled, launch.grids, passed, launch.scratch, strict=True)
     ]
     function = library().cubin_kernel(rows, launch.tensors, launch.in_place, launch.overlaps)
-    check = functools.partial(_check, _reader(specialisation), launch, passed)
+    check = functools.partial(_check, specialisation, _reader(specialisation), launch, passed)
     return DeviceKernel(
         specialisation.target, function, check, functools.partial(_scratch, launch) if any(launch.scratch) else None
     )
@@ -107,7 +109,19 @@ def _tokens(s: Specialisation) -> tuple[int, int]:
     return (0, s.tile.chunk) if s.tile.one_chunk else ANY_TOKENS
 
 
-def _check(reader: Callable[..., object], launch: Launch, passed: Sequence[Sequence[Argument]], *tensors: Any) -> None:
+def _check(
+    s: Specialisation,
+    reader: Callable[..., object],
+    launch: Launch,
+    passed: Sequence[Sequence[Argument]],
+    *tensors: Any,
+) -> None:
     reader(*tensors)
     for grid, arguments in zip(launch.grids, passed, strict=True):
         library().cubin_arguments(grid, [one for one in arguments if one.tensor < launch.tensors], tensors)
+    grid = launch.grids[-1]
+    for name, argument, expected in dense_strides(s):
+        entries, tokens = (argument._replace(kind=Kind.SIZE, axis=axis) for axis in (0, argument.axis))
+        _, count, length, came = library().cubin_arguments(grid, [entries, tokens, argument], tensors)
+        if count and length > 1 and came != expected:
+            raise ValueError(f"{name}: expected tokens that are {expected} elements apart, got {came}")

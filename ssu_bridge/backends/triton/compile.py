@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import importlib
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ class Specialisation:
     window: int
     most_tokens: int
     unaligned: tuple[str, ...]
+    # Whether rows of several tokens have no gaps between them, and so strides that are compiled in.
+    dense: bool
     tile: Tile
 
     @property
@@ -70,6 +73,8 @@ class Specialisation:
             flags += f";stride={self.intermediate_stride}"
         if self.rounds_each_token:
             flags += ";each=1"
+        if self.dense:
+            flags += ";dense=1"
         if self.window:
             flags += f";replay={self.window}+{self.most_tokens}"
         ahead = f"+{self.tile.ahead}" if self.tile.ahead else ""
@@ -107,8 +112,15 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         window=problem.options.replay_window,
         most_tokens=problem.options.replay_tokens,
         unaligned=tuple(sorted(problem.unaligned)),
+        dense=_is_dense(problem),
         tile=tile,
     )
+
+
+def _is_dense(problem: Problem) -> bool:
+    """Return whether rows of tokens have no gaps between them, of calls that were measured to be faster for it."""
+    is_measured = problem.layout != "single" and not problem.replays
+    return is_measured and not {*_TOKENWISE}.intersection(problem.strided)
 
 
 def _kernel_name(problem: Problem, tile: Tile) -> str:
@@ -310,6 +322,8 @@ _NUMBERS_OF_DECAYS = 5
 _TOKENS_OF_DECAYS = 512
 _ANY = 2**31 - 1
 
+# What has a row for each token.
+_TOKENWISE = (*TOKENWISE, "out")
 _TOKEN_AXIS = {"multi": 1, "packed": 0}
 
 
@@ -324,7 +338,7 @@ def runtime_arguments(specialisation: Specialisation) -> dict[str, Argument]:
         divisor = _divisor(specialisation, name)
         result[name] = Argument(Kind.ADDRESS, place[name], divisor=divisor)
         for axis, stride in enumerate(_strides(specialisation, name)):
-            if stride:
+            if not (specialisation.dense and stride == "token_stride" and name in _TOKENWISE):
                 result[f"{name}_{stride}"] = Argument(Kind.STRIDE, place[name], axis, _elements(specialisation, name))
     if any(map(_scratch_floats, launches(specialisation))):
         result["scratch"] = Argument(Kind.ADDRESS, _tensors(specialisation), divisor=VECTOR_BYTES)
@@ -374,16 +388,41 @@ def _kernel_dtypes(specialisation: Specialisation) -> dict[str, str]:
 def constant_arguments(s: Specialisation) -> dict[str, Any]:
     """Return what is compiled in, by the names of the kernels' arguments."""
     tied = {f"TIED_{name.upper()}": name in s.tied for name in TIED_AXES}
-    sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
     blocks = {"BLOCK_P": s.tile.rows, "BLOCK_N": s.tile.columns}
     flags = {"SOFTPLUS": s.dt_softplus, "PAD": s.pad_slot_id, "OVERLAP": s.capability >= _OVERLAPPING}
     state = {"STORED": _stored(s), "STORE_STATE": "state" in s.results, "ROUNDS": s.philox_rounds}
     state |= {"ROUND_EACH": s.rounds_each_token, "AHEAD": s.tile.ahead, "EARLY": s.tile.early}
     steps = {"INTERMEDIATE_STRIDE": s.intermediate_stride}
     matrix = replay.constants(s, _PARTS) if s.window else _matrix_constants(s) if s.tile.chunk else {}
-    # Of single tokens there is but the first.
-    no_strides = {f"{name}_token_stride": 0 for name in (*TOKENWISE, "out") if s.layout == "single"}
-    return {**sizes, **tied, **blocks, **flags, **state, **steps, **matrix, **no_strides}
+    return {**_sizes(s), **tied, **blocks, **flags, **state, **steps, **matrix, **_compiled_strides(s)}
+
+
+def _compiled_strides(s: Specialisation) -> dict[str, int]:
+    """Return the strides from token to token that are compiled in; of single tokens there is but the first."""
+    if s.layout == "single":
+        return {f"{name}_token_stride": 0 for name in _TOKENWISE}
+    return {f"{name}_token_stride": stride for name, _, stride in dense_strides(s)}
+
+
+def dense_strides(s: Specialisation) -> list[tuple[str, Argument, int]]:
+    """Return the arrays whose strides from token to token are compiled in, each stride's place, and what it is."""
+    if not s.dense:
+        return []
+    sizes, axis = _sizes(s), _TOKEN_AXIS[s.layout]
+    return [
+        (name, Argument(Kind.STRIDE, place, axis), math.prod(sizes[symbol] for symbol in _row(s, name)))
+        for place, name in enumerate(_kernel_dtypes(s))
+        if name in _TOKENWISE
+    ]
+
+
+def _row(s: Specialisation, name: str) -> str:
+    """Return the axes of a token's row of an array, in symbols."""
+    return ARGUMENTS[name].shapes[name in s.tied].removeprefix("*")
+
+
+def _sizes(s: Specialisation) -> dict[str, int]:
+    return {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
 
 
 def _stored(s: Specialisation) -> str:

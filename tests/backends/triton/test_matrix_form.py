@@ -1,5 +1,8 @@
 """The matrix form of several tokens on a machine without a GPU: what takes it, what refuses it, what it compiles to."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 from compiled_kernels import CAPABILITIES, assert_stack, computed_values, problem_of
@@ -8,7 +11,7 @@ from thinned import covering, thinned
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import compile_step, launches, specialise
+from ssu_bridge.backends.triton.compile import compile_step, launches, runtime_arguments, specialise
 
 TABLE = ((0, 1, 2, 3),)
 CHAIN = (tuple(range(-1, 4)),)
@@ -51,14 +54,15 @@ LAYERS = {
 
 
 # Bytes that go through the stack: random words leave no registers for them (with half the rows none does, and it takes
-# 1.35 times as long), nor do three parts of each float32. Prompts read ahead, and get a few registers back once a chunk.
+# 1.35 times as long), nor do three parts of each float32. Prompts read ahead, and with z they
+# get a few registers back once a chunk.
 SPILLED = {
     "few, stochastic": 48,
-    "few, float32 inputs": 16,
-    "prompt": 112,
-    "prompt, bfloat16": 88,
-    "prompt, int8": 96,
-    "prompt, float32 inputs": 264,
+    "few, float32 inputs": 8,
+    "prompt": 88,
+    "prompt, bfloat16": 80,
+    "prompt, int8": 56,
+    "prompt, float32 inputs": 248,
 }
 
 
@@ -131,6 +135,29 @@ def test_auto_takes_what_was_measured_to_be_faster(case, chunk):
 def test_which_prompts_have_decays_from_another_kernel(case, capability, decays):
     tile = forms.tile(problem_of(case, capability, backend="triton", algorithm="matrix"))
     assert tile.decays == decays
+
+
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "out", "parent_tokens", "state"])
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_strides_of_rows_without_gaps_are_compiled_in(name, tokens):
+    dense = problem_of(layer(tokens=tokens, parents=(tuple(range(-1, tokens - 1)),)))
+    gaps = dataclasses.replace(dense, strided=(name,))
+    first, other = (specialise(problem, forms.tile(problem)) for problem in (dense, gaps))
+    rows = runtime_arguments(other).keys() - runtime_arguments(first).keys()
+    assert (first.target != other.target) == (name != "state")
+    assert ("x_token_stride" in rows) == (name != "state")
+    if name == "x":
+        assert_stack(other, 0)
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "matrix"])
+def test_rows_are_found_beyond_what_32_bits_count(algorithm):
+    problem = problem_of(layer(tokens=300, nheads=37, ngroups=1), backend="triton", algorithm=algorithm)
+    texts = [compile_step(one).text["ttgir"] for one in launches(specialise(problem, forms.tile(problem)))]
+    # 37 heads of 64: what a token's number is multiplied with, in x and out.
+    widths = re.findall(r"(?:%c2368_|dense<2368> : tensor<(?:\d+x)+)i(\d+)", "".join(texts))
+    assert widths
+    assert {*widths} == {"64"}
 
 
 def test_a_form_by_name():

@@ -47,7 +47,9 @@ def test_a_layer(state, tokens):
         {"tokens": 70, "headdim": 40, "dstate": 96},
         # With decays from another kernel: in one piece with tokens that fill no chunk, and in segments.
         {"tokens": 300, "has_initial_state": (True, False, True), "dtypes": BFLOAT16, "destinations": (1, -1, 3)},
+        {"tokens": 320, "dtypes": BFLOAT16},
         {"tokens": 1100, "sequences": 1, "indices": (2,), "dtypes": BFLOAT16},
+        {"tokens": 1120, "sequences": 1, "indices": (2,), "dtypes": BFLOAT16},
         {"tokens": 1100, "sequences": 1, "indices": (2,), "dtypes": {**BFLOAT16, "state": "int8"}, "absent": ("z",)},
         {"tokens": 64, "parents": tuple(tuple(t // 2 - 1 for t in range(64)) for _ in range(3))},
         {"tokens": 90, "cu_seqlens": (0, 3, 20, 90), "parents": tuple(t % 7 - 1 for t in range(90))},
@@ -57,6 +59,29 @@ def test_a_layer(state, tokens):
 def test_what_a_call_can_ask_for(changes):
     case = dataclasses.replace(LAYER, **changes)
     assert_step(case, case.arrays(seed=11), "torch.cuda", "triton", algorithm="matrix")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "algorithm"), [(3, "loop"), (8, "matrix"), (40, "matrix"), (320, "matrix"), (1100, "matrix")]
+)
+def test_rows_with_gaps_give_the_same_bits(tokens, algorithm):
+    case = dataclasses.replace(LAYER, tokens=tokens, dtypes=BFLOAT16)
+    arrays = case.arrays(seed=3)
+    expected = ssu_bridge.update(**to_mode(arrays, "torch.cuda"), **case.flags, backend="triton", algorithm=algorithm)
+    tensors = to_mode(arrays, "torch.cuda")
+    spread = {name: with_gaps(tensors[name]) for name in ("x", "dt", "B", "C", "z")}
+    out = with_gaps(torch.full_like(tensors["x"], float("nan")))
+    got = ssu_bridge.update(
+        **{**tensors, **spread}, **case.flags, out=out, backend="triton", algorithm=algorithm
+    )  # fmt: skip
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def with_gaps(tensor):
+    """Return a tensor as a slice of a wider one: its tokens have gaps between them."""
+    whole = torch.full((*tensor.shape[:2], tensor.shape[2] + 8, *tensor.shape[3:]), 9.0, device="cuda").to(tensor.dtype)
+    view = whole[:, :, : tensor.shape[2]]
+    return view.copy_(tensor)
 
 
 def run(case, arrays, algorithm):

@@ -171,8 +171,8 @@ SPLIT = {
     "packed": layer(tokens=1100, cu_seqlens=(0, 1100)),
     "states on the way": layer(tokens=1100, steps=32, intermediate_stride=64),
 }
-# Bytes that go through the stack: 4 to 28 registers of 255.
-SPILLED = {"float32": 88, "bfloat16": 112, "int8": 88, "packed": 16, "states on the way": 16}
+# Bytes that go through the stack, of one or two registers of 255.
+SPILLED = {"int8": 8}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_they_compile_and_spill_next_to_nothing(name):
     with_decays = problem.layout == "multi" and not SPLIT[name].steps
     assert [kernel.kernel for kernel in kernels] == ["decays"] * with_decays + ["segment_states", "matrix_form"]
     for kernel in kernels:
-        assert_stack(kernel, SPILLED[name] if kernel.kernel == "matrix_form" else 0)
+        assert_stack(kernel, SPILLED.get(name, 0) if kernel.kernel == "matrix_form" else 0)
 
 
 def test_a_split_is_told(split):

@@ -46,12 +46,15 @@ def sums(a, b, c, d, e, f):
 
 
 @triton.jit
-def decayed(products, coarse, weighted, on_path):
-    """Return the weights of tokens [j] in the outputs of others [i], but for the factor ``up`` [i].
+def decayed(products, coarse, weighted, on_path, fine=None):
+    """Return the weights of tokens [j] in the outputs of others [i], without ``fine`` but for the factor 2^fine [i].
 
-    ``weighted`` is d / ``up``: 2^fine is near 1, and taken out of the matrix of decays.
+    ``weighted`` is d / 2^fine. The coarse exponents are subtracted without an error, and 2^fine is near 1.
     """
-    weights = products * (tl.exp2(coarse[None, :] - coarse[:, None]) * weighted[:, None])
+    exponents = coarse[None, :] - coarse[:, None]
+    if fine is not None:
+        exponents += fine[None, :]
+    weights = products * (tl.exp2(exponents) * weighted[:, None])
     return tl.where(on_path, weights, 0.0)
 
 

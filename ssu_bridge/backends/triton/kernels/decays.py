@@ -49,22 +49,22 @@ def decays(
     bias = dt_bias if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     coarse, fine, d = exponents_of(raw_d, there, rate, bias, SOFTPLUS)
     coarse, fine, d = tl.associative_scan((coarse, fine, d), 1, sums)
-    up = tl.exp2(fine)
     is_last = tl.arange(0, Q)[None, :] == Q - 1
     last_coarse = tl.sum(tl.where(is_last, coarse, 0.0), 1)[:, None]
     last_fine = tl.sum(tl.where(is_last, fine, 0.0), 1)[:, None]
-    to = scratch + program * (_NUMBERS * BLOCK) + place
+    to = first_of(scratch, sequence, head, tokens, H, BLOCK) + block * (_NUMBERS * BLOCK)
+    to += tl.arange(0, chunks)[:, None] * size_of_chunk(Q) + tl.arange(0, Q)[None, :]
     tl.store(to, coarse)
-    tl.store(to + BLOCK, up)
-    tl.store(to + 2 * BLOCK, tl.div_rn(d, up))
-    tl.store(to + 3 * BLOCK, tl.exp2((last_coarse - coarse) + (last_fine - fine)) * d)
-    tl.store(to + 4 * BLOCK, tl.broadcast_to(tl.exp2(last_coarse + last_fine), (chunks, Q)))
+    tl.store(to + Q, fine)
+    tl.store(to + 2 * Q, tl.div_rn(d, tl.exp2(fine)))
+    tl.store(to + 3 * Q, tl.exp2((last_coarse - coarse) + (last_fine - fine)) * d)
+    tl.store(to + 4 * Q, tl.exp2(coarse + fine))
 
 
 @triton.jit
 def first_of(scratch, sequence, head, tokens, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Return where what is stored of a sequence begins."""
-    return scratch + ((sequence * (tokens // BLOCK + 1)) * H + head) * (_NUMBERS * BLOCK)
+    """Return where what is stored of a sequence and head begins."""
+    return scratch + (sequence * H + head) * (tokens // BLOCK + 1) * (_NUMBERS * BLOCK)
 
 
 @triton.jit
@@ -74,11 +74,16 @@ def size_of_decays(sequences, tokens, H: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def decays_at(first, token, H: tl.constexpr, BLOCK: tl.constexpr):
-    """Return where what is stored of a token is; ``first`` is where that of its sequence begins.
+def size_of_chunk(Q: tl.constexpr):
+    """Return how many numbers are stored of a chunk."""
+    return _NUMBERS * Q
 
-    In rows of BLOCK: the coarse exponents of the decays up to each token in its chunk; 2 to the fine ones; the time
-    steps over that; each token's weight in the state after the chunk; and the decay of the state before the chunk.
+
+@triton.jit
+def decays_at(first, token):
+    """Return where what is stored of the chunk that begins with a token is; ``first`` is that of its sequence and head.
+
+    In rows of Q: the exponents of the decays up to each token in its chunk, coarse and fine; the time steps over 2 to
+    the fine ones; each token's weight in the state after the chunk; and the decays of the state before the chunk.
     """
-    token = tl.cast(token, tl.int64)
-    return first + token // BLOCK * (H * _NUMBERS * BLOCK) + token % BLOCK
+    return first + tl.cast(token, tl.int64) * _NUMBERS

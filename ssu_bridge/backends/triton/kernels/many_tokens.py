@@ -187,7 +187,7 @@ def many_tokens(
         xs, d = next_x.to(tl.float32), next_dt.to(tl.float32)
         Bs, Cs = to_float32(next_B), to_float32(next_C)
         # The next token's inputs are loaded before this token is computed, so that the next one does not wait.
-        following = tl.minimum(token + 1, length - 1)
+        following = tl.minimum(token + 1, length - 1).to(tl.int64)
         next_x = tl.load(x + following * x_token_stride, mask=row_mask)
         next_dt = tl.load(dt + following * dt_token_stride, mask=dt_mask)
         next_B = tl.load(B + following * B_token_stride, mask=column_mask, other=0)
@@ -202,9 +202,10 @@ def many_tokens(
                 ancestors = _ancestors(parents, parent_tokens_token_stride, parent)
                 for earlier in range(parent + 1):
                     if ((ancestors >> earlier) & 1) != 0:
-                        old_x = tl.load(x + earlier * x_token_stride, mask=row_mask).to(tl.float32)
-                        old_d = tl.load(dt + earlier * dt_token_stride, mask=dt_mask).to(tl.float32)
-                        old_B = tl.load(B + earlier * B_token_stride, mask=column_mask, other=0).to(tl.float32)
+                        then = tl.cast(earlier, tl.int64)
+                        old_x = tl.load(x + then * x_token_stride, mask=row_mask).to(tl.float32)
+                        old_d = tl.load(dt + then * dt_token_stride, mask=dt_mask).to(tl.float32)
+                        old_B = tl.load(B + then * B_token_stride, mask=column_mask, other=0).to(tl.float32)
                         old_A = As if TIED_A else load(A + tile, tile_mask)
                         current = _advanced(current, old_A, time_step(old_d, bias, SOFTPLUS), old_x, old_B)
                         if ROUND_EACH:
@@ -260,9 +261,10 @@ def many_tokens(
                 )  # fmt: skip
 
         y = tl.sum(current * Cs[None, :], axis=1)
-        gate = z if z is None else load(z + token * z_token_stride + channels, row_mask)
+        at = tl.cast(token, tl.int64)
+        gate = z if z is None else load(z + at * z_token_stride + channels, row_mask)
         y = gated_output(y, xs, skip, gate)
-        tl.store(out + token * out_token_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
+        tl.store(out + at * out_token_stride + channels, y.to(out.dtype.element_ty), mask=row_mask)
         if ROUND_EACH:
             current = _worth(numbers, scales, STORED)
 
@@ -322,6 +324,13 @@ def at_first(pointer, stride, token_stride, sequence, first):
         return pointer + first * token_stride
     else:
         return pointer + sequence * stride
+
+
+@triton.jit
+def rows_from(pointer, token, token_stride, ROWS: tl.constexpr):
+    """Return where the rows of so many tokens begin, from a token on, [rows, 1]."""
+    rows = tl.arange(0, ROWS).to(tl.int64) * token_stride
+    return pointer + tl.cast(token, tl.int64) * token_stride + rows[:, None]
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssu_bridge.backends.triton.kernels.chunks import advanced, decayed, decays_after, exponents_of, summed
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, checked, gated_output, inside, load, prefetch, slot_of
-from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
-from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.products import mixed, product, product_of_rows
+from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_chunk, size_of_decays
+from ssu_bridge.backends.triton.kernels.many_tokens import at_first, rows_from, tokens_of
+from ssu_bridge.backends.triton.kernels.products import mixed, product_of_exact, product_of_rows
 from ssu_bridge.backends.triton.kernels.segments import (
     bounds_of,
     first_record,
@@ -194,34 +194,23 @@ def matrix_form(
 
     bias = dt_bias if dt_bias is None else tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head).to(tl.float32) * LOG2_E
-    skip = D if D is None else D + (head if TIED_D else channels)
+    skip = D if D is None else (tl.load(D + head).to(tl.float32) if TIED_D else D + channels)
     group = head // (H // G) * N
-    parameters = (rate, row_mask)
-    x, dt, B, C, out = x + channels, dt + head, B + group, C + group, out + channels
-    z = z if z is None else z + channels
+    parameters = (rate, channels, row_mask)
+    dt, B, C = dt + head, B + group, C + group
     arrays = (x, dt, B, C, out)
     strides = (x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride)
     if ONE:
         current = _chunk(
             current, 0, length, arrays, strides, parameters, bias, decays, skip, z, z_token_stride, parent_tokens,
-            parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False, S_PARTS, X_PARTS,
+            parent_tokens_token_stride, TIED_D, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS,
             B_PARTS, C_PARTS,
         )  # fmt: skip
     elif intermediate_states is None:
-        whole_end = begin
-        if BLOCK:
-            # Without masks, which take a tenth of the instructions.
-            whole_end += (end - begin) // Q * Q
-            for token in tl.range(begin, whole_end, Q, num_stages=STAGES):
-                current = _chunk(
-                    current, token, end, arrays, strides, parameters, bias, decays, skip, z, z_token_stride,
-                    parent_tokens, parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, True,
-                    S_PARTS, X_PARTS, B_PARTS, C_PARTS,
-                )  # fmt: skip
-        for token in range(whole_end, end, Q):
+        for token in tl.range(begin, end, Q, num_stages=STAGES):
             current = _chunk(
                 current, token, end, arrays, strides, parameters, bias, decays, skip, z, z_token_stride, parent_tokens,
-                parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False, S_PARTS, X_PARTS,
+                parent_tokens_token_stride, TIED_D, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, S_PARTS, X_PARTS,
                 B_PARTS, C_PARTS,
             )  # fmt: skip
     else:
@@ -235,7 +224,7 @@ def matrix_form(
             for token in range(start, stop, Q):
                 current = _chunk(
                     current, token, stop, arrays, strides, parameters, bias, decays, skip, z, z_token_stride,
-                    parent_tokens, parent_tokens_token_stride, H, BLOCK, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q, False,
+                    parent_tokens, parent_tokens_token_stride, TIED_D, N, BLOCK_P, BLOCK_N, SOFTPLUS, MIX, Q,
                     S_PARTS, X_PARTS, B_PARTS, C_PARTS,
                 )  # fmt: skip
             step = tl.cast(start // INTERMEDIATE_STRIDE, tl.int64)
@@ -280,43 +269,39 @@ def _chunk(
     z_token_stride,
     parent_tokens,
     parent_tokens_token_stride,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TIED_D: tl.constexpr,
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     MIX: tl.constexpr,
     Q: tl.constexpr,
-    WHOLE: tl.constexpr,
     S_PARTS: tl.constexpr,
     X_PARTS: tl.constexpr,
     B_PARTS: tl.constexpr,
     C_PARTS: tl.constexpr,
 ):
-    """Write the outputs of the tokens from ``token`` to before ``end``, at most Q, and return the state after them.
-
-    There are Q if the chunk is WHOLE.
-    """
+    """Write the outputs of the tokens from ``token`` to before ``end``, at most Q, and return the state after them."""
     x, dt, B, C, out = arrays
     x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride = strides
-    rate, row_mask = parameters
+    rate, channels, row_mask = parameters
     t = tl.arange(0, Q)
-    there = tl.full((Q,), True, tl.int1) if WHOLE else token + t < end
+    there = token + t < end
     at = token + t.to(tl.int64)
     mask = there[:, None] & row_mask[None, :]
     if decays is None:
         raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
-    Xs = tl.load(x[None, :] + at[:, None] * x_token_stride, mask=mask, other=0.0)
+    Xs = tl.load(rows_from(x, token, x_token_stride, Q) + channels[None, :], mask=mask, other=0.0)
     columns = tl.arange(0, BLOCK_N)
     columns_mask = there[:, None] & inside(columns, N, BLOCK_N)[None, :]
-    Bs = tl.load(B + at[:, None] * B_token_stride + columns[None, :], mask=columns_mask, other=0.0)
-    Cs = tl.load(C + at[:, None] * C_token_stride + columns[None, :], mask=columns_mask, other=0.0)
+    Bs = tl.load(rows_from(B, token, B_token_stride, Q) + columns[None, :], mask=columns_mask, other=0.0)
+    Cs = tl.load(rows_from(C, token, C_token_stride, Q) + columns[None, :], mask=columns_mask, other=0.0)
 
     on_path = t[:, None] <= t[None, :]
     if decays is not None:
-        numbers = decays_at(decays, token, H, BLOCK)
-        coarse, up, d = tl.load(numbers + t), tl.load(numbers + BLOCK + t), tl.load(numbers + 2 * BLOCK + t)
+        numbers = decays_at(decays, token)
+        coarse, fine, weighted = tl.load(numbers + t), tl.load(numbers + Q + t), tl.load(numbers + 2 * Q + t)
+        decay = tl.load(numbers + 4 * Q + t)
     else:
         coarse, fine, d = exponents_of(raw_d, there, rate, bias, SOFTPLUS)
         if parent_tokens is None:
@@ -325,30 +310,28 @@ def _chunk(
             on_path = _paths(parent_tokens, at, there, t, parent_tokens_token_stride, Q)
             coarse = tl.sum(tl.where(on_path, coarse[:, None], 0.0), 0)
             fine = tl.sum(tl.where(on_path, fine[:, None], 0.0), 0)
-        up = tl.exp2(fine)
     weights = product_of_rows(Bs, Cs, B_PARTS, C_PARTS)
-    weights = decayed(weights, coarse, d if decays is not None else tl.div_rn(d, up), on_path)
-    y = product(tl.trans(Xs), weights, tl.zeros((BLOCK_P, Q), tl.float32), X_PARTS, 3)
+    if decays is None:
+        # After this product, so that the compiler has the state loaded before B and C, and not after them.
+        weighted, decay = tl.div_rn(d, tl.exp2(fine)), tl.exp2(coarse + fine)
+    weights = decayed(weights, coarse, weighted, on_path, fine)
+    if skip is not None and TIED_D:
+        weights = tl.where(t[:, None] == t[None, :], weights + skip, weights)
     before = product_of_rows(current, mixed(Cs, MIX), S_PARTS, C_PARTS)
-    y = tl.fma(before, tl.exp2(coarse)[None, :], y) * up[None, :]
-
-    y = tl.trans(y)
-    if skip is not None:
-        # Loaded for each chunk, so that it needs no registers in between.
-        if len(skip.shape) == 0:
-            y += Xs.to(tl.float32) * tl.load(skip).to(tl.float32)
-        else:
-            y += Xs.to(tl.float32) * load(skip, row_mask)[None, :]
+    y = product_of_exact(tl.trans(Xs), weights, X_PARTS)
+    y = tl.trans(tl.fma(before, decay[None, :], y))
+    if skip is not None and not TIED_D:
+        y += Xs.to(tl.float32) * load(skip, row_mask)[None, :]
     if z is not None:
-        y = gated_output(y, 0.0, None, load(z[None, :] + at[:, None] * z_token_stride, mask))
-    tl.store(out[None, :] + at[:, None] * out_token_stride, y.to(out.dtype.element_ty), mask=mask)
+        y = gated_output(y, 0.0, None, load(rows_from(z, token, z_token_stride, Q) + channels[None, :], mask))
+    tl.store(rows_from(out, token, out_token_stride, Q) + channels[None, :], y.to(out.dtype.element_ty), mask=mask)
 
     if parent_tokens is None:
         if decays is not None:
-            after, decay = tl.load(numbers + 3 * BLOCK + t), tl.load(numbers + 4 * BLOCK)
+            after, last = tl.load(numbers + 3 * Q + t), tl.load(numbers + size_of_chunk(Q) - 1)
         else:
-            after, decay = decays_after(coarse, fine, d, t, Q)
-        current = advanced(current, Xs, mixed(Bs, MIX), after, decay, S_PARTS == 1, B_PARTS)
+            after, last = decays_after(coarse, fine, d, t, Q)
+        current = advanced(current, Xs, mixed(Bs, MIX), after, last, S_PARTS == 1, B_PARTS)
     return current
 
 

@@ -40,6 +40,27 @@ def product_of_rows(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 
 
 @triton.jit
+def product_of_exact(a, b, A_PARTS: tl.constexpr):
+    """Return a @ b for a float32 b. If a has one part, b's three are the columns of one product.
+
+    No product then waits for the one before, and nothing is cut off where the sums of the parts are added.
+    """
+    M: tl.constexpr = a.shape[0]
+    N: tl.constexpr = b.shape[1]
+    if A_PARTS == 1:
+        high, middle, low = _parts(b, 3)
+        both = tl.join(tl.join(low, tl.zeros(low.shape, low.dtype)), tl.join(high, middle))
+        both = both.permute(0, 2, 3, 1).reshape(b.shape[0], 4 * N)
+        sums = tl.dot(a, both, tl.zeros((M, 4 * N), tl.float32)).reshape(M, 2, 2, N).permute(0, 3, 1, 2)
+        first, second = tl.split(sums)
+        low, _ = tl.split(first)
+        high, middle = tl.split(second)
+        return (low + middle) + high
+    else:
+        return product(a, b, tl.zeros((M, N), tl.float32), A_PARTS, 3)
+
+
+@triton.jit
 def _sum_of_halves(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
     a_left, a_right = _halves(a)
     b_left, b_right = _halves(b)

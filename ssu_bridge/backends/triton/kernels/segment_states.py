@@ -6,8 +6,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssu_bridge.backends.triton.kernels.chunks import advanced, decays_after, exponents_of, summed
 from ssu_bridge.backends.triton.kernels.common import LOG2_E, inside
-from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_decays
-from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
+from ssu_bridge.backends.triton.kernels.decays import decays_at, first_of, size_of_chunk, size_of_decays
+from ssu_bridge.backends.triton.kernels.many_tokens import at_first, rows_from, tokens_of
 from ssu_bridge.backends.triton.kernels.segments import bounds_of, is_not_split, segment_at
 from ssu_bridge.backends.triton.kernels.state_tile import source_of, state_in
 
@@ -85,7 +85,7 @@ def segment_states(
     begin, end = bounds_of(segment, length, is_whole, SEGMENTS, LEAST, UNIT)
     if end >= length:
         return
-    x = at_first(x, x_stride, x_token_stride, sequence, first) + channels
+    x = at_first(x, x_stride, x_token_stride, sequence, first)
     dt = at_first(dt, dt_stride, dt_token_stride, sequence, first) + head
     B = at_first(B, B_stride, B_token_stride, sequence, first) + head // (H // G) * N
 
@@ -117,20 +117,22 @@ def segment_states(
     columns = tl.arange(0, BLOCK_N)
     total = 1.0
     for token in tl.range(begin, end, Q, num_stages=STAGES):
-        there = token + t < end
-        at = token + t.to(tl.int64)
-        Xs = tl.load(x[None, :] + at[:, None] * x_token_stride, mask=there[:, None] & row_mask[None, :], other=0.0)
+        # A segment that is not the last one has a multiple of UNIT tokens.
+        there = tl.full((Q,), True, tl.int1) if UNIT % Q == 0 else token + t < end
+        mask = there[:, None] & row_mask[None, :]
+        Xs = tl.load(rows_from(x, token, x_token_stride, Q) + channels[None, :], mask=mask, other=0.0)
         columns_mask = there[:, None] & inside(columns, N, BLOCK_N)[None, :]
-        Bs = tl.load(B + at[:, None] * B_token_stride + columns[None, :], mask=columns_mask, other=0.0)
+        Bs = tl.load(rows_from(B, token, B_token_stride, Q) + columns[None, :], mask=columns_mask, other=0.0)
         if BLOCK:
             # A chunk here is two there.
-            numbers = decays_at(decays, token, H, BLOCK)
-            second = tl.load(numbers + 4 * BLOCK + Q // 2)
-            after = tl.load(numbers + 3 * BLOCK + t)
-            after = tl.where(t < Q // 2, after * second, after)
-            decay = tl.load(numbers + 4 * BLOCK) * second
+            half: tl.constexpr = Q // 2
+            numbers = decays_at(decays, token)
+            second = tl.load(numbers + 2 * size_of_chunk(half) - 1)
+            after = tl.load(numbers + 3 * half + t // half * size_of_chunk(half) + t % half)
+            after = tl.where(t < half, after * second, after)
+            decay = tl.load(numbers + size_of_chunk(half) - 1) * second
         else:
-            raw_d = tl.load(dt + at * dt_token_stride, mask=there, other=0.0)
+            raw_d = tl.load(dt + (token + t.to(tl.int64)) * dt_token_stride, mask=there, other=0.0)
             coarse, fine, d = summed(*exponents_of(raw_d, there, rate, bias, SOFTPLUS))
             after, decay = decays_after(coarse, fine, d, t, Q)
         current = advanced(current, Xs, Bs, after, decay, False, B_PARTS)
