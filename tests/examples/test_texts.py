@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mamba2_jax import checkpoint, model
-from mamba2_jax.generate import KJV, prefill, stream
+from mamba2_jax.generate import KJV, bucket, prefill, stream
 from mamba2_jax.requests import Sequence
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler
@@ -27,10 +27,9 @@ def trained():
     return checkpoint.load(KJV)
 
 
-def assert_same_texts(trained, texts, count=200):
+def assert_same_texts(trained, texts, count=200, prompts=TEXTS):
     """From a token on that two logits are as good as equal for, a text may be another; so many tokens are compared."""
-    assert len(texts) == len(TEXTS) == 10
-    for (prompt, expected), got in zip(TEXTS.items(), texts, strict=True):
+    for (prompt, expected), got in zip(((p, TEXTS[p]) for p in prompts), texts, strict=True):
         assert len(got) == count <= len(expected) == 200
         for place in (i for i, (one, other) in enumerate(zip(bytes(got), expected, strict=False)) if one != other):
             states = model.zero_states(trained[0], 1, "float32", "float32")
@@ -48,11 +47,25 @@ def scheduled(trained, batch):
     return [request.drawn for request in requests]
 
 
+def test_there_are_texts():
+    assert len(TEXTS) == 10
+
+
+# By default prompts of the smallest bucket and of the largest: a program is compiled for each.
+BUCKETS = {rows: [p for p in TEXTS if bucket(len(p)) == rows] for rows in (16, 32, 64, 128, 256)}
+
+
 @pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(rows, marks=[] if rows in (16, 256) else [pytest.mark.nightly]) for rows in BUCKETS]
+)
 @jax.default_matmul_precision("float32")  # a GPU's default has ten bits
-def test_prefill_in_buckets(trained, _device):
+def test_prefill_in_buckets(trained, rows, _device):
     # How a prompt was read shows in the first tokens.
-    assert_same_texts(trained, [list(stream(*trained, list(p), 48, sampling=GREEDY)) for p in TEXTS], 48)
+    prompts = BUCKETS[rows]
+    assert prompts
+    texts = [list(stream(*trained, list(p), 48, sampling=GREEDY)) for p in prompts]
+    assert_same_texts(trained, texts, 48, prompts)
 
 
 @pytest.mark.parametrize("_device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])

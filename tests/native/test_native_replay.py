@@ -363,7 +363,7 @@ def digest():
 
 def test_threads_do_not_change_the_bits():
     script = f"import sys; sys.path[:0] = {[HELPERS, os.path.dirname(__file__)]!r}; from test_native_replay import digest; print(digest())"
-    results = [run_script(script, SSU_BRIDGE_NUM_THREADS=str(threads)) for threads in (1, 2, 5)]
+    results = [run_script(script, SSU_BRIDGE_NUM_THREADS=str(threads)) for threads in (1, 5)]
     assert all(result.returncode == 0 for result in results), [result.stderr for result in results]
     assert len({result.stdout for result in results}) == 1
 

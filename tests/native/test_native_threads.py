@@ -77,7 +77,7 @@ import numpy as np
 sys.path.insert(0, {tests!r})
 from native import F16, WITHOUT_MEMORY, cpu_kernel, problem, results_of, view
 def prepared(columns):
-    arguments = problem(np.random.default_rng(1), b=2, heads=8, columns=columns, groups=1, state=F16, other=F16)
+    arguments = problem(np.random.default_rng(1), b=2, heads=4, columns=columns, groups=1, slots=2, state=F16, other=F16)
     arrays = {{**arguments, "out": np.zeros_like(arguments["x"])}}
     kernel = cpu_kernel(list(arguments), results_of(arguments))
     views = {{name: view(array) for name, array in arrays.items()}}

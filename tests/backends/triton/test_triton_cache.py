@@ -251,7 +251,7 @@ def started(program):
 
 
 def test_processes_that_fill_the_cache_at_once(folder):
-    processes = [started(FILL + "for _ in range(60): fill()") for _ in range(3)]
+    processes = [started(FILL + "for _ in range(25): fill()") for _ in range(3)]
     assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
     assert [path.suffix for path in folder.iterdir()] == [".json"]
 
