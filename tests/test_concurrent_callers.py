@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from one_call import CASE, bits
+from without_torch import WITHOUT_TORCH
 
 import ssu_bridge
 from ssu_bridge.testing.cases import Case
@@ -92,15 +93,18 @@ if __name__ == "__main__":
 )
 def test_processes_that_a_caller_makes(method, framework, tmp_path):
     program = tmp_path / "program.py"  # spawned processes read it again
-    program.write_text(CHILD.format(folder=str(Path(__file__).parent / "helpers"), method=method, framework=framework))
+    text = CHILD.format(folder=str(Path(__file__).parent / "helpers"), method=method, framework=framework)
+    program.write_text(text if framework == "torch" else WITHOUT_TORCH + text)
     result = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.returncode) == ("the same\n", 0), result.stderr[-3000:]
 
 
-def test_ctrl_c_anywhere_in_a_first_call():
+# At every so many lines of a call of NumPy's or Torch's, and of JAX's.
+@pytest.mark.parametrize("steps", [("47", "211"), pytest.param(("23", "101"), marks=pytest.mark.nightly)])
+def test_ctrl_c_anywhere_in_a_first_call(steps):
     """It comes through, and the same call is right after it."""
-    program = Path(__file__).parent / "helpers/interrupts.py"
-    result = subprocess.run([sys.executable, "-W", "ignore", program], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", Path(__file__).parent / "helpers/interrupts.py", *steps]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.returncode) == ("all the same\n", 0), result.stderr[-3000:]
 
 

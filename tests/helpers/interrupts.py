@@ -73,4 +73,5 @@ def main(steps):
 
 
 if __name__ == "__main__":
-    main({"numpy": 23, "torch": 23, "jax": 101, "jit": 101})
+    of_host, of_jax = map(int, sys.argv[1:])
+    main({"numpy": of_host, "torch": of_host, "jax": of_jax, "jit": of_jax})
