@@ -101,8 +101,10 @@ def test_a_step_of_one_token_takes_few_instructions(dtype, most):
     kernel = compiled(case, tile=(64, 4))
     code = disassembled(kernel.cubin)
     assert len(code) <= most * 64 * case.dstate / (32 * kernel.warps)
-    # Those that convert to or from integers of 8 and 16 bits have a quarter of the speed.
-    assert not [line for line in code if line.startswith(("I2F.", "F2I.S"))]
+    # Those that convert to or from integers of 8 and 16 bits have a quarter of the speed, beside which others go on.
+    slow = [line for line in code if line.startswith(("I2F.", "F2I.S"))]
+    bytes_of_a_thread = 64 * case.dstate // (32 * kernel.warps)
+    assert len(slow) == (3 * bytes_of_a_thread // 4 if dtype == "int8" else 0)
 
 
 @pytest.mark.parametrize(("dtype", "dstate", "rows"), [("int16", 128, 2), ("int8", 256, 2), ("float8_e4m3fn", 512, 1)])

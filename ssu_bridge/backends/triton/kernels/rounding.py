@@ -18,8 +18,11 @@ _NO_INVERSE = tl.constexpr(2.938735877055719e-39)
 
 
 @triton.jit
-def widen(stored, STORED: tl.constexpr):
-    """Return as float32 what was loaded of a state; of a quantised one without its scale."""
+def widen(stored, STORED: tl.constexpr, BUSY: tl.constexpr = False):
+    """Return as float32 what was loaded of a state; of a quantised one without its scale.
+
+    In a kernel that is BUSY most of the time a few slow conversions are better than more instructions.
+    """
     if STORED == "float8_e4m3fn":
         byte = stored.to(tl.int32)
         # The same bits lower down in a float32 stand for 2**-120 of the number, subnormals too.
@@ -28,6 +31,8 @@ def widen(stored, STORED: tl.constexpr):
         return tl.where((byte & 0x7F) == 0x7F, float("nan"), value)
     elif STORED == "float8e4nv":
         return stored.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif STORED == "int8" and BUSY:
+        return _bytes_to_float32(stored)
     elif STORED == "int8" or STORED == "int16":
         return _extended(stored, STORED).to(tl.float32)
     else:
@@ -50,6 +55,19 @@ def _extended(integers, STORED: tl.constexpr):
             "prmt.b32 $0, $2, 0, 0x9910; shr.s32 $1, $2, 16;",
             "=r,=r,r", [integers], tl.int32, True, 2,
         )  # fmt: skip
+
+
+@triton.jit
+def _bytes_to_float32(integers):
+    """Return 8-bit integers as float32: three of four by one instruction at a quarter of the speed, one by two."""
+    if _INTERPRETED:
+        return integers.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 b, c, d;
+        cvt.rn.f32.s8 $0, $4; bfe.s32 b, $4, 8, 8; cvt.rn.f32.s8 $1, b; bfe.s32 c, $4, 16, 8; cvt.rn.f32.s8 $2, c;
+        prmt.b32 d, $4, 0, 0xbbb3; cvt.rn.f32.s32 $3, d; }""",
+        "=&f,=&f,=&f,=&f,r", [integers], tl.float32, True, 4,
+    )  # fmt: skip
 
 
 @triton.jit

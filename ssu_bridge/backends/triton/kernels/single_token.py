@@ -117,7 +117,7 @@ def single_token(
                 state_batch_indices_stride, slots, H * blocks, BLOCK_P * N, PAD, together,
             )  # fmt: skip
 
-    old = widen(loaded, STORED)
+    old = widen(loaded, STORED, True)
     if state_scale is not None:
         old *= old_scales[:, None]
     d = time_step(d, bias, SOFTPLUS)
