@@ -39,7 +39,7 @@ class _Measured(NamedTuple):
 # By what a checkpoint is stored in. Heads do not change the bits, and so may depend on the number of sequences.
 _MEASURED = {
     "float32": _Measured(32, 2, 2, 2, 1),
-    "bfloat16": _Measured(32, 1, 2, 2, 2048),
+    "bfloat16": _Measured(32, 1, 2, 2, 8192),
     "float16": _Measured(32, 1, 2, 2, 1),
     "int16": _Measured(32, 1, 2, 2, 1),
     "int8": _Measured(32, 1, 4, 3, 1024),
@@ -49,6 +49,8 @@ _MEASURED = {
 # of four warps.
 _SEVERAL, _MANY = _Measured(32, 1, 2, 2, 1), _Measured(64, 4, 1, 1, 1)
 _FLUSH_STAGES = 2
+# Checkpoints that a flush of one token reads once. Others are read twice, the second time ahead, which is as fast.
+_ONE_PASS = ("bfloat16", "float16")
 
 
 def is_one_token(problem: Problem) -> bool:
@@ -114,7 +116,7 @@ def tokens_of(specialisation: "Specialisation") -> tuple[int, int]:
 
 
 # With so few registers more programs fit, by the dtype of the checkpoint and the heads of a program: of one new token
-# and of several. What is spilled for it, at most 24 bytes, costs less than it gains.
+# and of several. What is spilled for it, at most 8 bytes, costs less than it gains.
 _REGISTERS = {("bfloat16", 1): 128, ("bfloat16", 2): 128, ("int8", 2): 128, ("int8", 4): 128}
 _REGISTERS_OF_SEVERAL = {("bfloat16", 2): 168, ("int8", 2): 168}
 
@@ -139,6 +141,7 @@ def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
     # A ring of B lies in the registers as one of x does, so that what is summed over both has one layout.
     ring = vector["B"] * _THREADS * s.tile.warps
     ring_columns = min(s.tile.rows, s.tile.columns)
+    one_pass = not s.tile.chunk and dtypes["state"] in _ONE_PASS
     return {
         "WINDOW": s.window,
         "RING": s.window + s.most_tokens,
@@ -146,7 +149,10 @@ def constants(s: "Specialisation", parts: dict[str, int]) -> dict[str, Any]:
         "HEADS": s.tile.heads,
         # Nothing is read ahead of one head. A checkpoint is written in pieces, several to a head.
         "STAGES": min(best.stages, s.tile.heads),
-        "FLUSH_STAGES": _FLUSH_STAGES,
+        "FLUSH_STAGES": 1 if one_pass else _FLUSH_STAGES,
+        "ONE_PASS": one_pass,
+        # A flush of one head takes little longer.
+        "SWAPS": s.tile.heads > 1,
         "Q": s.tile.chunk,
         "MOST": s.most_tokens,
         "W": group,

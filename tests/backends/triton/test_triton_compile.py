@@ -35,7 +35,6 @@ DISTINCT = {name: spelt for spelt, name in {specialisation(case): name for name,
 SPILLED = {
     specialisation(CLASSES[name]): stack
     for name, stack in {
-        "layer, bfloat16, replay": 24,
         "layer, bfloat16, replay, tokens": 8,
         "layer, int8, replay, tokens": 8,
         "replay, a long window": 40,

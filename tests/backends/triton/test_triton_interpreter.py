@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compiled_kernels import computed_values, problem_of
 from interpreter import interpret, mend_interpreter, run_in_interpreter, run_interpreted
 from replays import CONFIGS, serve
@@ -12,6 +15,7 @@ from ssu_bridge.backends import reference
 from ssu_bridge.backends.base import HostKernel
 from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.compile import specialise
+from ssu_bridge.backends.triton.kernels.replay_token import sequence_at
 from ssu_bridge.testing.cases import CASES
 
 
@@ -45,13 +49,16 @@ def interpreted_cases(first):
             seen |= own
 
 
-# Of one token, and of several in packed sequences.
-@pytest.mark.parametrize("number", [1, pytest.param(4, marks=pytest.mark.nightly)])
-def test_a_server_decodes_in_the_interpreter(number):
-    run_in_interpreter(__file__, f"interpreted_schedule({number})")
+# Of one token, with a checkpoint that a flush reads twice and once, and of several in packed sequences.
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [(1, {}), (1, {"state_dtype": "float16", "tolerance": 2e-3}), pytest.param(4, {}, marks=pytest.mark.nightly)],
+)
+def test_a_server_decodes_in_the_interpreter(number, changes):
+    run_in_interpreter(__file__, f"interpreted_schedule({number}, {changes})")
 
 
-def interpreted_schedule(number):
+def interpreted_schedule(number, changes):
     """Run a short schedule whose steps the reference backend leaves to the interpreter."""
     mend_interpreter()
     steps = []
@@ -65,5 +72,40 @@ def interpreted_schedule(number):
         return HostKernel(run)
 
     reference.load = load
-    serve(dataclasses.replace(CONFIGS[number], window=5, steps=12), "numpy", "reference", prompts="cpu")
+    serve(dataclasses.replace(CONFIGS[number], window=5, steps=12, **changes), "numpy", "reference", prompts="cpu")
     assert len(steps) == 12
+
+
+def test_each_sequence_has_a_place_and_flushes_come_first():
+    run_in_interpreter(__file__, "placed_sequences()")
+
+
+def placed_sequences():
+    """Draw cursors, and hold the order of sequences against what it is for; no two programs do one sequence."""
+    mend_interpreter()
+    rng = np.random.default_rng(0)
+    for sequences in (1, 2, 7, 16):
+        for _ in range(4):
+            table = rng.permutation(20)[:sequences].astype("int32")
+            table[rng.random(sequences) < 0.2] = rng.choice([-1, 99])
+            cursor = rng.choice([0, 3, 4, 99, -7], 20, p=[0.2, 0.2, 0.3, 0.2, 0.1]).astype("int32")
+            tensors = [torch.from_numpy(array) for array in (table, np.arange(20, dtype="int32"), cursor)]
+            results = torch.zeros(4, sequences, dtype=torch.int64)
+            placed[(sequences,)](results, *tensors, sequences, 20)
+            order, slots, first, count = results.numpy()
+            assert sorted(order) == list(range(sequences))
+            read = np.where((table >= 0) & (table < 20), table, -1)[order]
+            assert (slots == read).all()
+            assert (first == np.where(read >= 0, read % 5, 0)).all()
+            assert (count == np.where(read >= 0, cursor[read].clip(0, 4), 0)).all()
+            flushes, half = count == 4, sequences // 2
+            # One in the later half flushes only where its partner does.
+            assert (flushes[:half] >= flushes[half : 2 * half]).all()
+
+
+@triton.jit
+def placed(results, table, start, pending, sequences, slots):
+    place = tl.program_id(0)
+    found = sequence_at(place.to(tl.int64), sequences, table, 1, slots, start, pending, 1, 1, -1, 4, 5, True)
+    for i in tl.static_range(4):
+        tl.store(results + i * sequences + place, found[i])

@@ -8,7 +8,7 @@ numbers.
 import triton
 import triton.language as tl
 
-from ssu_bridge.backends.triton.kernels.common import LOG2_E, inside, load
+from ssu_bridge.backends.triton.kernels.common import INTERPRETED, LOG2_E, inside, load
 from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, product, tile_of, unmixed
 from ssu_bridge.backends.triton.kernels.rounding import as_stored, row_scale, widen
 
@@ -16,9 +16,22 @@ from ssu_bridge.backends.triton.kernels.rounding import as_stored, row_scale, wi
 @triton.jit
 def cursor_of(start, pending, slot, start_stride, pending_stride, WINDOW: tl.constexpr, RING: tl.constexpr):
     """Return a slot's first pending row and how many are pending, whatever the cursor holds; of a pad none."""
+    first, count = read_cursor(start, pending, slot, start_stride, pending_stride)
+    return limited(first, count, WINDOW, RING)
+
+
+@triton.jit
+def read_cursor(start, pending, slot, start_stride, pending_stride):
+    """Return what a cursor holds for a slot, of a pad zeros."""
     live = slot >= 0
-    first = tl.load(start + slot * start_stride, mask=live, other=0) % RING
-    count = tl.load(pending + slot * pending_stride, mask=live, other=0)
+    first = tl.load(start + slot * start_stride, mask=live, other=0)
+    return first, tl.load(pending + slot * pending_stride, mask=live, other=0)
+
+
+@triton.jit
+def limited(first, count, WINDOW: tl.constexpr, RING: tl.constexpr):
+    """Return a first row and a number of rows that a ring has."""
+    first = first % RING
     return tl.where(first < 0, first + RING, first), tl.minimum(tl.maximum(count, 0), WINDOW)
 
 
@@ -92,24 +105,71 @@ def advance_checkpoints(
         channel_mask = inside(channels, P, ROWS)
         tile, mask = tile_of(block, P, N, ROWS, BLOCK_N, WARPS, W)
         old = tl.load(state + tile, mask=mask, other=0)
-        old = widen(mixed(in_rows(old, ROWS, BLOCK_N, WARPS, W), W), STORED)
-        scales = scale
-        if scale is not None:
-            old *= load(scale + head * P + channels, channel_mask)[:, None]
         ring_x = replay_x + head.to(tl.int64) * (RING * P)
-        x_mask = there[:, None] & channel_mask[None, :]
-        xs = load(ring_x + rows[:, None] * P + channels[None, :], x_mask)
-        d, later = pending_steps(replay_dt + head * RING, first, count, 0.0, K, RING)
+        xs = load(ring_x + rows[:, None] * P + channels[None, :], there[:, None] & channel_mask[None, :])
         rate = tl.load(A + head).to(tl.float32) * LOG2_E
-        weights = tl.where(there, d * tl.exp2(later * rate), 0.0)
-        zeros = tl.zeros((ROWS, BLOCK_N), tl.float32)
-        added = product(tl.trans(xs * weights[:, None]), Bs, zeros, 3, B_PARTS)
-        new = tl.fma(old, tl.exp2(tl.sum(d, 0) * rate), added)
-        if scale is not None:
-            scales = row_scale(new, STORED)
-            tl.store(scale + head * P + channels, scales, mask=channel_mask)
-        stored = as_stored(
-            unmixed(new, W), scales, head * P + channels, seed if seed is None else tl.load(seed), first_element, 0, 0,
-            N, BLOCK_N, STORED, ROUNDS,
+        advance(
+            old, scale, xs, Bs, rate, replay_dt, cursor, block, (state + tile, mask), seed, first_element, P, N,
+            K, RING, ROWS, BLOCK_N, WARPS, W, STORED, B_PARTS, ROUNDS,
         )  # fmt: skip
-        tl.store(state + tile, in_turns(stored, ROWS, BLOCK_N, WARPS, W), mask=mask)
+
+
+@triton.jit
+def advance(
+    old,
+    scale,
+    xs,
+    Bs,
+    rate,
+    replay_dt,
+    cursor,
+    block,
+    target,
+    seed,
+    first_element,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    RING: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    W: tl.constexpr,
+    STORED: tl.constexpr,
+    B_PARTS: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):
+    """Advance rows of a head's checkpoint, as they were loaded from a tile, by the pending tokens and store them."""
+    first, count = cursor
+    head, first_row, _ = block
+    pointers, mask = target
+    channels = first_row + tl.arange(0, ROWS)
+    channel_mask = inside(channels, P, ROWS)
+    old = mixed(in_rows(_widened(old, STORED), ROWS, BLOCK_N, WARPS, W), W)
+    scales = scale
+    if scale is not None:
+        old *= load(scale + head * P + channels, channel_mask)[:, None]
+    d, later = pending_steps(replay_dt + head * RING, first, count, 0.0, K, RING)
+    weights = tl.where(tl.arange(0, K) < count, d * tl.exp2(later * rate), 0.0)
+    zeros = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    added = product(tl.trans(xs * weights[:, None]), Bs, zeros, 3, B_PARTS)
+    new = tl.fma(old, tl.exp2(tl.sum(d, 0) * rate), added)
+    if scale is not None:
+        scales = row_scale(new, STORED)
+        tl.store(scale + head * P + channels, scales, mask=channel_mask)
+    stored = as_stored(
+        unmixed(new, W), scales, head * P + channels, seed if seed is None else tl.load(seed), first_element, 0, 0,
+        N, BLOCK_N, STORED, ROUNDS,
+    )  # fmt: skip
+    tl.store(pointers, in_turns(stored, ROWS, BLOCK_N, WARPS, W), mask=mask)
+
+
+@triton.jit
+def _widened(loaded, STORED: tl.constexpr):
+    """Convert to float32, bfloat16 by other instructions than elsewhere: what those gave need not be kept for here."""
+    if INTERPRETED or STORED != "bfloat16":
+        return widen(loaded, STORED)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x1044; prmt.b32 $1, $2, 0, 0x3244;", "=&r,=r,r", [loaded], tl.int32, True, 2
+        ).to(tl.float32, bitcast=True)
