@@ -285,6 +285,7 @@ def gradient_case():
 def test_xla_is_differentiable():
     floats, indices = gradient_case()
 
+    @jax.jit
     def loss(floats):
         floats = jax.tree.map(jnp.asarray, floats)  # finite differences come as NumPy arrays
         out, state = ssu_bridge.update(
@@ -312,6 +313,7 @@ def test_xla_is_differentiable_over_tokens(form):
     tables = {name: array for name, array in arrays.items() if not jnp.issubdtype(array.dtype, jnp.floating)}
     floats = {name: array for name, array in arrays.items() if name not in tables}
 
+    @jax.jit
     def loss(floats):
         floats = jax.tree.map(jnp.asarray, floats)
         results = ssu_bridge.update(**floats, **tables, dt_softplus=True, backend="xla", donate=False)

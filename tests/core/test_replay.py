@@ -13,7 +13,7 @@ def schedules():
         if mode == "jax.lax.scan":
             continue
         for config in CONFIGS:
-            is_slow = (backend == "xla" and mode == "jax") or (mode == "jax.jit" and config not in COMPILED)
+            is_slow = (backend == "xla" and mode == "jax") or (mode.startswith("jax") and config not in COMPILED)
             is_copied = backend == "reference" and mode != "numpy" and config not in COMPILED
             marks = [pytest.mark.nightly] if is_slow or is_copied else []
             yield pytest.param(config, mode, backend, id=f"{config}-{mode}-{backend}", marks=marks)

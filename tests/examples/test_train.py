@@ -46,23 +46,26 @@ def test_the_gradient_is_that_of_differences():
     np.testing.assert_allclose(sum(jax.tree.leaves(slopes)), (moved(1e-2) - moved(-1e-2)) / 2e-2, rtol=2e-2)
 
 
+# The same for all trainings, which then are one program.
+TEXT = b"the quick brown fox jumps over the lazy dog. " * 200
+SIZES = ["--hidden-size", "32", "--layers", "1", "--head-dim", "16", "--state-size", "8"]
+SIZES += ["--batch", "8", "--length", "32", "--learning-rate", "1e-2"]
+
+
 def test_training_learns_and_saves(tmp_path, monkeypatch, capsys):
-    text = b"the quick brown fox jumps over the lazy dog. " * 200
-    (tmp_path / "text").write_bytes(text)
-    sizes = ["--hidden-size", "32", "--layers", "1", "--head-dim", "16", "--state-size", "8"]
-    windows = ["--batch", "8", "--length", "32", "--steps", "60", "--learning-rate", "1e-2"]
-    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "text"), str(tmp_path / "model"), *sizes, *windows])
+    (tmp_path / "text").write_bytes(TEXT)
+    steps = ["--steps", "60"]
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "text"), str(tmp_path / "model"), *SIZES, *steps])
     train.main()
     assert "held-out text" in capsys.readouterr().out
     config, weights = checkpoint.load(tmp_path / "model")
-    bits = train.bits_per_byte(config, weights, np.frombuffer(text, np.uint8)[:1600])
-    assert bits < 0.7 * math.log2(len(set(text)))  # what knowing no more than the letters would take
+    bits = train.bits_per_byte(config, weights, np.frombuffer(TEXT, np.uint8)[:1600])
+    assert bits < 0.7 * math.log2(len(set(TEXT)))  # what knowing no more than the letters would take
 
 
 def test_time_ends_a_training(tmp_path, monkeypatch, capsys):
-    (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
-    sizes = ["--hidden-size", "32", "--layers", "1", "--head-dim", "16", "--state-size", "8", "--batch", "2"]
-    limits = ["--length", "16", "--steps", "1000000", "--minutes", "0.01"]
-    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "text"), str(tmp_path / "model"), *sizes, *limits])
+    (tmp_path / "text").write_bytes(TEXT)
+    limits = ["--steps", "1000000", "--minutes", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "text"), str(tmp_path / "model"), *SIZES, *limits])
     train.main()
     assert (tmp_path / "model" / "model.safetensors").exists()
