@@ -7,21 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba2_jax import convolution_kernel, model
+from mamba2_jax import convolution, convolution_kernel, model
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.convolution import (
-    Rows,
-    after_path,
-    after_rejected,
-    convolve,
-    convolve_packed,
-    histories,
-    last_inputs,
-    stored,
-)
+from mamba2_jax.convolution import Rows, after_rejected
 from mamba2_jax.initial import random_weights
 
 CHANNELS, WIDTH = 3, 4
+# One program each: JAX would compile each of their operations.
+convolve, convolve_packed, histories, last_inputs, stored = map(
+    jax.jit,
+    (
+        convolution.convolve,
+        convolution.convolve_packed,
+        convolution.histories,
+        convolution.last_inputs,
+        convolution.stored,
+    ),
+)
+after_path = jax.jit(convolution.after_path, static_argnums=(0, 1))
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_inputs_before_tokens_on_the_way(layer, rng):
     (one, other), old = drawn(rng, 5, 3), jnp.array(rng.standard_normal((2, 3, CHANNELS)), jnp.float32)
     x, rows = packed([one, other])
     ends = jnp.array([[1, 4], [2, 3]])
-    found = jax.jit(last_inputs)(old, x, rows, ends)
+    found = last_inputs(old, x, rows, ends)
     for i, sequence in enumerate((one, other)):
         whole = np.concatenate([old[i], sequence])
         for j, end in enumerate(np.array(ends[i])):
@@ -120,8 +123,9 @@ def test_trees_of_drafts(layer, rng):
     cache = stored(cache, jnp.arange(2), begun)
     inputs = np.stack(drawn(rng, tokens, tokens))
     history = histories(cache, jnp.arange(2))
-    y = convolve(history, jnp.array(inputs), *layer, parents=jnp.array(parents))
-    chain = convolve(history, jnp.array(inputs), *layer)
+    # By one operation after the other, whose bits do not depend on the program.
+    y = convolution.convolve(history, jnp.array(inputs), *layer, parents=jnp.array(parents))
+    chain = convolution.convolve(history, jnp.array(inputs), *layer)
     np.testing.assert_array_equal(y[1], chain[1])
     cache = stored(cache, jnp.arange(2), jnp.concatenate([history, jnp.array(inputs)], axis=1)[:, tokens:])
     kept = after_path(cache.shape[1], WIDTH, jnp.array(parents), leaves)

@@ -134,6 +134,9 @@ def test_a_prompt_that_takes_several_passes(monkeypatch):
     np.testing.assert_allclose(several.logits, one.logits, rtol=0, atol=1e-4)
 
 
+one_step = jax.jit(model.step, static_argnums=0)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [("int16", 1e-4), ("int8", 2e-2), ("float8_e4m3fn", 5e-2)])
 def test_states_in_few_bits(dtype, error):
     """Through a prompt and the tokens after it."""
@@ -143,7 +146,7 @@ def test_states_in_few_bits(dtype, error):
         progress = prefill(TINY, weights, model.zero_states(TINY, 3, "float32", own), [prompt, [7]], slots)
         logits[own] = [progress.logits]
         for token in (3, 60):
-            of_step, states = model.step(TINY, weights, progress.states, jnp.array([token, 1]), slots)
+            of_step, states = one_step(TINY, weights, progress.states, jnp.array([token, 1]), slots)
             progress = progress._replace(states=states)
             logits[own].append(of_step)
     assert isinstance(states[0].ssm, ssu_bridge.QuantizedState)
@@ -286,7 +289,7 @@ def test_files_that_are_none(folder):
 def test_a_model_that_transformers_does_not_have_is_not_saved(tmp_path, heads, width):
     config = dataclasses.replace(TINY, num_heads=heads, head_dim=width)
     with pytest.raises(ValueError, match=r"num_heads \* head_dim: expected a multiple of hidden_size 64"):
-        checkpoint.save(tmp_path, config, random_weights(config, jax.random.key(0)), "float32")
+        checkpoint.save(tmp_path, config, random_weights(TINY, jax.random.key(0)), "float32")
     assert not list(tmp_path.iterdir())
 
 
@@ -348,10 +351,9 @@ def random_states(config, slots, seed):
 
 def test_pads_store_nothing_and_change_nobodys_bits():
     weights = random_weights(TINY, jax.random.key(0))
-    step = jax.jit(model.step, static_argnums=0)
     states, tokens = random_states(TINY, 6, seed=1), jnp.array([5, 6, 7, 8])
-    full_logits, _ = step(TINY, weights, states, tokens, jnp.array([4, 0, 5, 2]))
-    logits, after = step(TINY, weights, states, tokens.at[1].set(0), jnp.array([4, -1, 5, -1]))
+    full_logits, _ = one_step(TINY, weights, states, tokens, jnp.array([4, 0, 5, 2]))
+    logits, after = one_step(TINY, weights, states, tokens.at[1].set(0), jnp.array([4, -1, 5, -1]))
     assert np.array_equal(logits[jnp.array([0, 2])], full_logits[jnp.array([0, 2])])
     for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
         changed = [not np.array_equal(old[slot], new[slot]) for slot in range(6)]
