@@ -119,7 +119,7 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
 
 def _is_dense(problem: Problem) -> bool:
     """Return whether rows of tokens have no gaps between them, of calls that were measured to be faster for it."""
-    is_measured = problem.layout != "single" and not problem.replays
+    is_measured = problem.layout != "single" and not (problem.replays or problem.rounds_each_token)
     return is_measured and not {*_TOKENWISE}.intersection(problem.strided)
 
 

@@ -150,6 +150,17 @@ def test_strides_of_rows_without_gaps_are_compiled_in(name, tokens):
         assert_stack(other, 0)
 
 
+def test_strides_are_not_compiled_in_where_each_token_is_rounded():
+    """The loop is 11 % slower with them then, and 4 % faster otherwise."""
+    loops = [
+        specialise(problem, forms.tile(problem))
+        for problem in (
+            problem_of(layer("bfloat16", tokens=4), algorithm="loop", round_each_token=each) for each in (False, True)
+        )
+    ]
+    assert ["x_token_stride" in runtime_arguments(loop) for loop in loops] == [False, True]
+
+
 @pytest.mark.parametrize("algorithm", ["loop", "matrix"])
 def test_rows_are_found_beyond_what_32_bits_count(algorithm):
     problem = problem_of(layer(tokens=300, nheads=37, ngroups=1), backend="triton", algorithm=algorithm)
