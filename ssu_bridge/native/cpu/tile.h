@@ -114,6 +114,11 @@ inline void load_tile(const StepArguments& a, const Item& item, const Tile& tile
 // Stores a tile. `number` is that of its first element, which random words go by.
 inline void store_tile(const StepArguments& a, const Item& item, const Tile& tile, ElementType type,
                        const StoredRows& to, uint64_t number, RandomPlace place) {
+  // In one piece, which is faster where the target is not cached.
+  if (type == ElementType::kFloat32 && tile.stride == a.columns) {
+    memcpy(to.values, tile.rows, static_cast<size_t>(item.rows * a.columns) * sizeof(float));
+    return;
+  }
   RandomWords random(tile.words, a.random, place);
   with_element(type, [&](auto element) {
     using Element = decltype(element);
