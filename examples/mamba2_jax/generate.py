@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ KJV = Path(__file__).parent / "kjv"
 PIECE = 16  # tokens between two looks at what has been generated
 # The fewest and the most rows of a pass over prompts.
 SHORTEST_PASS, LONGEST_PASS = 16, 2048
+_Piece = TypeVar("_Piece")
 
 
 class Progress(NamedTuple):
@@ -191,13 +192,27 @@ def _stream(
     progress = prefill(config, weights, states, [prompt], slots)
     if replay is not None:
         progress = progress.replayed(config, weights, replay)
-    while count > 0:
-        tokens, progress = decode(config, weights, progress, slots, keys, count=PIECE, sampling=sampling)
-        for token in tokens[0, :count].tolist():
-            yield token
-            if token in config.eos_token_ids:
-                return
-        count -= PIECE
+
+    def pieces() -> Iterator[jax.Array]:
+        nonlocal progress
+        for _ in range(0, count, PIECE):
+            tokens, progress = decode(config, weights, progress, slots, keys, count=PIECE, sampling=sampling)
+            yield tokens
+
+    drawn = itertools.chain.from_iterable(np.asarray(tokens)[0].tolist() for tokens in one_ahead(pieces()))
+    for token in itertools.islice(drawn, count):
+        yield token
+        if token in config.eos_token_ids:
+            return
+
+
+def one_ahead(pieces: Iterator[_Piece]) -> Iterator[_Piece]:
+    """Yield each piece after the next one has begun, so that the device goes on while the host reads."""
+    before: list[_Piece] = []
+    for piece in pieces:
+        yield from before
+        before = [piece]
+    yield from before
 
 
 def print_text(folder: Path, prompt: str, count: int, **options: Any) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import ssu_bridge
 from mamba2_jax import convolution, model
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.generate import PIECE, bucket, check_request, prefill
+from mamba2_jax.generate import PIECE, bucket, check_request, one_ahead, prefill
 from mamba2_jax.sampling import DEFAULT, Sampling, sample
 
 
@@ -267,7 +267,7 @@ def under_way(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "count", "speculation", "sampling", "backend"), donate_argnames="progress"
+    jax.jit, static_argnames=("config", "speculation", "sampling", "backend"), donate_argnames="progress"
 )
 def speculate(
     config: Mamba2Config,
@@ -275,24 +275,24 @@ def speculate(
     progress: Progress,
     keys: jax.Array,
     *,
-    count: int,
+    until: int | jax.Array,
     speculation: Speculation,
     sampling: Sampling,
     backend: str | None = None,
 ) -> Progress:
-    """Decode so many tokens of each text or some more; fewer where a text is about to be full.
+    """Decode until so many tokens of each text are drawn or some more; fewer where a text is about to be full.
 
     All of it is on the device: a ``lax.while_loop`` of verifications, and of single tokens while there is nothing to
     look up for any of the texts. The states are donated, and updated where they lie.
     """
-    target, room = progress.lengths + count, progress.text.shape[1] - speculation.tokens
+    room = progress.text.shape[1] - speculation.tokens
     take = functools.partial(step, config, weights, keys, sampling, backend)
 
     def look(progress: Progress) -> tuple[Progress, Found]:
         return progress, look_up(progress.text, progress.lengths, speculation)
 
     def wants_more(carry: tuple[Progress, Found]) -> jax.Array:
-        return jnp.any(carry[0].lengths < target) & jnp.all(carry[0].lengths <= room)
+        return jnp.any(carry[0].drawn < until) & jnp.all(carry[0].lengths <= room)
 
     def size(carry: tuple[Progress, Found]) -> jax.Array:
         return jnp.sum(jnp.max(carry[1].matched) >= jnp.array(list(speculation.sizes))) - 1
@@ -395,18 +395,26 @@ def _stream(
 ) -> Iterator[int]:
     keys = jax.random.key(np.uint32(seed))[None]
     how: dict[str, Any] = {"speculation": speculation, "sampling": sampling}
-    capacity = bucket(len(prompt) + count + 2 * PIECE + speculation.tokens)
+    capacity = bucket(len(prompt) + count + 2 * speculation.tokens)
     progress = begin(config, weights, [prompt], keys, capacity=capacity, state_dtype=state_dtype, **how)
-    read, end, ended = len(prompt), len(prompt) + count, False
-    while read < end and not ended:
+
+    def pieces() -> Iterator[tuple[jax.Array, jax.Array]]:
+        nonlocal progress
         # About as many calls of the model as single tokens in a piece.
-        progress = speculate(config, weights, progress, keys, count=2 * PIECE, **how)
-        text, lengths = jax.device_get((progress.text, progress.lengths))
-        now = min(int(lengths[0]), end)
-        for token in text[0, read:now].tolist():
-            yield token
-            ended = token in config.eos_token_ids
-            if ended:
-                break
-        read = now
+        for so_far in range(0, count, 2 * PIECE):
+            until = np.int32(min(so_far + 2 * PIECE, count))
+            progress = speculate(config, weights, progress, keys, until=until, **how)
+            yield jnp.copy(progress.text), jnp.copy(progress.lengths)  # the next piece takes those over
+
+    def drawn() -> Iterator[int]:
+        read, end = len(prompt), len(prompt) + count
+        for text, lengths in map(jax.device_get, one_ahead(pieces())):
+            now = min(int(lengths[0]), end)
+            yield from text[0, read:now].tolist()
+            read = now
+
+    for token in drawn():
+        yield token
+        if token in config.eos_token_ids:
+            break
     report(Counts(*(int(number[0]) for number in jax.device_get(progress.counts))))

@@ -163,6 +163,19 @@ def test_a_text_is_the_same_with_replay(window):
     assert list(stream(config, weights, list(b"And "), 40, seed=3, replay=window)) == expected
 
 
+def test_a_piece_is_read_while_the_next_one_is_computed():
+    begun = []
+
+    def pieces(count):
+        for i in range(count):
+            begun.append(i)
+            yield i
+
+    read = [(piece, len(begun)) for piece in generate.one_ahead(pieces(3))]
+    assert read == [(0, 2), (1, 3), (2, 3)]
+    assert list(generate.one_ahead(pieces(0))) == []
+
+
 def test_text_is_printed_as_it_is_drawn(monkeypatch, capsys):
     printed = []
 

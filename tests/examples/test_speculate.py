@@ -122,7 +122,7 @@ def test_draws_have_the_distribution_of_plain_sampling(branches):
 def texts(trained, prompts, count, speculation, sampling, keys):
     how = {"speculation": speculation, "sampling": sampling}
     progress = speculate.begin(*trained, prompts, keys, capacity=1024, **how)
-    progress = speculate.speculate(*trained, progress, keys, count=count - 1, **how)
+    progress = speculate.speculate(*trained, progress, keys, until=count, **how)
     assert (progress.drawn >= count).all()
     assert (progress.lengths - progress.drawn == jnp.array(list(map(len, prompts)))).all()
     drawn = [text[len(p) :][:count].tolist() for text, p in zip(np.array(progress.text), prompts, strict=True)]
@@ -163,11 +163,21 @@ def test_drawn_texts_are_those_of_plain_decoding_with_the_seed(trained):
         assert 0 < reports[0].accepted < reports[0].drafts
 
 
+@pytest.mark.parametrize("count", [0, 1, 32, 33, 70])
+def test_a_stream_decodes_what_was_asked_and_no_more(count):
+    reports = []
+    how = {"speculation": Speculation(4, shortest=1), "sampling": GREEDY, "report": reports.append}
+    assert len(list(speculate.stream(TINY, SMALL, [1, 2, 3], count, **how))) == count
+    # The first token comes from the prompt; the last call may draw up to three more.
+    drawn = reports[0].calls + reports[0].accepted + 1
+    assert max(count, 1) <= drawn <= max(count, 1) + 3
+
+
 def test_texts_end_before_one_is_full():
     how = {"speculation": Speculation(4), "sampling": GREEDY}
     keys = jax.random.split(jax.random.key(0))
     progress = speculate.begin(TINY, SMALL, [[1] * 6, [5, 7]], keys, capacity=16, **how)
-    progress = speculate.speculate(TINY, SMALL, progress, keys, count=100, **how)
+    progress = speculate.speculate(TINY, SMALL, progress, keys, until=100, **how)
     assert 12 < progress.lengths.max() <= 16
 
 
