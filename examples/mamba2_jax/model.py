@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ssu_bridge
-from mamba2_jax import convolution, convolution_kernel
+from mamba2_jax import convolution
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.convolution import Rows
 
@@ -225,20 +225,12 @@ class _Call(NamedTuple):
     cursor: ssu_bridge.ReplayCursor | None
 
     @property
-    def goes_on(self) -> bool:
-        """Whether each sequence has as many tokens, which go on after its last one."""
-        return self.rows is None and self.drafts is None and self.has_initial_state is None
-
-    @property
     def verified(self) -> int:
         """How many sequences are verified."""
         return 0 if self.drafts is None else len(self.drafts.start)
 
 
 _Kept = tuple[State, ...] | None
-# x, B and C, (..., channels).
-_Inputs = list[jax.Array]
-_Convolved = tuple[_Inputs, jax.Array, jax.Array | None]
 
 
 def _layers(
@@ -273,19 +265,18 @@ def _layer(
     config: Mamba2Config, layer: Layer, state: State, x: jax.Array, call: _Call, kept: State | None
 ) -> tuple[jax.Array, State, State | None]:
     """Take the residual stream of the tokens, (..., hidden_size), through one layer."""
-    projected = project(config, layer, x)
-    z, _, dt = split_projected(config, projected)
-    inputs, conv, kept_conv = _convolve(config, layer, state, projected, call, kept)
-    y, ssm, kept_ssm = _advance(config, layer, state, inputs, dt, call, kept)
+    z, xBC, dt = project(config, layer, x)
+    convolved, conv, kept_conv = _convolve(layer, state, xBC, call, kept)
+    y, ssm, kept_ssm = _advance(config, layer, state, convolved, dt, call, kept)
     new = None if kept_conv is None or kept_ssm is None else State(kept_conv, kept_ssm)
     return finish(config, layer, x, y, z), State(conv, ssm), new
 
 
 def _advance(
-    config: Mamba2Config, layer: Layer, state: State, inputs: _Inputs, dt: jax.Array, call: _Call, kept: State | None
+    config: Mamba2Config, layer: Layer, state: State, xBC: jax.Array, dt: jax.Array, call: _Call, kept: State | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return what the SSM makes of the convolved tokens, its states after them, and those of the snapshots."""
-    heads, B, C = split_heads(config, inputs)
+    heads, B, C = split_heads(config, xBC)
     dt, options = step_sizes(config, layer, dt)
     tokens = heads, dt, -jnp.exp(layer.A_log), B, C, layer.D
     step: Callable[..., Any] = functools.partial(ssu_bridge.update, **options, backend=call.backend)
@@ -336,34 +327,9 @@ def _read_arguments(call: _Call, places: jax.Array, kept: State | None) -> dict[
 
 
 def _convolve(
-    config: Mamba2Config, layer: Layer, state: State, projected: jax.Array, call: _Call, kept: State | None
-) -> _Convolved:
-    """Return what the convolution makes of x, B and C, its cache after them, and that of the snapshots."""
-    shared = config.n_groups * config.state_size
-    sizes = config.inner_size, shared, shared
-
-    def elsewhere() -> _Convolved:
-        _, xBC, _ = split_projected(config, projected)
-        convolved, conv, kept_conv = _convolve_by_operations(layer, state, xBC, call, kept)
-        return jnp.split(convolved, [sizes[0], sizes[0] + shared], axis=-1), conv, kept_conv
-
-    def on_gpu() -> _Convolved:
-        inputs, conv = convolution_kernel.step(
-            state.conv, call.slots, projected, layer.conv, layer.conv_bias, start=config.inner_size, sizes=sizes
-        )
-        return inputs, conv, None
-
-    is_one_token = call.goes_on and projected.ndim == 2 and state.conv.shape[1] == layer.conv.shape[-1] - 1
-    if not is_one_token or not convolution_kernel.fits(sizes):
-        return elsewhere()
-    convolved: _Convolved = jax.lax.platform_dependent(cuda=on_gpu, default=elsewhere)
-    return convolved
-
-
-def _convolve_by_operations(
     layer: Layer, state: State, xBC: jax.Array, call: _Call, kept: State | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Do so by operations of JAX, for any call."""
+    """Return what the convolution makes of its inputs, its cache after them, and that of the snapshots."""
     drafts, weights = call.drafts, (layer.conv, layer.conv_bias)
     history = convolution.histories(
         state.conv, call.slots, has_initial_state=call.has_initial_state, kept=None if drafts is None else drafts.kept
@@ -398,13 +364,10 @@ def embed(config: Mamba2Config, weights: Weights, tokens: jax.Array) -> jax.Arra
     return x.astype(jnp.float32) if config.residual_in_fp32 else x
 
 
-def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> jax.Array:
-    """Return what the layer makes of the normalised residual stream, for ``split_projected``."""
-    return linear(rms_norm(x, layer.norm, config.layer_norm_epsilon), layer.in_proj, layer.in_proj_bias)
-
-
-def split_projected(config: Mamba2Config, projected: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project(config: Mamba2Config, layer: Layer, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return z (..., inner_size), the convolution's input (..., conv_size) and dt (..., num_heads)."""
+    normed = rms_norm(x, layer.norm, config.layer_norm_epsilon)
+    projected = linear(normed, layer.in_proj, layer.in_proj_bias)
     z, xBC, dt = jnp.split(projected, [config.inner_size, config.inner_size + config.conv_size], axis=-1)
     return z, xBC, dt
 
@@ -417,10 +380,11 @@ def step_sizes(config: Mamba2Config, layer: Layer, dt: jax.Array) -> tuple[jax.A
     return jnp.clip(sizes, *config.time_step_limit), {}
 
 
-def split_heads(config: Mamba2Config, inputs: _Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_heads(config: Mamba2Config, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return x (..., num_heads, head_dim), B and C (..., n_groups, state_size)."""
-    x, B, C = inputs
-    batch = x.shape[:-1]
+    shared = config.n_groups * config.state_size
+    x, B, C = jnp.split(xBC, [config.inner_size, config.inner_size + shared], axis=-1)
+    batch = xBC.shape[:-1]
     groups = (*batch, config.n_groups, config.state_size)
     return x.reshape(*batch, config.num_heads, config.head_dim), B.reshape(groups), C.reshape(groups)
 

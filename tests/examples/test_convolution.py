@@ -1,16 +1,12 @@
 """The convolution with its cache: packed rows, sequences that begin, and drafts that are taken back."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba2_jax import convolution, convolution_kernel, model
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax import convolution
 from mamba2_jax.convolution import Rows, after_rejected
-from mamba2_jax.initial import random_weights
 
 CHANNELS, WIDTH = 3, 4
 # One program each: JAX would compile each of their operations.
@@ -146,46 +142,3 @@ def test_what_is_kept_of_some_sequences_leaves_others_as_they_are(rng):
     found = histories(cache, jnp.array([2, 0]), kept=after_rejected(6, jnp.array([2])))
     np.testing.assert_array_equal(found[0], np.concatenate([np.zeros((2, CHANNELS)), cache[2, :4]]))
     np.testing.assert_array_equal(found[1], cache[0])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("batch", [3, 8])
-def test_one_token_in_one_kernel(batch, has_bias, dtype, rng):
-    """The same outputs and cache; slots that do not exist store nothing, and others are left as they were."""
-    sizes, start, slots = (64, 32, 32), 5, rng.permutation(batch + 1)[:batch].astype("int32")
-    slots[1], slots[2] = -1, batch + 1
-
-    def drawn(*shape):
-        return jnp.array(rng.standard_normal(shape), dtype)
-
-    channels = sum(sizes)
-    cache, rows, weight = drawn(batch + 1, WIDTH - 1, channels), drawn(batch, channels + 9), drawn(channels, 1, WIDTH)
-    bias = drawn(channels) if has_bias else None
-    how = {"start": start, "sizes": sizes, "interpret": True}
-    parts, after = convolution_kernel.step(cache, jnp.array(slots), rows, weight, bias, **how)
-
-    inputs, history = rows[:, None, start : start + channels], histories(cache, slots)
-    wide = [None if a is None else a.astype("float32") for a in (history, inputs, weight, bias)]
-    expected = convolve(*wide)[:, 0]
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-6}
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1).astype("float32"), expected, **tolerance)
-    assert [part.shape[1] for part in parts] == list(sizes)
-    assert {part.dtype for part in parts} == {rows.dtype}
-    np.testing.assert_array_equal(after, stored(cache, slots, jnp.concatenate([history, inputs], axis=1)[:, 1:]))
-
-
-def test_the_kernel_is_for_parts_that_it_can_split():
-    assert convolution_kernel.fits((5120, 128, 128))
-    assert not convolution_kernel.fits((96, 16, 16))
-
-
-@pytest.mark.parametrize(
-    ("platform", "head_dim", "taken"), [("cuda", 16, True), ("cuda", 5, False), ("cpu", 16, False)]
-)
-def test_a_step_takes_the_kernel_on_a_gpu(platform, head_dim, taken):
-    config = Mamba2Config(64, 64, 1, num_heads=8, head_dim=head_dim, state_size=32)
-    weights, states = random_weights(config, jax.random.key(0)), model.zero_states(config, 3, "float32", "float32")
-    step = jax.jit(functools.partial(model.step, config, backend="xla"))
-    traced = step.trace(weights, states, jnp.array([5, 9]), np.array([2, 0], np.int32))
-    assert ("convolution_step" in traced.lower(lowering_platforms=(platform,)).as_text()) == taken
