@@ -190,10 +190,12 @@ def arrays(N):
 ssu_bridge.update(**arrays(8), backend="cpu")
 a = arrays(1 << 23)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), resource.getrlimit(resource.RLIMIT_AS)[1]))
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), limits[1]))
 try:
     ssu_bridge.update(**a, backend="cpu")
 except MemoryError as error:
+    resource.setrlimit(resource.RLIMIT_AS, limits)  # what looks at the state below may start threads
     print(error, *getattr(error, "__notes__", ()), sep="|")
     print("lost" if {lost} else "kept")
 """
