@@ -39,7 +39,7 @@ def commands(page: str) -> list[list[str]]:
     """Return what a page runs in the folder of the examples; not what needs a checkpoint of the reader's."""
     blocks = re.findall(r"^    cd examples\n((?:    .*\n)+)", page, re.MULTILINE)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    return [words[1:] for words in lines if words[0] == "python" and "FOLDER" not in words]
+    return [words[1:] for words in lines if words[:1] == ["python"] and "FOLDER" not in words]
 
 
 def example_requirements(page: str, wheel: Path) -> tuple[str, ...]:

@@ -398,17 +398,22 @@ def _stream(
     capacity = bucket(len(prompt) + count + 2 * speculation.tokens)
     progress = begin(config, weights, [prompt], keys, capacity=capacity, state_dtype=state_dtype, **how)
 
-    def pieces() -> Iterator[tuple[jax.Array, jax.Array]]:
+    counts = progress.counts
+
+    def pieces() -> Iterator[tuple[jax.Array, jax.Array, Counts]]:
         nonlocal progress
         # About as many calls of the model as single tokens in a piece.
         for so_far in range(0, count, 2 * PIECE):
             until = np.int32(min(so_far + 2 * PIECE, count))
             progress = speculate(config, weights, progress, keys, until=until, **how)
-            yield jnp.copy(progress.text), jnp.copy(progress.lengths)  # the next piece takes those over
+            # Copies: the next piece takes over what it is given.
+            yield jax.tree.map(jnp.copy, (progress.text, progress.lengths, progress.counts))
 
     def drawn() -> Iterator[int]:
+        nonlocal counts
         read, end = len(prompt), len(prompt) + count
-        for text, lengths in map(jax.device_get, one_ahead(pieces())):
+        for piece in map(jax.device_get, one_ahead(pieces())):
+            text, lengths, counts = piece
             now = min(int(lengths[0]), end)
             yield from text[0, read:now].tolist()
             read = now
@@ -417,4 +422,4 @@ def _stream(
         yield token
         if token in config.eos_token_ids:
             break
-    report(Counts(*(int(number[0]) for number in jax.device_get(progress.counts))))
+    report(Counts(*(int(number[0]) for number in jax.device_get(counts))))

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from ssu_bridge.backends import reference
@@ -187,7 +188,8 @@ def _rounded_row(
 
     used = _used(got, exact, bounds, rounded)
     if len(words) > 1:
-        used[(got == 0) & (np.abs(exact) < float(np.finfo(got.dtype).smallest_normal))] = 1
+        smallest_normal = float(ml_dtypes.finfo(got.dtype).smallest_normal)  # type: ignore[no-untyped-call]
+        used[(got == 0) & (np.abs(exact) < smallest_normal)] = 1
     return _row(name, places, got.astype(np.float64), exact, used, _TOLERANCE)
 
 

@@ -1,5 +1,6 @@
 """Speculation changes no text: greedy ones are equal, drawn ones have the same distribution."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -171,6 +172,15 @@ def test_a_stream_decodes_what_was_asked_and_no_more(count):
     # The first token comes from the prompt; the last call may draw up to three more.
     drawn = reports[0].calls + reports[0].accepted + 1
     assert max(count, 1) <= drawn <= max(count, 1) + 3
+
+
+def test_what_is_decoded_after_an_end_token_is_not_reported():
+    """The device is at the next piece by then."""
+    reports, options = [], {"speculation": Speculation(4, shortest=1), "sampling": GREEDY}
+    text = list(speculate.stream(TINY, SMALL, [1, 2, 3], 32, **options, report=reports.append))
+    ends = dataclasses.replace(TINY, eos_token_ids=(text[-1],))
+    assert text[-1] in list(speculate.stream(ends, SMALL, [1, 2, 3], 100, **options, report=reports.append))
+    assert reports[1] == reports[0]
 
 
 def test_texts_end_before_one_is_full():

@@ -62,6 +62,7 @@ BUCKETS = {rows: [p for p in TEXTS if bucket(len(p)) == rows] for rows in (16, 3
 @jax.default_matmul_precision("float32")  # a GPU's default has ten bits
 def test_prefill_in_buckets(trained, rows, _device):
     # How a prompt was read shows in the first tokens.
+    assert sum(map(len, BUCKETS.values())) == len(TEXTS)
     prompts = BUCKETS[rows]
     assert prompts
     texts = [list(stream(*trained, list(p), 48, sampling=GREEDY)) for p in prompts]

@@ -123,7 +123,7 @@ def test_every_part_of_every_result_is_looked_at(monkeypatch, name, place, row):
     assert failed.where == place[: len(failed.where)]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
 def test_the_random_numbers_are_looked_at(dtype):
     """A state that is rounded to nearest, or with the numbers of another token, is within a unit and yet wrong.
 
