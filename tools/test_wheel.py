@@ -73,7 +73,9 @@ def fresh(python: str, *requirements: str | Path) -> Iterator[Callable[..., None
         }
 
         def run(*arguments: str | Path, folder: str | Path | None = None) -> None:
-            subprocess.run([f"{home}/bin/python", *arguments], env=environment, cwd=folder or home, check=True)
+            # What runs in a folder of its own is an example, and may compile, as torch.compile does.
+            own = environment if folder is None else {n: v for n, v in environment.items() if n not in ("CXX", "CC")}
+            subprocess.run([f"{home}/bin/python", *arguments], env=own, cwd=folder or home, check=True)
 
         run("-m", "pip", "install", "--quiet", "--only-binary=:all:", *requirements)
         yield run
