@@ -41,7 +41,7 @@ def trace(options: Options, arrays: Arrays, out: torch.Tensor | None) -> tuple[A
         options.pad_slot_id,
         options.disable_state_update,
         options.intermediate_stride,
-        str(config.backend),
+        config.backend.value,  # Dynamo of Torch 2.14 cannot trace str of it
         config.algorithm,
         config.philox_rounds,
         config.triton_tile or (),
