@@ -26,7 +26,8 @@ from ssu_bridge.backends.flashinfer import backend as flashinfer_backend
 from ssu_bridge.backends.flashinfer import kernel as flashinfer_kernel
 from ssu_bridge.backends.triton import backend as triton_backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import launch_of, launches, runtime_arguments, specialise
+from ssu_bridge.backends.triton.launch import launch_of, runtime_arguments
+from ssu_bridge.backends.triton.specialisation import launches, specialise
 from ssu_bridge.config import SSUConfig
 from ssu_bridge.core.arguments import (
     ARGUMENTS,

@@ -15,7 +15,7 @@ from fuzz.__main__ import main
 from fuzz.run import arguments, run
 from fuzz.script import script
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import launches, specialise
+from ssu_bridge.backends.triton.specialisation import launches, specialise
 
 FOLDER = Path(__file__).parent
 NUMPY = {"numpy": ("cpu", "reference")}

@@ -15,7 +15,8 @@ from ssu_bridge.testing.cases import arguments
 
 triton = pytest.importorskip("triton")
 from ssu_bridge.backends.triton import forms, tiles  # noqa: E402
-from ssu_bridge.backends.triton.compile import compile_step, specialise  # noqa: E402
+from ssu_bridge.backends.triton.compile import compile_step  # noqa: E402
+from ssu_bridge.backends.triton.specialisation import specialise  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CAPABILITIES = ((8, 0), (9, 0), (10, 0), (12, 0))

@@ -11,16 +11,9 @@ import torch
 
 from ssu_bridge.backends import reference
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import (
-    Kind,
-    constant_arguments,
-    grid_of,
-    kernel_of,
-    launch_of,
-    launches,
-    runtime_arguments,
-    specialise,
-)
+from ssu_bridge.backends.triton.compile import constant_arguments, kernel_of
+from ssu_bridge.backends.triton.launch import Kind, grid_of, launch_of, runtime_arguments
+from ssu_bridge.backends.triton.specialisation import launches, specialise
 from ssu_bridge.frontends.torch.host import from_host, to_host
 from ssu_bridge.testing.check import compare
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from without_torch import WITHOUT_TORCH
 
-from ssu_bridge.backends.triton.compile import Grid
+from ssu_bridge.backends.triton.launch import Grid
 from ssu_bridge.native import library
 
 ADDRESS, STRIDE, SIZE = range(3)

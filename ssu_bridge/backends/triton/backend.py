@@ -11,20 +11,18 @@ from typing import Any
 from ssu_bridge.backends.base import DeviceKernel, cannot_run_there, missing_jax_ffi
 from ssu_bridge.backends.rows import ANY_TOKENS, compiled_check
 from ssu_bridge.backends.triton import forms, replay
-from ssu_bridge.backends.triton.compile import (
+from ssu_bridge.backends.triton.compile import compile_step
+from ssu_bridge.backends.triton.disk_cache import cached
+from ssu_bridge.backends.triton.launch import (
     FLOAT_BYTES,
     Argument,
     Kind,
     Launch,
-    Specialisation,
-    compile_step,
     dense_strides,
     launch_of,
-    launches,
     runtime_arguments,
-    specialise,
 )
-from ssu_bridge.backends.triton.disk_cache import cached
+from ssu_bridge.backends.triton.specialisation import Specialisation, launches, specialise
 from ssu_bridge.core.problem import Problem
 from ssu_bridge.native import library
 from ssu_bridge.progress import compiling
@@ -99,8 +97,7 @@ def _reader(s: Specialisation) -> Callable[..., object]:
 
 
 def _sizes(s: Specialisation) -> dict[str, int]:
-    sizes = {"H": s.nheads, "P": s.headdim, "N": s.dstate, "G": s.ngroups}
-    return sizes | ({"R": s.window + s.most_tokens} if s.window else {})
+    return s.sizes | ({"R": s.window + s.most_tokens} if s.window else {})
 
 
 def _tokens(s: Specialisation) -> tuple[int, int]:

@@ -21,7 +21,9 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from ssu_bridge.backends.triton.compile import Compiled, Specialisation, identity, runtime_arguments
+from ssu_bridge.backends.triton.compile import Compiled, identity
+from ssu_bridge.backends.triton.launch import runtime_arguments
+from ssu_bridge.backends.triton.specialisation import Specialisation
 from ssu_bridge.backends.triton.triton_cache import PLACES
 
 _log = logging.getLogger("ssu_bridge")

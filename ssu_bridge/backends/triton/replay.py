@@ -10,7 +10,7 @@ from ssu_bridge.core.arguments import VECTOR_BYTES
 from ssu_bridge.core.problem import Problem
 
 if TYPE_CHECKING:
-    from ssu_bridge.backends.triton.compile import Specialisation
+    from ssu_bridge.backends.triton.specialisation import Specialisation
 
 # The sides of a tensor core's tile: a program's rows, and what is summed over, have at least so many elements.
 _LEAST = 16

@@ -11,7 +11,9 @@ from thinned import covering, thinned
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import compile_step, launches, runtime_arguments, specialise
+from ssu_bridge.backends.triton.compile import compile_step
+from ssu_bridge.backends.triton.launch import runtime_arguments
+from ssu_bridge.backends.triton.specialisation import launches, specialise
 
 TABLE = ((0, 1, 2, 3),)
 CHAIN = (tuple(range(-1, 4)),)

@@ -10,7 +10,7 @@ from test_matrix_form import tile_of
 
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import launches, specialise
+from ssu_bridge.backends.triton.specialisation import launches, specialise
 from ssu_bridge.backends.triton.tiles import Segments
 from ssu_bridge.testing.cases import Case
 

@@ -15,13 +15,14 @@ import time
 import pytest
 
 from ssu_bridge.api import explain
-from ssu_bridge.backends.triton import compile as triton_compile
-from ssu_bridge.backends.triton import disk_cache
-from ssu_bridge.backends.triton.compile import Compiled, specialise
+from ssu_bridge.backends.triton import disk_cache, forms, launch, replay, specialisation
+from ssu_bridge.backends.triton.compile import Compiled
 from ssu_bridge.backends.triton.disk_cache import cached, directory
+from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.backends.triton.tiles import tile
 from ssu_bridge.backends.triton.triton_cache import PLACES, with_files
 from ssu_bridge.cases import CASES
+from ssu_bridge.testing.cases import Case, arguments
 
 PROBLEM = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))
 KERNEL = specialise(PROBLEM, tile(PROBLEM))
@@ -74,10 +75,10 @@ def test_another_specialisation_is_another_kernel():
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
-        (triton_compile, "VECTOR_BYTES", 32),
-        (triton_compile, "_OVERLAPPING", (12, 0)),
-        (triton_compile, "ARGUMENTS", {"dt": None}),
-        (triton_compile, "SEED_BYTES", 4),
+        (launch, "VECTOR_BYTES", 32),
+        (specialisation, "_OVERLAPPING", (12, 0)),
+        (launch, "ARGUMENTS", {"dt": None}),
+        (launch, "SEED_BYTES", 4),
         (disk_cache, "_source_hash", lambda: "of other files"),
     ],
 )
@@ -89,6 +90,17 @@ def test_what_the_launch_depends_on_is_in_the_key(monkeypatch, module, name, val
         value = {**module.ARGUMENTS, "x": x}
     monkeypatch.setattr(module, name, value)
     assert disk_cache._key(seeded) != before
+
+
+def test_a_limit_of_registers_is_in_the_key(monkeypatch):
+    dtypes = {"*": "bfloat16", "A": "float32", "state": "bfloat16"}
+    case = Case("replay", headdim=64, dstate=128, dtypes=dtypes, window=8, most=1, starts=(0,) * 6, pending=(0,) * 6)
+    given = arguments(case.arrays(seed=0), "numpy", lambda array: array, case.window)
+    problem = explain(**given, **case.flags).choices[0].problem.on("cuda", (9, 0))
+    kernel = specialise(problem, forms.tile(problem))
+    before = disk_cache._key(kernel)
+    monkeypatch.setattr(replay, "_REGISTERS", {})
+    assert disk_cache._key(kernel) != before
 
 
 def test_what_the_user_tells_triton_is_in_the_key(monkeypatch):
@@ -382,7 +394,7 @@ def test_a_kernel_that_is_kept_needs_no_triton():
 import sys
 from ssu_bridge.api import explain
 from ssu_bridge.backends.triton.backend import _kernel
-from ssu_bridge.backends.triton.compile import specialise
+from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.backends.triton.tiles import tile
 from ssu_bridge.cases import CASES
 problem = explain(**CASES[0].arrays(seed=0)).choices[0].problem.on("cuda", (9, 0))

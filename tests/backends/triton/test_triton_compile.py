@@ -25,7 +25,8 @@ from thinned import covering, thinned
 from ssu_bridge import using
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import tiles
-from ssu_bridge.backends.triton.compile import launch_of, specialise
+from ssu_bridge.backends.triton.launch import launch_of
+from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.core.rounding import LARGEST
 from ssu_bridge.testing.cases import CASES, Case
 

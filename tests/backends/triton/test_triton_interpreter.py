@@ -14,8 +14,8 @@ from replays import CONFIGS, serve
 from ssu_bridge.backends import reference
 from ssu_bridge.backends.base import HostKernel
 from ssu_bridge.backends.triton import forms
-from ssu_bridge.backends.triton.compile import specialise
 from ssu_bridge.backends.triton.kernels.replay_token import sequence_at
+from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.testing.cases import CASES
 
 

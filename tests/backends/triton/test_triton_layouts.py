@@ -10,7 +10,8 @@ from thinned import thinned
 from triton.backends.nvidia.compiler import CUDABackend
 
 from ssu_bridge.backends.triton import forms, tiles
-from ssu_bridge.backends.triton.compile import compile_step, specialise
+from ssu_bridge.backends.triton.compile import compile_step
+from ssu_bridge.backends.triton.specialisation import specialise
 
 LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], "
                     r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip

@@ -15,7 +15,8 @@ from kernel_layers import CLASSES, STORED, layer
 from ssu_bridge import using
 from ssu_bridge.backends import triton as backend
 from ssu_bridge.backends.triton import forms, tiles
-from ssu_bridge.backends.triton.compile import compile_step, specialise
+from ssu_bridge.backends.triton.compile import compile_step
+from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.bench.cuda.tune import Point, Row, replaced, rows_of
 from ssu_bridge.testing.cases import CASES
 
