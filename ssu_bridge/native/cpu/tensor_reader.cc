@@ -1,71 +1,18 @@
 #include "cpu/tensor_reader.h"
 
-#include <tvm/ffi/dtype.h>
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <iterator>
-#include <utility>
+
+#include "cpu/tensor_check.h"
 
 namespace ssu_bridge {
 
 namespace {
 
-// What the letters of the patterns stand for, as far as tensors have told.
-class Sizes {
- public:
-  Sizes() {
-    std::fill(std::begin(sizes_), std::end(sizes_), kUnknown);
-    set('1', 1);
-    set('2', 2);
-  }
-
-  int64_t of(char symbol) const { return sizes_[symbol - kFirst]; }
-  int64_t of(char symbol, int64_t otherwise) const { return of(symbol) == kUnknown ? otherwise : of(symbol); }
-  void set(char symbol, int64_t size) { sizes_[symbol - kFirst] = size; }
-  bool contradict(char symbol, int64_t size) const { return of(symbol, size) != size; }
-
- private:
-  static constexpr int64_t kUnknown = -1;
-  static constexpr char kFirst = '1', kLast = 'b';
-  int64_t sizes_[kLast - kFirst + 1];
-};
-
-struct Call {
-  const CallTensors& tensors;
-  const CallRules& rules;
-  Layout layout;
-  bool has_heads;
-  Sizes sizes;
-
-  int64_t sequence_tokens() const { return sizes.of('T', 1); }
-};
-
 void* data_of(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
-void check_device(const DLTensor& tensor, const char* name, const Call& call) {
-  DLDeviceType type = tensor.device.device_type;
-  if (!call.rules.compiled_for.is_on_host) {
-    DLDevice expected = call.tensors[Argument::kState]->device;
-    if (type == expected.device_type && tensor.device.device_id == expected.device_id) return;
-    TVM_FFI_THROW(ValueError) << name << " must be on the device of state, got DLPack device type "
-                              << static_cast<int>(type) << ", number " << tensor.device.device_id;
-  }
-  if (type == kDLCPU || type == kDLCUDAHost || type == kDLROCMHost) return;
-  TVM_FFI_THROW(ValueError) << name << " must be in host memory, got DLPack device type " << static_cast<int>(type);
-}
-
-bool is_type(DLDataType type, int code, int bits) { return type.code == code && type.bits == bits && type.lanes == 1; }
-
-[[noreturn]] void refuse_type(const DLTensor& tensor, const char* name, const char* expected) {
-  TVM_FFI_THROW(ValueError) << name << " must be " << expected << ", got DLPack type code "
-                            << static_cast<int>(tensor.dtype.code) << " with " << static_cast<int>(tensor.dtype.bits)
-                            << " bits";
-  std::abort();  // unreachable; the line above has no way to say so
-}
 
 ElementType float_type(const DLTensor& tensor, const char* name) {
   if (is_type(tensor.dtype, kDLFloat, 32)) return ElementType::kFloat32;
@@ -81,98 +28,10 @@ ElementType state_type(const DLTensor& tensor, const char* name) {
   return float_type(tensor, name);
 }
 
-bool is_empty(const DLTensor& tensor) { return std::count(tensor.shape, tensor.shape + tensor.ndim, 0) > 0; }
-
 // The stride of an axis of one element is arbitrary; zero lets it count as tied.
 int64_t stride_of(const DLTensor& tensor, int axis, int64_t dense) {
   if (tensor.shape[axis] == 1) return 0;
   return tensor.strides ? tensor.strides[axis] : dense;
-}
-
-// The first axis that contradicts the sizes that are known, or the number of axes.
-int first_wrong_axis(const DLTensor& tensor, const Pattern& pattern, const Sizes& sizes) {
-  int axis = 0;
-  while (axis < tensor.ndim && !sizes.contradict(pattern.axes[axis], tensor.shape[axis])) ++axis;
-  return axis;
-}
-
-// The shape that a tensor has of those that it may have; learns the sizes that it fixes.
-const Pattern& match(const DLTensor& tensor, const char* name, const Rule& rule, Call& call) {
-  const Pattern* wrong = nullptr;
-  for (const Pattern& pattern : rule.patterns[static_cast<int>(call.layout)][call.has_heads]) {
-    if (static_cast<int>(pattern.axes.size()) != tensor.ndim) continue;
-    wrong = &pattern;
-    if (first_wrong_axis(tensor, pattern, call.sizes) < tensor.ndim) continue;
-    if (pattern.has_one_group && call.sizes.contradict('G', 1))
-      TVM_FFI_THROW(ValueError) << name << " has no axis for the " << call.sizes.of('G') << " groups";
-    for (int axis = 0; axis < tensor.ndim; ++axis) call.sizes.set(pattern.axes[axis], tensor.shape[axis]);
-    if (pattern.has_one_group) call.sizes.set('G', 1);
-    return pattern;
-  }
-  if (!wrong)
-    TVM_FFI_THROW(ValueError) << name << " has " << tensor.ndim << " axes, which does not go with a state "
-                              << (call.has_heads ? "of 4" : "of 3") << " and the axes of x";
-  int axis = first_wrong_axis(tensor, *wrong, call.sizes);
-  TVM_FFI_THROW(ValueError) << name << ": axis " << axis << " must have size " << call.sizes.of(wrong->axes[axis])
-                            << ", got " << tensor.shape[axis];
-  std::abort();  // unreachable, as above
-}
-
-// How many of the last axes repeat one element: those of a tied view. The strides of an empty tensor say nothing.
-int repeated_axes(const DLTensor& tensor, const Rule& rule, const Pattern& pattern, bool has_heads) {
-  if (!has_heads || !pattern.is_full) return 0;
-  for (int i = 1; i <= rule.tied_axes; ++i) {
-    int axis = tensor.ndim - i;
-    if (tensor.shape[axis] != 1 && (!tensor.strides || is_empty(tensor) || tensor.strides[axis] != 0)) return 0;
-  }
-  return rule.tied_axes;
-}
-
-void check_distinct(const DLTensor& tensor, const char* name, int free_axes, int64_t step) {
-  std::vector<std::pair<int64_t, int64_t>> axes;  // length of a step, number of entries
-  for (int axis = 0; axis < free_axes; ++axis) axes.emplace_back(std::abs(tensor.strides[axis]), tensor.shape[axis]);
-  std::sort(axes.begin(), axes.end());
-  for (auto [length, entries] : axes) {
-    if (entries > 1 && length < step)
-      TVM_FFI_THROW(ValueError) << name << " must not overlap itself, because it is written";
-    step = std::max(step, entries * length);
-  }
-}
-
-// The axes that are not free lie densely, and no element of what is written lies where another does.
-void check_strides(const DLTensor& tensor, const char* name, const Rule& rule, const Pattern& pattern, bool has_heads) {
-  if (!tensor.strides || is_empty(tensor)) return;  // the strides of an empty tensor say nothing
-  int dense = tensor.ndim - repeated_axes(tensor, rule, pattern, has_heads);
-  int64_t step = 1;
-  for (int axis = tensor.ndim - 1; axis >= pattern.free_axes; --axis) {
-    if (tensor.shape[axis] > 1 && tensor.strides[axis] != (axis < dense ? step : 0))
-      TVM_FFI_THROW(ValueError) << name << " must be contiguous from axis " << pattern.free_axes << " on";
-    if (axis < dense) step *= tensor.shape[axis];
-  }
-  if (rule.is_written) check_distinct(tensor, name, pattern.free_axes, step);
-}
-
-void check_dtype(const DLTensor& tensor, const char* name, const Rule& rule) {
-  if (rule.has_dtype && !is_type(tensor.dtype, rule.dtype.code, rule.dtype.bits))
-    refuse_type(tensor, name, tvm::ffi::DLDataTypeToString(rule.dtype).c_str());
-}
-
-// Checks all but the types that the step knows.
-const Pattern& check(Argument argument, Call& call) {
-  const DLTensor& tensor = *call.tensors[argument];
-  const char* name = name_of(argument);
-  const Rule& rule = call.rules[argument];
-  check_device(tensor, name, call);
-  check_dtype(tensor, name, rule);
-  // A Torch tensor may have lost its storage, or never had one.
-  if (tensor.data == nullptr && !is_empty(tensor)) TVM_FFI_THROW(ValueError) << name << " has no memory";
-  const Pattern& pattern = match(tensor, name, rule, call);
-  check_strides(tensor, name, rule, pattern, call.has_heads);
-  bool repeats = repeated_axes(tensor, rule, pattern, call.has_heads) > 0 ||
-                 (call.tensors[Argument::kReplayX] && is_empty(tensor));  // no step size differs from another
-  if (rule.must_repeat && pattern.is_full && !repeats)
-    TVM_FFI_THROW(ValueError) << name << " must be tied to the head: one number, or strides of 0, along its last axes";
-  return pattern;
 }
 
 int64_t& stride_of(Operand& operand, char axis) {
@@ -194,7 +53,7 @@ int64_t& stride_of(Operand& operand, char axis) {
   }
 }
 
-Operand read_operand(Argument argument, Call& call) {
+Operand read_operand(Argument argument, CheckedCall& call) {
   Operand operand;
   const DLTensor* tensor = call.tensors[argument];
   if (!tensor) return operand;
@@ -210,7 +69,7 @@ Operand read_operand(Argument argument, Call& call) {
 }
 
 // A table with a row for each sequence, and a column for each token where it has two axes.
-IndexTable read_table(Argument argument, Call& call) {
+IndexTable read_table(Argument argument, CheckedCall& call) {
   IndexTable table;
   const DLTensor* tensor = call.tensors[argument];
   if (!tensor) return table;
@@ -231,7 +90,7 @@ IndexTable read_table(Argument argument, Call& call) {
 }
 
 // A table of slots, which has a column for each token at least, if it has any.
-IndexTable read_slots(Argument argument, Call& call) {
+IndexTable read_slots(Argument argument, CheckedCall& call) {
   IndexTable table = read_table(argument, call);
   if (table.has_columns && table.columns < call.sequence_tokens())
     TVM_FFI_THROW(ValueError) << name_of(argument) << " must have a column for each of " << call.sequence_tokens()
@@ -240,7 +99,7 @@ IndexTable read_slots(Argument argument, Call& call) {
 }
 
 // A number for each token: a row for each sequence, or for each row of packed ones.
-IndexTable read_parents(Call& call) {
+IndexTable read_parents(CheckedCall& call) {
   IndexTable table = read_table(Argument::kParents, call);
   if (!table.data) return table;
   if (const DLTensor* slots = call.tensors[Argument::kWriteSlots]; slots && slots->ndim == 1)
@@ -250,7 +109,7 @@ IndexTable read_parents(Call& call) {
   return table;
 }
 
-FlagTable read_flags(Argument argument, Call& call) {
+FlagTable read_flags(Argument argument, CheckedCall& call) {
   FlagTable table;
   const DLTensor* tensor = call.tensors[argument];
   if (!tensor) return table;
@@ -270,7 +129,7 @@ int64_t dense_stride(const DLTensor& tensor) {
 }
 
 // `scales` names what holds one number for each row of `values`, and is absent where the values are floats.
-StateStorage read_storage(Argument values, Argument scales, Call& call) {
+StateStorage read_storage(Argument values, Argument scales, CheckedCall& call) {
   const DLTensor& tensor = *call.tensors[values];
   check(values, call);
   StateStorage storage;
@@ -291,11 +150,11 @@ StateStorage read_storage(Argument values, Argument scales, Call& call) {
   return storage;
 }
 
-void check_size(char symbol, const char* what, const Call& call) {
+void check_size(char symbol, const char* what, const CheckedCall& call) {
   if (call.sizes.of(symbol) < 1) TVM_FFI_THROW(ValueError) << "expected " << what << " of at least 1, got 0";
 }
 
-void read_state(Call& call, StepArguments& a) {
+void read_state(CheckedCall& call, StepArguments& a) {
   a.state = read_storage(Argument::kState, Argument::kScales, call);
   check_size('H', "nheads", call);
   check_size('P', "headdim", call);
@@ -305,7 +164,7 @@ void read_state(Call& call, StepArguments& a) {
   a.columns = call.sizes.of('N');
 }
 
-void read_intermediates(Call& call, StepArguments& a) {
+void read_intermediates(CheckedCall& call, StepArguments& a) {
   const DLTensor* tensor = call.tensors[Argument::kIntermediates];
   if (!tensor) return;
   const char* name = name_of(Argument::kIntermediates);
@@ -317,21 +176,21 @@ void read_intermediates(Call& call, StepArguments& a) {
     TVM_FFI_THROW(ValueError) << name << " must have at least " << steps << " steps, got " << a.intermediates.steps;
 }
 
-Operand read_ring(Argument argument, ElementType type, Call& call) {
+Operand read_ring(Argument argument, ElementType type, CheckedCall& call) {
   Operand ring = read_operand(argument, call);
   if (ring.type != type)
     TVM_FFI_THROW(ValueError) << name_of(argument) << " must have the type of what it keeps, float32 for step sizes";
   return ring;
 }
 
-IndexTable read_cursor(Argument argument, Call& call) {
+IndexTable read_cursor(Argument argument, CheckedCall& call) {
   IndexTable table = read_table(argument, call);
   if (table.is_64_bit) refuse_type(*call.tensors[argument], name_of(argument), "int32");
   return table;
 }
 
 // The rings of a checkpoint and where its cursor is in them.
-void read_replay(Call& call, StepArguments& a) {
+void read_replay(CheckedCall& call, StepArguments& a) {
   a.replay.x = read_ring(Argument::kReplayX, a.x.type, call);
   a.replay.B = read_ring(Argument::kReplayB, a.B.type, call);
   a.replay.dt = read_ring(Argument::kReplayDt, ElementType::kFloat32, call);
@@ -342,13 +201,13 @@ void read_replay(Call& call, StepArguments& a) {
 }
 
 // The most tokens of a sequence; packed ones beyond them belong to none.
-int64_t longest_sequence(const Call& call, const StepArguments& a) {
+int64_t longest_sequence(const CheckedCall& call, const StepArguments& a) {
   if (call.tensors[Argument::kParents]) return std::min(a.tokens, kMaxTreeTokens);
   return replays(a) ? std::min(a.tokens, call.rules.compiled_for.most_tokens) : a.tokens;
 }
 
 // Whether there are heads, and how sequences and tokens lie: the axes of the state and x and cu_seqlens tell.
-void read_layout(Call& call) {
+void read_layout(CheckedCall& call) {
   const DLTensor &state = *call.tensors[Argument::kState], &x = *call.tensors[Argument::kX];
   const DLTensor* starts = call.tensors[Argument::kSequenceStarts];
   if (state.ndim != 3 && state.ndim != 4)
@@ -378,7 +237,7 @@ void read_layout(Call& call) {
   call.sizes.set('b', starts->shape[0] - 1);
 }
 
-void read_groups(Call& call, StepArguments& a) {
+void read_groups(CheckedCall& call, StepArguments& a) {
   a.B = read_operand(Argument::kB, call);
   int64_t groups = call.sizes.of('G');
   if (groups < 1 || a.heads % groups != 0)
@@ -386,7 +245,7 @@ void read_groups(Call& call, StepArguments& a) {
   a.heads_per_group = a.heads / groups;
 }
 
-void check_tokens(const Call& call) {
+void check_tokens(const CheckedCall& call) {
   const CompiledFor& expected = call.rules.compiled_for;
   // No tokens take the kernel of one.
   int64_t tokens = std::max<int64_t>(call.sequence_tokens(), 1);
@@ -398,7 +257,7 @@ void check_tokens(const Call& call) {
 bool is_pair(const DLTensor& seed) { return is_type(seed.dtype, kDLUInt, 32); }
 
 // One int64, or the two words of a key.
-void check_seed(Call& call, StepArguments& a) {
+void check_seed(CheckedCall& call, StepArguments& a) {
   const DLTensor* seed = call.tensors[Argument::kSeed];
   if (!seed) return;
   check(Argument::kSeed, call);
@@ -410,54 +269,10 @@ void check_seed(Call& call, StepArguments& a) {
   a.random.is_used = true;
 }
 
-std::string without(std::string axes, char symbol) {
-  axes.erase(std::remove(axes.begin(), axes.end(), symbol), axes.end());
-  return axes;
-}
-
-std::string with_tokens(std::string axes, const char* token_axes) {
-  size_t star = axes.find('*');
-  return star == std::string::npos ? axes : axes.replace(star, 1, token_axes);
-}
-
 }  // namespace
 
-Rule parse_rule(const ArgumentRow& row) {
-  const char* const token_axes[kLayouts] = {"b", "bT", "L"};
-  Rule rule;
-  tvm::ffi::Array<tvm::ffi::String> shapes = row.get<1>();
-  rule.tied_axes = static_cast<int>(row.get<3>());
-  rule.is_written = row.get<4>();
-  rule.must_repeat = row.get<5>();
-  tvm::ffi::String dtype = row.get<6>();
-  rule.has_dtype = !dtype.empty();
-  if (rule.has_dtype) rule.dtype = tvm::ffi::StringToDLDataType(dtype);
-  for (int layout = 0; layout < kLayouts; ++layout) {
-    std::string free = with_tokens(row.get<2>(), token_axes[layout]);
-    for (bool has_heads : {false, true}) {
-      std::vector<Pattern>& patterns = rule.patterns[layout][has_heads];
-      for (const tvm::ffi::String& shape : shapes) {
-        std::string axes = with_tokens(shape, token_axes[layout]);
-        // Without heads nothing can be tied to one.
-        if (!has_heads && !axes.empty() && axes.back() == 'H') continue;
-        if (!has_heads) axes = without(axes, 'H');
-        if (axes.size() > kMaxAxes) TVM_FFI_THROW(ValueError) << "arguments: " << axes << " has too many axes";
-        Pattern pattern;
-        pattern.is_full = patterns.empty();
-        pattern.has_one_group =
-            !patterns.empty() && patterns[0].axes.find('G') != std::string::npos && axes.find('G') == std::string::npos;
-        size_t inner = axes.find_first_not_of(free);
-        pattern.free_axes = static_cast<int>(inner == std::string::npos ? axes.size() : inner);
-        pattern.axes = std::move(axes);
-        patterns.push_back(std::move(pattern));
-      }
-    }
-  }
-  return rule;
-}
-
 void read_tensors(const CallTensors& tensors, const CallRules& rules, StepArguments& a) {
-  Call call{tensors, rules, Layout::kSingle, false, {}};
+  CheckedCall call{tensors, rules, Layout::kSingle, false, {}};
   read_layout(call);
   read_state(call, a);
   a.x = read_operand(Argument::kX, call);
