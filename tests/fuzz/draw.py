@@ -6,7 +6,8 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  (gives NumPy the dtypes "bfloat16" and "float8_e4m3fn")
 import numpy as np
 
-from fuzz.memory import PROJECTED, VECTOR, Layout, dense
+from fuzz.draw_layouts import layouts_of
+from fuzz.draw_mistakes import mistake
 from fuzz.oracle import QMAX, Options, sequences
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -17,15 +18,6 @@ TRACED = {"jax": ("cpu", "xla", "reference"), "jax.jit": ("cpu", "xla")}
 EAGER = {"numpy": ("cpu", "cpu", "reference"), "torch": ("cpu", "cpu", "reference")}
 TRACED_ON_GPU = {"jax": ("triton", "xla"), "jax.jit": ("triton", "xla")}
 ON_GPU = {"torch.cuda": ("triton",)}
-TABLES = (
-    "state_batch_indices", "dst_state_batch_indices", "num_accepted_tokens", "cu_seqlens",
-    "intermediate_state_indices", "parent_tokens",
-)  # fmt: skip
-# How many of the leading axes may be strided: those of the tokens for None.
-FREE = dict.fromkeys(("x", "dt", "B", "C", "z", "out"))
-FREE |= dict.fromkeys(TABLES, 2) | {"has_initial_state": 1}
-FREE |= dict.fromkeys(("state", "state_scale", "intermediate_states", "intermediate_state_scales"), 1)
-FREE |= dict.fromkeys(("replay_x", "replay_B", "replay_dt", "replay_start", "replay_pending"), 1)
 
 
 class Call(NamedTuple):
@@ -119,7 +111,7 @@ class _Draw:
         if self.values == "special":
             self._put_specials(arrays)
         evaluate(self.statements[drawn:], arrays)
-        layouts, at_end = ({}, {}) if self.dense else self._layouts()
+        layouts, at_end = ({}, {}) if self.dense else layouts_of(self)
         self.layouts = layouts
         flags = {"backend": self.backend, "dt_softplus": self.softplus, "pad_slot_id": self.pad} | self.flags
         options = Options(
@@ -131,7 +123,7 @@ class _Draw:
             self.number, self.mode, self.backend, tuple(self.statements), arrays, layouts, at_end, flags, options,
             self.values == "exact", self.maybe(0.7), self.dense and self.maybe(0.5), self.on_gpu, None,
         )  # fmt: skip
-        return call._replace(spoils=self._wrong()) if self.content.random() < 0.08 else call
+        return call._replace(spoils=mistake(self)) if self.content.random() < 0.08 else call
 
     # --- Sizes and options ---
 
@@ -414,93 +406,3 @@ class _Draw:
             self.statements.append(
                 f'a["{name}"].reshape(-1)[{place}] = {self.content.choice(["np.nan", "np.inf", "-np.inf"])}'
             )
-
-    # --- Memory ---
-
-    def _layouts(self):
-        extent, layouts = self.extent, {}
-        token_axes = len(self.row_axes)
-        for name, shape in self.shapes.items():
-            free = {"rand_seed": 0, "A": 0, "D": 0, "dt_bias": 0}.get(name, FREE.get(name, 0))
-            free = min(token_axes if free is None else free, len(shape))
-            strides = list(dense(shape))
-            if name in self.repeats:
-                kept = len(shape) - self.repeats[name]
-                strides = [*dense(shape[:kept]), *[0] * self.repeats[name]]
-            first, unit = self._first(name)
-            if free and extent.random() < 0.4:
-                self._strided(strides, shape, free, unit)
-                flip = extent.randrange(free)
-                if self.mode == "numpy" and extent.random() < 0.2 and shape[flip]:
-                    first += (shape[flip] - 1) * strides[flip]
-                    strides[flip] = -strides[flip]
-            layouts[name] = Layout(name, first, tuple(strides))
-        if self.maybe(0.2):
-            self._project(layouts)
-        if "out" in layouts and self.maybe(0.25):
-            self._alias_out(layouts)
-        return layouts, {layout.buffer: extent.random() < 0.5 for layout in layouts.values()}
-
-    def _first(self, name):
-        """Draw an array's first element in its buffer, and of how many elements its gaps are multiples.
-
-        A kernel is compiled for addresses and strides that are multiples of a vector, or for any.
-        """
-        if name == "rand_seed":
-            return 0, 1
-        if not self.for_kernels:
-            return self.extent.choice([0, 0, 0, 1, 2, 3]), 1
-        if self.maybe(0.15):
-            return self.extent.choice([1, 2, 3]), 1
-        unit = VECTOR // np.dtype(self.dtypes[name]).itemsize
-        return unit * self.extent.choice([0, 0, 1, 2]), unit
-
-    def _strided(self, strides, shape, free, unit):
-        """Put gaps between the entries of the free axes."""
-        step = 1
-        for axis in reversed(range(len(shape))):
-            if axis < free:
-                step += unit * self.extent.choice([0, 0, 1, 3, 8])
-                strides[axis] = max(step, 1)
-                step = strides[axis] * shape[axis]
-            elif strides[axis]:
-                step = max(step, strides[axis] * shape[axis])
-
-    def _project(self, layouts):
-        """Make slices of one buffer of some arrays of one dtype."""
-        names = [n for n in PROJECTED if n in self.shapes and self.dtypes[n] == self.dtypes["x"]]
-        axes = len(self.row_axes)
-        widths = {n: int(np.prod(self.shapes[n][axes:])) for n in names}
-        width, first = sum(widths.values()) + self.form.choice([0, 1, 8]), 0
-        for name in names:
-            inner = dense(self.shapes[name][axes:])
-            layouts[name] = Layout("x", first, (*(width * step for step in dense(self.row_axes)), *inner))
-            first += widths[name]
-
-    def _alias_out(self, layouts):
-        """Put the output where x, z or a part of another array of its dtype is."""
-        alike = [n for n in ("x", "z") if n in self.shapes and self.dtypes[n] == self.dtypes["out"]]
-        others = [n for n in ("B", "C", "dt") if self.dtypes[n] == self.dtypes["out"] and n not in self.repeats]
-        name = self.form.choice(alike + others)
-        layouts["out"] = layouts[name] if name in alike else Layout(layouts[name].buffer, 0, dense(self.shapes["out"]))
-
-    # --- Wrong calls ---
-
-    def _wrong(self):
-        """Return a statement that makes the arguments of a right call wrong."""
-        wrong = ['given["x"] = given["x"][None, None]', 'given["A"] = None', 'given["backend"] = "none"']
-        wrong += ['given["B"] = given["B"][..., :-1]', 'given["pad_slot_id"] = 1.5', 'given["dt_softplus"] = 1']
-        wrong += ['given["C"] = given["C"][..., None, None]', 'given["num_accepted_tokens"] = given["x"]']
-        if "dst_state_batch_indices" in self.shapes:
-            wrong += ['given["disable_state_update"] = True']
-        if self.dense:
-            return self.content.choice(wrong)
-        wrong += ['given["donate"] = False']
-        keeps = "disable_state_update" in self.flags or (self.tree and not self.destinations)
-        count, needed = (int(np.prod(self.shapes[name])) for name in ("state", "x"))
-        if self.state in FLOATS and not self.replays and not keeps:
-            if self.mode == "numpy":
-                wrong += ['given["state"] = np.broadcast_to(given["state"], given["state"].shape)'] * 2
-            if 0 < needed <= count and self.layouts["state"].strides == dense(self.shapes["state"]):
-                wrong += [f'given["x"] = given["state"].reshape(-1)[:{needed}].reshape({self.shapes["x"]})'] * 4
-        return self.content.choice(wrong)

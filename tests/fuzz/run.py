@@ -8,7 +8,7 @@ import numpy as np
 
 import ssu_bridge
 from fuzz import judge
-from fuzz.draw import TABLES
+from fuzz.draw_layouts import TABLES
 from fuzz.judge import Wrong
 from fuzz.memory import VECTOR, Buffers, placed
 from fuzz.oracle import Oracle, owners, sequences

@@ -1,6 +1,6 @@
 """A call as a script that needs nothing of the fuzz, and what was wrong with it."""
 
-from fuzz.draw import TABLES
+from fuzz.draw_layouts import TABLES
 from fuzz.memory import PROJECTED, extents
 
 # Torch has no dtype of NumPy's bfloat16 and float8.
