@@ -8,8 +8,10 @@ import ctypes
 import functools
 import gc
 import itertools
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +23,10 @@ from ssu_bridge.testing.cases import Case, arguments
 
 _SMALL: dict[str, Any] = {"headdim": 8, "dstate": 16}
 CASE = Case("one token", **_SMALL)
+PROMPT = Case("a prompt", **_SMALL, tokens=64, dtypes={"*": "bfloat16", "A": "float32"})
 FORMS = (
     Case("several tokens", **_SMALL, tokens=4, steps=4),
-    Case("a prompt", **_SMALL, tokens=64, dtypes={"*": "bfloat16", "A": "float32"}),
+    PROMPT,
     Case("packed prompts", **_SMALL, tokens=40, cu_seqlens=(0, 8, 8, 40)),
     Case("a tree", **_SMALL, tokens=5, steps=5, parents=((-1, 0, 0, 1, 1),) * 3),
     Case("int8", **_SMALL, dtypes={"state": "int8"}),
@@ -59,13 +62,14 @@ class Growth(NamedTuple):
     targets: int
 
 
-def eager(calls: int, case: Case = CASE, framework: str = "jax") -> Growth:
+def eager(calls: int, case: Case = CASE, framework: str = "jax", algorithm: str = "auto") -> Growth:
     """Measure eager calls, each with the states of the one before."""
     given = arguments(case.arrays(seed=0), framework, _converter(framework), case.window)
+    flags = {**case.flags, "algorithm": algorithm}
 
     def run(count: int) -> None:
         for _ in range(count):
-            _, given["state"], *others = update(**given, **case.flags)
+            _, given["state"], *others = update(**given, **flags)
             given.update(zip(("intermediate_states",), others, strict=False))
         jax.block_until_ready(given["state"])  # type: ignore[no-untyped-call]
 
@@ -203,8 +207,12 @@ def main() -> None:
         _print("traced", traced(options.traced))
     for framework, case in itertools.product(("numpy", "torch", "jax"), FORMS if options.forms else ()):
         _print(f"{case.name}, {framework}", eager(options.forms, case, framework))
+    if options.forms:  # on a CPU by xla
+        _print("a prompt in the matrix form, jax", eager(options.forms, PROMPT, algorithm="matrix"))
     for way in (options.way or _WARM_UP_OF_SHAPES) if options.shapes else ():
-        _print(f"other shapes, {way}", shapes(options.shapes, way))
+        # In a process of its own: it would take memory that another way has left free.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            _print(f"other shapes, {way}", pool.submit(shapes, options.shapes, way).result())
 
 
 def _print(name: str, left: Growth) -> None:

@@ -42,6 +42,8 @@ def test_calls_of_other_forms_leave_nothing_behind(framework):
     """Several tokens, prompts, trees, quantised states and replay; docs/benchmarks.md has more calls of each."""
     for case in memory.FORMS:
         assert memory.eager(700, case, framework).resident < ALLOWED, case.name
+    if framework == "jax":
+        assert memory.eager(700, memory.PROMPT, algorithm="matrix").resident < ALLOWED
 
 
 # Torch's cache holds so many that filling it takes seconds; that it is bounded is tested where it is.
