@@ -61,21 +61,19 @@ def require_plain(wheel: Path) -> None:
 
 @contextlib.contextmanager
 def fresh(python: str, *requirements: str | Path) -> Iterator[Callable[..., None]]:
-    """Make an environment that has these requirements only; give a function that runs its Python with arguments."""
+    """Make an environment that has these requirements only; give a function that runs its Python with arguments.
+
+    Nothing but that environment is on its path, and so no compiler.
+    """
     with tempfile.TemporaryDirectory() as home:
         subprocess.run([python, "-m", "venv", home], check=True)
-        environment = {
-            **os.environ,
-            "CXX": "/no/compiler",
-            "CC": "/no/compiler",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": "",
-        }
+        own = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": ""}
+        alone = {name: value for name, value in own.items() if name not in ("CC", "CXX")} | {"PATH": f"{home}/bin"}
 
         def run(*arguments: str | Path, folder: str | Path | None = None) -> None:
             # What runs in a folder of its own is an example, and may compile, as torch.compile does.
-            own = environment if folder is None else {n: v for n, v in environment.items() if n not in ("CXX", "CC")}
-            subprocess.run([f"{home}/bin/python", *arguments], env=own, cwd=folder or home, check=True)
+            environment = own if folder else alone
+            subprocess.run([f"{home}/bin/python", *arguments], env=environment, cwd=folder or home, check=True)
 
         run("-m", "pip", "install", "--quiet", "--only-binary=:all:", *requirements)
         yield run

@@ -1,5 +1,6 @@
 """The metadata of tensors, and the Problem that is made of it."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class TensorInfo(NamedTuple):
         offset: on a GPU, how far its address is from a multiple of VECTOR_BYTES; elsewhere 0.
     """
 
-    shape: torch.Size
+    shape: tuple[int, ...]
     dtype: torch.dtype
     strides: tuple[int, ...]
     device: torch.device
@@ -44,6 +45,11 @@ def key_of(arrays: Arrays, out: torch.Tensor | None) -> Key:
     if not all(array is None or isinstance(array, torch.Tensor) for array in given):
         require_one_framework(arrays, out)
     return tuple([None if a is None else _info(name, a) for name, a in zip(_NAMES, given, strict=False)])
+
+
+def traced_key_of(arrays: Arrays, out: torch.Tensor | None) -> Key:
+    """Return the metadata of tensors that a tracer passes: they may have no memory, and symbolic sizes."""
+    return tuple([None if a is None else _traced_info(a) for a in (out, *arrays)])
 
 
 def problem_of(key: Key, options: Options) -> Problem:
@@ -102,3 +108,8 @@ def _info(name: str, tensor: torch.Tensor) -> TensorInfo:
     require_memory(name, tensor)
     offset = tensor.data_ptr() % VECTOR_BYTES if tensor.is_cuda else 0
     return TensorInfo(tensor.shape, tensor.dtype, tensor.stride(), tensor.device, offset)
+
+
+def _traced_info(tensor: torch.Tensor) -> TensorInfo:
+    shape, strides = tuple(map(operator.index, tensor.shape)), tuple(map(operator.index, tensor.stride()))
+    return TensorInfo(shape, tensor.dtype, strides, tensor.device, 0)

@@ -179,12 +179,50 @@ def test_fake_tensors_in_their_mode_have_the_shapes_of_the_results(given):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
 
 
+def differentiated(trace):
+    """A function of a step's state and x, of which x requires grad, that ``trace`` turns into a program."""
+    return lambda a: trace(function, a["state"], a["x"].requires_grad_())
+
+
+def compiled(**options):
+    return differentiated(lambda f, *arrays: torch.compile(f, backend="eager", **options)(*arrays))
+
+
+def made_by_fx(mode):
+    return differentiated(lambda f, *arrays: make_fx(f, tracing_mode=mode)(*arrays))
+
+
+def step_with_fake_tensors(a):
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(tensor) for name, tensor in a.items()}
+        step(**{**fake, "x": fake["x"].requires_grad_()})
+
+
+def seed_that_was_not_drawn_yet(a):
+    with ssu_bridge.using(stochastic_rounding=True):
+        compiled(fullgraph=True)({**a, "state": a["state"].half()})
+
+
+REFUSED_GRADIENTS = {
+    "compiled": compiled(),
+    "compiled, one graph": compiled(fullgraph=True),
+    "compiled, symbolic sizes": compiled(fullgraph=True, dynamic=True),
+    **{f"make_fx, {mode}": made_by_fx(mode) for mode in ("real", "fake", "symbolic")},
+    "torch.jit.trace": differentiated(lambda f, *arrays: torch.jit.trace(f, arrays)),
+    "FakeTensorMode": step_with_fake_tensors,
+    "a seed to draw": seed_that_was_not_drawn_yet,
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_call_that_would_lose_a_gradient_is_refused(given):
+@pytest.mark.parametrize("how", REFUSED_GRADIENTS)
+def test_a_traced_call_that_would_lose_a_gradient_is_refused_by_the_selected_backend(given, how):
     torch._dynamo.reset()
     held = given["state"].clone()
-    with pytest.raises(ssu_bridge.UnsupportedError, match="x: it requires grad, but backend cpu has"):
-        torch.compile(function, backend="eager")(given["state"], given["x"].requires_grad_())
+    # Dynamo has an error of its own for code that is to be one graph; it quotes the one raised there.
+    errors = (ssu_bridge.UnsupportedError, torch._dynamo.exc.Unsupported)
+    with pytest.raises(errors, match="x: it requires grad, but backend cpu has no gradient"):
+        REFUSED_GRADIENTS[how](given)
     assert torch.equal(given["state"], held)
 
 
