@@ -6,10 +6,24 @@ makes Dynamo call a function while it traces and keep the result. The arguments 
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from ssu_bridge.config import SSUConfig, get_config, replaced, using
 from ssu_bridge.core.problem import Options, options_of
+
+
+class _Kept:
+    """What traced code has been given, an attribute for each.
+
+    Dynamo of Torch 2.14 guards the types of objects whose methods it traces, which it cannot for what a constant
+    function returned.
+    """
+
+
+_kept = _Kept()
+_names: dict[Any, str] = {}
+_numbers = itertools.count()
 
 # The using() blocks around what is being traced, the innermost last: the configuration that one starts from (None: that
 # in force outside of the graph) and the fields replaced in it. Empty outside of tracing.
@@ -23,7 +37,8 @@ def tracing() -> bool:
 
 def options_in_graph(*flags: Any, replay: tuple[int, ...] = ()) -> Options:
     """Return the options of a call that is traced, from the arguments of ``options_of`` but for the configuration."""
-    return _options((flags, replay), *_innermost())
+    options: Options = getattr(_kept, _options((flags, replay), *_innermost()))
+    return options
 
 
 def _tracing_in_graph() -> bool:
@@ -53,7 +68,14 @@ def _using_in_graph(config: SSUConfig | None = None, /, **fields: Any) -> _Using
 
 
 def _get_config_in_graph() -> SSUConfig:
-    return _config(*_innermost())
+    config: SSUConfig = getattr(_kept, _config(*_innermost()))
+    return config
+
+
+def _replaced_in_graph(config: SSUConfig, *fields: Any) -> SSUConfig:
+    """Stand for ``replaced`` in frames that Dynamo traces by themselves: ``config`` is the one in force there."""
+    changed: SSUConfig = getattr(_kept, _replaced(fields, *_innermost()))
+    return changed
 
 
 def _innermost() -> tuple[SSUConfig | None, tuple[str, ...], tuple[Any, ...]]:
@@ -61,29 +83,38 @@ def _innermost() -> tuple[SSUConfig | None, tuple[str, ...], tuple[Any, ...]]:
     return config, tuple(fields), tuple(fields.values())
 
 
-def _config(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any, ...]) -> SSUConfig:
+def _configured(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any, ...]) -> SSUConfig:
     base = get_config() if config is None else config
     return dataclasses.replace(base, **dict(zip(names, values, strict=True)))
 
 
-def _replaced_in_graph(config: SSUConfig, *fields: Any) -> SSUConfig:
-    """Stand for ``replaced`` in frames that Dynamo traces by themselves: ``config`` is the one in force there."""
-    return _replaced(fields, *_innermost())
+def _keep(value: SSUConfig | Options) -> str:
+    """Keep a value and return the name of its attribute; equal ones share it."""
+    name = _names.get(value)
+    if name is None:
+        name = f"value_{next(_numbers)}"
+        setattr(_kept, name, value)
+        name = _names.setdefault(value, name)
+    return name
 
 
-def _replaced(fields: tuple[Any, ...], *configured: Any) -> SSUConfig:
-    return replaced(_config(*configured), *fields)
+def _config(*configured: Any) -> str:
+    return _keep(_configured(*configured))
 
 
-def _options(arguments: tuple[tuple[Any, ...], tuple[int, ...]], *configured: Any) -> Options:
+def _replaced(fields: tuple[Any, ...], *configured: Any) -> str:
+    return _keep(replaced(_configured(*configured), *fields))
+
+
+def _options(arguments: tuple[tuple[Any, ...], tuple[int, ...]], *configured: Any) -> str:
     flags, replay = arguments
-    return options_of(*(*flags, _config(*configured), *replay))
+    return _keep(options_of(*(*flags, _configured(*configured), *replay)))
 
 
 tracing._torchdynamo_inline = _tracing_in_graph  # type: ignore[attr-defined]
 using._torchdynamo_inline = _using_in_graph  # type: ignore[attr-defined]
 get_config._torchdynamo_inline = _get_config_in_graph  # type: ignore[attr-defined]
 replaced._torchdynamo_inline = _replaced_in_graph  # type: ignore[attr-defined]
-_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _config._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_replaced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _options._dynamo_marked_constant = True  # type: ignore[attr-defined]

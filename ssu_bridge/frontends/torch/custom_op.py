@@ -48,7 +48,7 @@ def _flat(options: Options) -> tuple[Any, ...]:
         options.pad_slot_id,
         options.disable_state_update,
         options.intermediate_stride,
-        config.backend.value,  # Dynamo of Torch 2.14 cannot trace str of it
+        config.backend.value,
         config.algorithm,
         config.philox_rounds,
         config.triton_tile or (),

@@ -130,7 +130,7 @@ def test_make_fx_on_real_tensors_runs_the_step(given):
     assert torch.equal(given["state"], expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_the_step(given):
     assert_like_a_step(torch.jit.trace(function, (given["state"], given["x"])))
 
