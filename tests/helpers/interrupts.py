@@ -60,6 +60,7 @@ def main(steps):
         with Interrupt() as counted:
             bits(framework, -2)
         assert counted.seen > 1000, counted.seen
+        print(f"{framework}: {counted.seen} lines, of which one in {step}", file=sys.stderr)
         for line in range(1, counted.seen + 1, step):
             try:
                 with Interrupt(line):
