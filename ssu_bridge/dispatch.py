@@ -13,7 +13,7 @@ from ssu_bridge.config import FORMS, Backend, SSUConfig
 from ssu_bridge.core.problem import Options, Problem
 from ssu_bridge.errors import BackendNotAvailableError, UnsupportedError
 
-# The order in which auto asks backends, unless measurements override it. auto never selects the reference, a checker.
+# The order in which auto queries backends, unless measurements override it. It never selects the reference, a checker.
 AUTOMATIC = (Backend.TRITON, Backend.FLASHINFER, Backend.CPU, Backend.XLA)
 BACKENDS = (*AUTOMATIC, Backend.REFERENCE)
 

@@ -14,7 +14,7 @@ def to_jax(tensor: Any) -> Any:
 
     Args:
         tensor: a dense (row-major, contiguous) ``torch.Tensor`` on the CPU or a CUDA device that does not require
-            grad. On the CPU its memory must be aligned as XLA asks, to 64 bytes: a fresh tensor is, a slice may not be.
+            grad. On the CPU XLA expects memory that is aligned to 64 bytes: a fresh tensor is, a slice may not be.
 
     Returns:
         An array of the same shape, dtype, device and address.

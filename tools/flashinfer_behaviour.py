@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-GUARD = 2  # slots before and behind the state
+GUARD = 2  # slots before and after the state
 
 
 def arrays(b=3, slots=6, H=4, G=2, P=64, N=64, T=0, state=torch.float32, other=torch.float32, **changes):

@@ -30,7 +30,7 @@ class Rows(NamedTuple):
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     def sequences(self, count: int) -> jax.Array:
-        """Return which sequence each of so many rows belongs to; the last one for rows behind all sequences."""
+        """Return which sequence each of so many rows belongs to; the last one for rows after all sequences."""
         found = jnp.searchsorted(self.cu_seqlens[1:], jnp.arange(count), side="right")
         return jnp.minimum(found, len(self.cu_seqlens) - 2)
 

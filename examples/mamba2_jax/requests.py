@@ -1,4 +1,4 @@
-"""What the scheduler is asked for, and how far it has got with that."""
+"""Requests to the scheduler, and the progress of each."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ class Running:
 
     Attributes:
         request: it; its tokens are drawn into that.
-        prompt, count, seed: what it asked for.
+        prompt, count, seed: of the request.
         slot: of the state cache.
         read: how many tokens of the prompt have been.
         accepted, rejected: how many drafts of the last call were.

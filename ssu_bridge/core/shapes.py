@@ -106,7 +106,7 @@ class Shapes:
         if info.strides is None:
             return
         pattern, inner = self._inner(name, info)
-        # Behind the free axes: dense, but for the trailing axes of a tied view, which repeat one element.
+        # After the free axes: dense, but for the trailing axes of a tied view, which repeat one element.
         repeated = self._repeated(name, info, tied)
         dense, step = [0] * repeated, 1
         for n in reversed(info.shape[len(info.shape) - inner : len(info.shape) - repeated]):

@@ -322,7 +322,7 @@ def _last_tokens(chunking: Chunking, chunks: Any, tokens: Any) -> Any:
 
 
 def _padded(array: Any, axis: int, length: Any) -> Any:
-    """Put zeros behind an axis up to a length."""
+    """Pad an axis with trailing zeros up to a length."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
     return jnp.pad(array, widths)

@@ -1,4 +1,4 @@
-"""The loop: one token after another, with whatever a call asks of each."""
+"""The loop: one token after another, with everything that a call requests for each."""
 
 from typing import Any
 

@@ -127,7 +127,7 @@ def _pending_tokens(arrays: dict[str, Any], cursor: ReplayCursor, place: Any, st
 
 
 def _chunk(pending: Any, new: _New) -> Tokens:
-    """Return the pending tokens and the new ones behind them; C has the new ones alone."""
+    """Return the pending tokens followed by the new ones; C has the new ones alone."""
     dt = jnp.where(new.is_token[..., None], new.tokens.dt, 0)
     pairs = zip(pending, (new.tokens.x, new.tokens.B, dt), strict=True)
     x, B, dt = (jnp.concatenate([old.astype(jnp.float32), token.astype(jnp.float32)], axis=1) for old, token in pairs)

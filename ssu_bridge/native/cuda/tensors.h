@@ -1,4 +1,4 @@
-// What every kernel on CUDA tensors asks of them.
+// What every kernel on CUDA tensors requires of them.
 #ifndef SSU_BRIDGE_CUDA_TENSORS_H_
 #define SSU_BRIDGE_CUDA_TENSORS_H_
 

@@ -12,10 +12,10 @@ namespace ssu_bridge {
 
 // Returns fn(*tensors) of the DLTensors that `names` lists: the inputs, "out", then once more what is written in place.
 // It calls each of `functions` with FlashInfer's arguments, `parameters` in their order: the same memory seen as
-// FlashInfer asks for it, with parameters tied to a head spread over headdim and dstate by strides of 0, the `scalars`
+// FlashInfer expects it, with parameters tied to a head spread over headdim and dstate by strides of 0, the `scalars`
 // by their names, and None for what is absent (for selective_state_update's D, which it insists on, a null pointer,
 // which it takes for zeros). Nothing is copied; a call without sequences or tokens does nothing. `added_axis` says
-// where x and what has its axes get one of one entry: 0 nowhere, 1 behind the sequences, 2 in front. The scalar
+// where x and what has its axes get one of one entry: 0 nowhere, 1 after the axis of sequences, 2 before it. The scalar
 // "algorithm" is FlashInfer's number for one of its kernels, 0 for its own choice among those that the arrays'
 // addresses allow; "cache_steps" gives way to the steps of the intermediate states.
 tvm::ffi::Function make_flashinfer_kernel(tvm::ffi::Array<tvm::ffi::Function> functions,
