@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -74,8 +75,9 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[Mamba2Config, Weig
     for key, wanted in expected.items():
         if tensors[key].shape != wanted.shape:
             raise ValueError(f"{folder}: {key}: expected shape {wanted.shape}, got {tensors[key].shape}")
-        tensors[key] = tensors[key].astype(wanted.dtype)
-    return config, _from_keys(config, tensors)
+        tensors[key] = tensors[key].astype(wanted.dtype, copy=False)
+    # All at once: jnp.array compiles a program for each shape.
+    return config, _from_keys(config, jax.block_until_ready(jax.device_put(tensors)))
 
 
 def save(folder: str | Path, config: Mamba2Config, weights: Weights, dtype: str) -> None:
@@ -118,18 +120,18 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with safe_open(path, framework="flax") as file:
+        with safe_open(path, framework="np") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); download it again") from None
 
 
-def _drop_tied_head(config: Mamba2Config, tensors: dict[str, jax.Array]) -> None:
+def _drop_tied_head(config: Mamba2Config, tensors: dict[str, np.ndarray]) -> None:
     """Some checkpoints hold the embedding a second time as the head that it is tied to."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("backbone.embeddings.weight")
-    if config.tie_word_embeddings and head is not None and embedding is not None and jnp.array_equal(head, embedding):
+    if config.tie_word_embeddings and head is not None and embedding is not None and np.array_equal(head, embedding):
         del tensors["lm_head.weight"]
 
 
