@@ -100,7 +100,7 @@ def test_processes_that_a_caller_makes(method, framework, tmp_path):
 
 
 # At every so many lines of a call of NumPy's or Torch's, and of JAX's.
-@pytest.mark.parametrize("steps", [("47", "211"), pytest.param(("23", "101"), marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("steps", [("97", "431"), pytest.param(("23", "101"), marks=pytest.mark.nightly)])
 def test_ctrl_c_anywhere_in_a_first_call(steps):
     """It comes through, and the same call is right after it."""
     command = [sys.executable, "-W", "ignore", Path(__file__).parent / "helpers/interrupts.py", *steps]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from copied import copied
 from modes import bits, to_host, to_mode
 
 import ssu_bridge
@@ -87,7 +88,7 @@ def test_tiny_rows(mode, dtype):
 @pytest.mark.parametrize("dtype", LARGEST)
 def test_tiny_rows_where_jax_takes_subnormal_numbers_for_zero(dtype, traced):
     quantize = functools.partial(QuantizedState.quantize, dtype=dtype)
-    pair = (jax.jit(quantize) if traced else quantize)(jnp.array(tiny.rows(dtype)))
+    pair = (jax.jit(quantize) if traced else quantize)(copied(tiny.rows(dtype)))
     expected, normal = QuantizedState.quantize(tiny.rows(dtype), dtype), tiny.stored_scales(dtype) >= 2.0**-126
     np.testing.assert_array_equal(pair.scale, np.where(normal, expected.scale, 1))
     values = np.array(pair.values).astype(np.float32)

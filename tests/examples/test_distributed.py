@@ -6,15 +6,15 @@ import re
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from copied import copied, jax_array
 from jax.sharding import AxisType
 from sharded import COLLECTIVE
+from small_models import random_states, random_weights
 
 from mamba2_jax import distributed, model
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.initial import random_weights
 from mamba2_jax.requests import Sequence
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler
@@ -39,9 +39,10 @@ def mesh():
 )
 def test_devices_that_share_the_heads(name, mesh):
     config = VARIANTS[name]
-    weights = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), random(config))
-    states = random_states(config)
-    tokens, slots = jnp.array([5, 9]), np.array([2, 0], np.int32)
+    rng = np.random.default_rng(1)
+    weights = jax.tree.map(lambda a: copied(a + 0.1 * rng.standard_normal(a.shape, "float32")), random(config))
+    states = random_states(config, 3, seed=2)
+    tokens, slots = jax_array([5, 9]), np.array([2, 0], np.int32)
     expected = stepped(config)(weights, states, tokens, slots)
     shared = config.over(mesh)
     placed = distributed.place(shared, weights), distributed.place(shared, states), tokens, slots
@@ -62,12 +63,6 @@ def stepped(config):
 
 def random(config):
     return random_weights(config, jax.random.key(0))
-
-
-def random_states(config):
-    leaves, tree = jax.tree.flatten(model.zero_states(config, 3, "float32", "float32"))
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
 
 
 SERVED = {
@@ -99,7 +94,7 @@ def texts(config, weights, **options):
 def test_states_are_replayed_before_they_are_placed_or_after(dtype, mesh):
     config = VARIANTS["one group"]
     weights, shared = random(config), config.over(mesh)
-    states = [state._replace(ssm=model.stored(state.ssm, dtype)) for state in random_states(config)]
+    states = [state._replace(ssm=model.stored(state.ssm, dtype)) for state in random_states(config, 3, seed=2)]
     before, _ = model.with_replay(config, weights, states, 8)
     after, _ = model.with_replay(shared, weights, distributed.place(shared, states), 8)
     for one, other in zip(*map(jax.tree.leaves, (distributed.place(shared, before), after)), strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 import torch
+from small_models import random_weights
 from without_torch import WITHOUT_TORCH
 
 import demo
@@ -18,7 +19,6 @@ import torch_caller
 from mamba2_jax import benchmark, checkpoint, drafts, generate, load, plot, scheduler
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, stream
-from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.text import tokenizer_of
 

@@ -1,6 +1,7 @@
 """The example model: it computes what transformers computes, from a checkpoint that either wrote."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from copied import jax_array
 from safetensors.torch import load_file, save_file
+from small_models import random_states, random_weights, zero_states
 from thinned import thinned
 
 import ssu_bridge
 from mamba2_jax import checkpoint, generate, measure, model
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV, decode, prefill, stream
-from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling, sample
 from mamba2_jax.text import Bytes, tokenizer_of
 
@@ -52,8 +54,8 @@ def peer_greedy(peer_model, prompt, count):
 
 
 def greedy(config, weights, prompt, count):
-    states = model.zero_states(config, 3, "float32", "float32")
-    slots, keys = jnp.array([2]), jax.random.key(0)[None]
+    states = zero_states(config, 3, "float32", "float32")
+    slots, keys = jax_array([2]), jax.random.key(0)[None]
     progress = prefill(config, weights, states, [prompt], slots)
     logits, tokens = [], []
     for _ in range(count):
@@ -115,9 +117,7 @@ def test_a_prompt_of_another_length_compiles_nothing():
     weights = random_weights(TINY, jax.random.key(0))
     sizes = []
     for length in (3, 9, 16, 17, 31):
-        prefill(
-            TINY, weights, model.zero_states(TINY, 1, "float32", "float32"), [[1] * length], jnp.zeros(1, jnp.int32)
-        )
+        prefill(TINY, weights, zero_states(TINY, 1, "float32", "float32"), [[1] * length], jnp.zeros(1, jnp.int32))
         sizes.append(generate._read._cache_size())
     assert sizes[1] == sizes[0] == sizes[2]
     assert sizes[3] == sizes[4] == sizes[0] + 1
@@ -126,8 +126,8 @@ def test_a_prompt_of_another_length_compiles_nothing():
 def test_a_prompt_that_takes_several_passes(monkeypatch):
     weights = random_weights(TINY, jax.random.key(0))
     prompts = [[5, 9, 33] * 9, [7] * 3]
-    slots = jnp.array([2, 0], jnp.int32)
-    fresh = random_states(TINY, 3, seed=1), model.zero_states(TINY, 3, "float32", "float32")
+    slots = jax_array([2, 0], jnp.int32)
+    fresh = random_states(TINY, 3, seed=1), zero_states(TINY, 3, "float32", "float32")
     one = prefill(TINY, weights, fresh[0], prompts, slots)
     monkeypatch.setattr(generate, "LONGEST_PASS", 16)
     several = prefill(TINY, weights, fresh[1], prompts, slots)
@@ -140,13 +140,13 @@ one_step = jax.jit(model.step, static_argnums=0)
 @pytest.mark.parametrize(("dtype", "error"), [("int16", 1e-4), ("int8", 2e-2), ("float8_e4m3fn", 5e-2)])
 def test_states_in_few_bits(dtype, error):
     """Through a prompt and the tokens after it."""
-    weights, prompt, slots = random_weights(TINY, jax.random.key(0)), [5, 9, 33] * 9, jnp.array([2, 0], jnp.int32)
+    weights, prompt, slots = random_weights(TINY, jax.random.key(0)), [5, 9, 33] * 9, jax_array([2, 0], jnp.int32)
     logits = {}
     for own in ("float32", dtype):
-        progress = prefill(TINY, weights, model.zero_states(TINY, 3, "float32", own), [prompt, [7]], slots)
+        progress = prefill(TINY, weights, zero_states(TINY, 3, "float32", own), [prompt, [7]], slots)
         logits[own] = [progress.logits]
         for token in (3, 60):
-            of_step, states = one_step(TINY, weights, progress.states, jnp.array([token, 1]), slots)
+            of_step, states = one_step(TINY, weights, progress.states, jax_array([token, 1]), slots)
             progress = progress._replace(states=states)
             logits[own].append(of_step)
     assert isinstance(states[0].ssm, ssu_bridge.QuantizedState)
@@ -329,7 +329,7 @@ VERSES = (
 def test_the_trained_model_is_small_and_knows_its_language():
     assert (KJV / "model.safetensors").stat().st_size <= 4e6
     config, weights = checkpoint.load(KJV)
-    states = model.zero_states(config, 1, "float32", "float32")
+    states = zero_states(config, 1, "float32", "float32")
 
     @jax.jit
     def logits_of(states, tokens):
@@ -339,7 +339,7 @@ def test_the_trained_model_is_small_and_knows_its_language():
 
         return jax.lax.scan(token, states, tokens)[1]
 
-    tokens = jnp.array(list(VERSES))
+    tokens = jax_array(list(VERSES))
     chances = jax.nn.log_softmax(logits_of(states, tokens[:-1]))[jnp.arange(len(VERSES) - 1), tokens[1:]]
     assert -chances.mean() / np.log(2) < 1.3  # bits a byte; letters drawn by their frequency take more than 4
     text = bytes(stream(config, weights, list(b"And "), 256, seed=3)).decode()
@@ -355,19 +355,12 @@ def test_the_licence_of_the_text_stands_beside_the_model():
 # --- States ---
 
 
-def random_states(config, slots, seed):
-    zeros = model.zero_states(config, slots, "float32", "float32")
-    leaves, tree = jax.tree.flatten(zeros)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-
-
 def test_pads_store_nothing_and_change_nobodys_bits():
     weights = random_weights(TINY, jax.random.key(0))
-    states, tokens = random_states(TINY, 6, seed=1), jnp.array([5, 6, 7, 8])
-    full_logits, _ = one_step(TINY, weights, states, tokens, jnp.array([4, 0, 5, 2]))
-    logits, after = one_step(TINY, weights, states, tokens.at[1].set(0), jnp.array([4, -1, 5, -1]))
-    assert np.array_equal(logits[jnp.array([0, 2])], full_logits[jnp.array([0, 2])])
+    states, tokens = random_states(TINY, 6, seed=1), jax_array([5, 6, 7, 8])
+    full_logits, _ = one_step(TINY, weights, states, tokens, jax_array([4, 0, 5, 2]))
+    logits, after = one_step(TINY, weights, states, tokens.at[1].set(0), jax_array([4, -1, 5, -1]))
+    assert np.array_equal(np.asarray(logits)[[0, 2]], np.asarray(full_logits)[[0, 2]])
     for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
         changed = [not np.array_equal(old[slot], new[slot]) for slot in range(6)]
         assert changed == [False, False, False, False, True, True]
@@ -387,9 +380,9 @@ def test_the_check_for_copies_tells_the_backends_apart(backend):
 
 def test_the_check_for_copies_sees_that_nothing_was_donated():
     weights = random_weights(TINY, jax.random.key(0))
-    states = model.zero_states(TINY, 4, "float32", "float32")
+    states = zero_states(TINY, 4, "float32", "float32")
     step = jax.jit(model.step, static_argnums=0)
-    compiled = step.lower(TINY, weights, states, jnp.array([1, 2]), jnp.array([0, 1])).compile()
+    compiled = step.lower(TINY, weights, states, jax_array([1, 2]), jax_array([0, 1])).compile()
     with pytest.raises(AssertionError, match="copy"):
         measure.assert_no_copy_of_a_state(compiled, states[0].ssm)
 
@@ -421,9 +414,13 @@ def test_temperature_0_takes_the_likeliest():
 
 
 def draws(logits, sampling, count=4000):
+    return np.bincount(drawn_together(logits, sampling, count), minlength=len(logits)) / count
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def drawn_together(logits, sampling, count):
     keys = jax.random.split(jax.random.key(2), count)
-    tokens = sample(jnp.broadcast_to(logits, (count, len(logits))), keys, sampling)
-    return np.bincount(tokens, minlength=len(logits)) / count
+    return sample(jnp.broadcast_to(logits, (count, len(logits))), keys, sampling)
 
 
 def test_draws_follow_the_probabilities():

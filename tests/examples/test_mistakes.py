@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 import torch
+from small_models import random_weights
 
 import demo
 import share_state
 import torch_caller
 from mamba2_jax import benchmark, checkpoint, distributed, generate, scheduler, train
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.initial import random_weights
 from ssu_bridge import config
 
 EXAMPLES = Path(demo.__file__).parent

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from small_models import first_layers
 
 from mamba2_jax import checkpoint
 from mamba2_jax.generate import KJV, stream
@@ -19,9 +20,7 @@ PROMPTS = [b"In the beginning", b"And Moses said", b"Blessed are", b"T", b"The L
 
 @pytest.fixture(scope="module")
 def trained():
-    """The first layers of the trained model, of which everything is compiled sooner. What they write is no English."""
-    config, weights = checkpoint.load(KJV)
-    return dataclasses.replace(config, num_hidden_layers=2), weights._replace(layers=weights.layers[:2])
+    return first_layers(*checkpoint.load(KJV))
 
 
 def scheduler(trained, **options):

@@ -17,7 +17,7 @@ CASE = Case("shared", headdim=8, dstate=16)
 def rounds(count, device):
     """Change a state in Torch and in JAX in turn while both allocate; compare with all steps in JAX."""
     first, second = CASE.arrays(seed=1), CASE.arrays(seed=2)  # steps that cannot be swapped
-    state = jnp.array(first.pop("state"))
+    state = copied(first.pop("state"))
     del second["state"]
     alone, place = jnp.copy(state), state.unsafe_buffer_pointer()
     in_torch = {name: torch.from_numpy(array).to(device) for name, array in first.items()}

@@ -8,23 +8,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import random_weights
 from test_texts import GREEDY, TEXTS, assert_same_texts
 
 from mamba2_jax import checkpoint, generate, speculate
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import KJV
-from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling, sample
 from mamba2_jax.speculate import Speculation, look_up, tree_depths, tree_parents, verify
 
 PLAIN = Sampling(1.0, 1.0)
 TINY = Mamba2Config(64, 32, 1, num_heads=4, head_dim=16, state_size=8)
-SMALL = random_weights(TINY, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def trained():
     return checkpoint.load(KJV)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return TINY, random_weights(TINY, jax.random.key(0))
 
 
 # --- Drafts ---
@@ -57,7 +61,8 @@ def found_by_hand(text, speculation):
 def test_drafts_follow_the_longest_and_latest_match(xp, speculation, rng):
     lengths = np.array([1, 2, 3, 9, 30, 40])
     texts = rng.integers(0, 3, (len(lengths), 40)).astype("int32")
-    drafts, matched = look_up(xp.asarray(texts), xp.asarray(lengths), speculation, xp)
+    find = look_up if xp is np else jax.jit(look_up, static_argnums=(2, 3))
+    drafts, matched = map(np.asarray, find(texts, lengths, speculation, xp))
     assert drafts.shape == (6, speculation.branches, speculation.depth)
     for text, length, own, count in zip(texts, lengths, drafts, matched, strict=True):
         branches, first = found_by_hand(text[:length].tolist(), speculation)
@@ -86,7 +91,7 @@ def test_what_is_accepted():
         ([[5, 6], [7, 8]], [9, 6, 1, 8, 2], [9], 0, 0),
     ]
     for drafts, drawn, tokens, accepted, leaf in cases:
-        found = jax.tree.map(np.array, verify(jnp.array([drafts]), jnp.array([drawn])))
+        found = jax.tree.map(np.array, jax.jit(verify)(np.array([drafts]), np.array([drawn])))
         assert found.tokens[0, : accepted + 1].tolist() == tokens
         assert (found.accepted[0], found.leaf[0]) == (accepted, leaf)
 
@@ -96,21 +101,26 @@ def test_draws_have_the_distribution_of_plain_sampling(branches):
     """40,000 texts of a model whose next token depends on the last one; the first three tokens of each are counted."""
     count, vocabulary, depth, wanted = 40_000, 4, 2, 3
     chances = np.array([[4, 3, 2, 1], [1, 1, 6, 2], [2, 5, 2, 1], [3, 1, 1, 5]]) / 10
-    drafts = jnp.broadcast_to(jnp.array([[1, 2], [0, 3]][:branches]), (count, branches, depth))
-    depths, keys = tree_depths(branches, depth), jax.random.split(jax.random.key(0), count)
-    text, length = jnp.zeros((count, 1 + wanted + depth), jnp.int32), jnp.ones(count, jnp.int32)
-    rows = jnp.arange(count)[:, None]
-    for _ in range(wanted):
+    depths = tree_depths(branches, depth)
+
+    @jax.jit
+    def write(text, length):
+        keys, rows = jax.random.split(jax.random.key(0), count), jnp.arange(count)[:, None]
+        drafts = jnp.broadcast_to(jnp.array([[1, 2], [0, 3]][:branches]), (count, branches, depth))
         fed = jnp.concatenate([text[rows, length[:, None] - 1], drafts.reshape(count, -1)], axis=1)
         own = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, length[:, None] + depths)
         drawn = sample(jnp.log(chances)[fed].reshape(-1, vocabulary), own.reshape(-1), PLAIN).reshape(fed.shape)
         found = verify(drafts, drawn)
         text = text.at[rows, length[:, None] + jnp.arange(depth + 1)].set(found.tokens, mode="drop")
-        length += found.accepted + 1
+        return text, length + found.accepted + 1
+
+    text, length = np.zeros((count, 1 + wanted + depth), "int32"), np.ones(count, "int32")
+    for _ in range(wanted):
+        text, length = map(np.array, write(text, length))
     assert (length > wanted).all()
     assert (length > wanted + 1).any()
     counts = np.zeros([vocabulary] * wanted)
-    np.add.at(counts, tuple(np.array(text[:, 1 : 1 + wanted]).T), 1)
+    np.add.at(counts, tuple(text[:, 1 : 1 + wanted].T), 1)
     expected = count * np.einsum("i,ij,jk->ijk", chances[0], chances, chances)
     statistic = ((counts - expected) ** 2 / expected).sum()
     # Chi-squared with 63 degrees of freedom: larger in one of 1,000 runs.
@@ -125,7 +135,7 @@ def texts(trained, prompts, count, speculation, sampling, keys):
     progress = speculate.begin(*trained, prompts, keys, capacity=1024, **how)
     progress = speculate.speculate(*trained, progress, keys, until=count, **how)
     assert (progress.drawn >= count).all()
-    assert (progress.lengths - progress.drawn == jnp.array(list(map(len, prompts)))).all()
+    assert (np.array(progress.lengths) - np.array(progress.drawn)).tolist() == list(map(len, prompts))
     drawn = [text[len(p) :][:count].tolist() for text, p in zip(np.array(progress.text), prompts, strict=True)]
     return drawn, progress
 
@@ -165,29 +175,29 @@ def test_drawn_texts_are_those_of_plain_decoding_with_the_seed(trained):
 
 
 @pytest.mark.parametrize("count", [0, 1, 32, 33, 70])
-def test_a_stream_decodes_what_was_asked_and_no_more(count):
+def test_a_stream_decodes_what_was_asked_and_no_more(small, count):
     reports = []
     how = {"speculation": Speculation(4, shortest=1), "sampling": GREEDY, "report": reports.append}
-    assert len(list(speculate.stream(TINY, SMALL, [1, 2, 3], count, **how))) == count
+    assert len(list(speculate.stream(*small, [1, 2, 3], count, **how))) == count
     # The first token comes from the prompt; the last call may draw up to three more.
     drawn = reports[0].calls + reports[0].accepted + 1
     assert max(count, 1) <= drawn <= max(count, 1) + 3
 
 
-def test_what_is_decoded_after_an_end_token_is_not_reported():
+def test_what_is_decoded_after_an_end_token_is_not_reported(small):
     """The device is at the next piece by then."""
     reports, options = [], {"speculation": Speculation(4, shortest=1), "sampling": GREEDY}
-    text = list(speculate.stream(TINY, SMALL, [1, 2, 3], 32, **options, report=reports.append))
+    text = list(speculate.stream(*small, [1, 2, 3], 32, **options, report=reports.append))
     ends = dataclasses.replace(TINY, eos_token_ids=(text[-1],))
-    assert text[-1] in list(speculate.stream(ends, SMALL, [1, 2, 3], 100, **options, report=reports.append))
+    assert text[-1] in list(speculate.stream(ends, small[1], [1, 2, 3], 100, **options, report=reports.append))
     assert reports[1] == reports[0]
 
 
-def test_texts_end_before_one_is_full():
+def test_texts_end_before_one_is_full(small):
     how = {"speculation": Speculation(4), "sampling": GREEDY}
     keys = jax.random.split(jax.random.key(0))
-    progress = speculate.begin(TINY, SMALL, [[1] * 6, [5, 7]], keys, capacity=16, **how)
-    progress = speculate.speculate(TINY, SMALL, progress, keys, until=100, **how)
+    progress = speculate.begin(*small, [[1] * 6, [5, 7]], keys, capacity=16, **how)
+    progress = speculate.speculate(*small, progress, keys, until=100, **how)
     assert 12 < progress.lengths.max() <= 16
 
 

@@ -6,17 +6,17 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_models import random_weights, zero_states
 
 from mamba2_jax import checkpoint, model, train
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.initial import random_weights
 
 TINY = Mamba2Config(256, 32, 2, num_heads=4, head_dim=16, state_size=8, n_groups=2, use_bias=True)
 
 
 def test_a_window_has_the_logits_and_states_of_its_steps():
     weights = random_weights(TINY, jax.random.key(0))
-    zeros = model.zero_states(TINY, 3, "float32", "float32")
+    zeros = zero_states(TINY, 3, "float32", "float32")
     states = jax.tree.map(lambda s: s + jnp.linspace(-1, 1, s.size).reshape(s.shape), zeros)
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 256)
     logits, after = jax.jit(train.window_logits, static_argnums=0)(TINY, weights, states, tokens)
@@ -30,7 +30,7 @@ def test_a_window_has_the_logits_and_states_of_its_steps():
 
 def test_the_gradient_is_that_of_differences():
     weights = random_weights(TINY, jax.random.key(0))
-    states = model.zero_states(TINY, 2, "float32", "float32")
+    states = zero_states(TINY, 2, "float32", "float32")
     tokens = jax.random.randint(jax.random.key(1), (2, 6), 0, 256)
     direction = random_weights(TINY, jax.random.key(2))
 
@@ -39,10 +39,13 @@ def test_the_gradient_is_that_of_differences():
         logits, _ = train.window_logits(TINY, weights, states, tokens[:, :-1])
         return train.cross_entropy(logits, tokens[:, 1:])
 
-    def moved(by):
-        return loss(jax.tree.map(lambda w, d: w + by * d, weights, direction))
+    # In NumPy: JAX compiles each operation for each shape.
+    weights, direction = (jax.tree.map(np.array, tree) for tree in (weights, direction))
 
-    slopes = jax.tree.map(lambda g, d: jnp.sum(g * d), jax.grad(loss)(weights), direction)
+    def moved(by):
+        return loss(jax.tree.map(lambda w, d: w + np.float32(by) * d, weights, direction))
+
+    slopes = jax.tree.map(lambda g, d: np.vdot(g, d), jax.grad(loss)(weights), direction)
     np.testing.assert_allclose(sum(jax.tree.leaves(slopes)), (moved(1e-2) - moved(-1e-2)) / 2e-2, rtol=2e-2)
 
 

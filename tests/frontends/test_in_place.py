@@ -5,10 +5,10 @@ import importlib
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from copied import copied
 from modes import address, bits, to_host, to_mode
 
 import ssu_bridge
@@ -92,7 +92,7 @@ def test_jit_without_donation_leaves_the_old_state(arrays, backend):
 def test_a_donated_scan_over_a_tuple_of_states_copies_none(backend):
     case = Case("scan", slots=64, nheads=8, headdim=64, dstate=64)
     arrays = case.arrays(seed=3)
-    states = tuple(jnp.array(arrays["state"]) for _ in range(3))
+    states = tuple(copied(arrays["state"]) for _ in range(3))
     rest = to_mode({name: array for name, array in arrays.items() if name != "state"}, "jax")
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -354,7 +354,7 @@ def test_numpy_takes_read_only_inputs(arrays):
 def test_numpy_arrays_beside_jax_ones(arrays):
     expected, _ = ssu_bridge.update(**to_mode(arrays, "jax"), **CASE.flags)
     rest = {name: array for name, array in arrays.items() if name != "state"}
-    out, _ = ssu_bridge.update(jnp.array(arrays["state"]), **rest, **CASE.flags)
+    out, _ = ssu_bridge.update(copied(arrays["state"]), **rest, **CASE.flags)
     np.testing.assert_array_equal(np.array(out), np.array(expected))
 
 
@@ -369,7 +369,7 @@ def test_numpy_indices_that_32_bits_cannot_hold_are_pads(arrays, backend, jitted
     def step(state):
         return ssu_bridge.update(state, **rest, **CASE.flags, backend=backend)
 
-    got = (jax.jit(step) if jitted else step)(jnp.array(arrays["state"]))
+    got = (jax.jit(step) if jitted else step)(copied(arrays["state"]))
     for mine, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 

@@ -269,11 +269,12 @@ def _converted(framework, name, array):
     if framework == "numpy":
         return array
     if framework == "jax":
-        import jax.numpy as jnp
+        # jnp.array compiles a program for each shape.
+        from ssu_bridge.frontends.jax.frontend import from_host
 
         if name == "rand_seed":
-            return jnp.asarray(np.array(array).reshape(1).view(np.uint32))
-        return jnp.array(array if array.dtype != np.int64 else array.astype(np.int32))
+            return from_host(np.array(array).reshape(1).view(np.uint32))
+        return from_host(array if array.dtype != np.int64 else array.astype(np.int32))
     import torch
 
     names = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}

@@ -53,12 +53,18 @@ def values(specialisation):
     return {(name, one) for name, value in fields for one in (value if isinstance(value, tuple) else [str(value)])}
 
 
+SIZES = ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
+# Whether they are more than 1 makes another computation, not how much.
+NUMBERS = ("intermediate_stride", "window", "most_tokens")
+
+
 def computed_values(specialisation):
     """Return the values that make another computation: not sizes, and not the float dtypes of what is only read."""
     return {
-        (field, value)
+        (field, int(value) > 1 if field in NUMBERS else value)
         for field, value in values(specialisation)
-        if field not in ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
+        if field not in SIZES
+        and not (field == "tile" and isinstance(value, int) and value > 1)
         and not (field == "dtypes" and value[1] in FLOATS and value[0] not in WRITTEN)
     }
 

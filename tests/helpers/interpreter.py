@@ -18,15 +18,17 @@ from ssu_bridge.frontends.torch.host import from_host, to_host
 from ssu_bridge.testing.check import compare
 
 
-def run_in_interpreter(file, call):
-    """Run a call of a file's own in a new process, because Triton decides at its import whether it interprets."""
+def run_in_interpreter(file, *calls):
+    """Run calls of a file's own in a new process, because Triton decides at its import whether it interprets."""
     folders = [str(Path(__file__).parent), str(Path(file).parent)]
-    script = f"import sys; sys.path[:0] = {folders}; import {Path(file).stem} as tests; tests.{call}"
+    script = f"import sys; sys.path[:0] = {folders}; import {Path(file).stem} as tests"
+    script = "; ".join([script, *(f"tests.{call}" for call in calls)])
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@functools.cache  # once: what is mended twice is wrong again
 def mend_interpreter():
     """Have the interpreter do what a GPU does where NumPy does something else, and in less time."""
     multiply_bfloat16()

@@ -22,3 +22,27 @@ def _triton_cache(pytestconfig, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(current))
         yield
+
+
+class LaidOut(Exception):
+    """Raised with a kernel's text when its arrays lie in registers: what follows takes as long again, and moves none."""
+
+
+@pytest.fixture
+def ttgir(monkeypatch):
+    """Return a function that compiles a specialisation so far and returns the text."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    from ssu_bridge.backends.triton.compile import compile_step
+
+    def stop(self, module, *_):
+        raise LaidOut(str(module))
+
+    def text(specialisation):
+        with pytest.raises(LaidOut) as stopped:
+            compile_step(specialisation)
+        return str(stopped.value)
+
+    monkeypatch.setattr(CUDABackend, "make_llir", stop)
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    return text

@@ -80,13 +80,12 @@ def split(monkeypatch):
     monkeypatch.setattr(forms, "measured", lambda *_: table)
 
 
-@pytest.mark.parametrize(
-    "names",
-    [DAILY, pytest.param([name for name in CALLS if name not in DAILY], marks=pytest.mark.nightly)],
-    ids=["daily", "others"],
-)
-def test_every_call_agrees_with_the_reference(names):
-    run_in_interpreter(__file__, f"interpreted_calls({names})")
+@pytest.mark.parametrize("daily", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["daily", "others"])
+def test_every_call_and_prompt_agrees_with_the_reference(daily):
+    calls = [name for name in CALLS if (name in DAILY) == daily]
+    prompts = [name for name in PROMPTS if (name in DAILY_PROMPTS) == daily]
+    # In one process, which takes seconds to begin.
+    run_in_interpreter(__file__, f"interpreted_calls({calls})", f"interpreted_prompts({prompts})")
 
 
 def interpreted_calls(names):
@@ -117,15 +116,7 @@ PROMPTS = {
     "accepted": {"indices": TABLE, "accepted": (1, 2, 7), "destinations": (4, -1, 2)},
     "int8": {"tokens": 65, "dtypes": {"*": "float16", "A": "float32", "state": "int8"}},
 }
-
-
-@pytest.mark.parametrize(
-    "names",
-    [("odd sizes", "pads"), pytest.param(("blocks", "accepted", "int8"), marks=pytest.mark.nightly)],
-    ids=["daily", "others"],
-)
-def test_every_prompt_agrees_with_the_reference(names):
-    run_in_interpreter(__file__, f"interpreted_prompts({names})")
+DAILY_PROMPTS = ("odd sizes", "pads")
 
 
 def interpreted_prompts(names):

@@ -4,38 +4,15 @@ import dataclasses
 import re
 
 import pytest
-from compiled_kernels import compiled, problem_of
+from compiled_kernels import problem_of, specialisation
 from kernel_layers import CLASSES, layer
 from thinned import thinned
-from triton.backends.nvidia.compiler import CUDABackend
 
 from ssu_bridge.backends.triton import forms, tiles
-from ssu_bridge.backends.triton.compile import compile_step
 from ssu_bridge.backends.triton.specialisation import specialise
 
 LAYOUT = re.compile(r"#(\w+) = #ttg.blocked<\{sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\], "
                     r"warpsPerCTA = \[\d+, (\d+)\]")  # fmt: skip
-
-
-class LaidOut(Exception):
-    """Raised with a kernel's text when its arrays lie in registers: what follows takes as long again, and moves none."""
-
-
-@pytest.fixture
-def ttgir(monkeypatch):
-    """Return a function that compiles so far and returns the text."""
-
-    def stop(self, module, *_):
-        raise LaidOut(str(module))
-
-    def text(case, tile=None):
-        with pytest.raises(LaidOut) as stopped:
-            compiled(case, tile=tile)
-        return str(stopped.value)
-
-    monkeypatch.setattr(CUDABackend, "make_llir", stop)
-    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
-    return text
 
 
 def layouts_along_dstate(text):
@@ -73,9 +50,9 @@ SHAPES = [
 def test_every_tile_lies_the_same_way_along_dstate(shape, untied, dtype, ttgir):
     """For one token and for many: the same sums are taken in the same order."""
     one, many = layer(dtype, untied=untied, **shape), layer(dtype, untied=untied, tokens=2, **shape)
-    kernels = [ttgir(one, tile) for tile in (None, *tiles_of(one))]
-    kernels += [ttgir(many), ttgir(many, list(tiles_of(many))[-1])]
-    found = set().union(*map(layouts_along_dstate, kernels))
+    kernels = [specialisation(one, tile=tile) for tile in (None, *tiles_of(one))]
+    kernels += [specialisation(many, tile=tile) for tile in (None, list(tiles_of(many))[-1])]
+    found = set().union(*(layouts_along_dstate(ttgir(kernel)) for kernel in kernels))
     assert len(found) == 1, found
 
 
@@ -95,23 +72,23 @@ def test_every_tile_of_a_state_lies_the_same_way_however_it_is_stored(dstate, dt
     if "seed" in changes and dtype == "int16":
         pytest.skip("int16 is not rounded stochastically")
     case = layer(dtype, dstate=dstate, **changes)
-    kernels = [ttgir(case, tile) for tile in (None, *list(tiles_of(case))[1::2])]
-    found = set().union(*map(layouts_along_dstate, kernels))
+    kernels = [specialisation(case, tile=tile) for tile in (None, *list(tiles_of(case))[1::2])]
+    found = set().union(*(layouts_along_dstate(ttgir(kernel)) for kernel in kernels))
     assert len(found) == 1, found
 
 
 # That of int8 takes the same reductions.
 @pytest.mark.parametrize("stored", ["bfloat16", pytest.param("int8", marks=pytest.mark.nightly)])
-def test_every_number_of_heads_of_a_replay_step_lies_the_same_way(stored):
+def test_every_number_of_heads_of_a_replay_step_lies_the_same_way(stored, ttgir):
     problem = problem_of(CLASSES[f"layer, {stored}, replay"])
     problems = (dataclasses.replace(problem, sequences=n) for n in (1, 64, 1000))
-    kernels = [compile_step(specialise(p, forms.tile(p))) for p in problems]
+    kernels = [ttgir(specialise(p, forms.tile(p))) for p in problems]
     reductions = re.compile(r"\}\) : \(tensor<(\d+x\S+)xf32, (#\w+)>\)")
-    found = [{(shape, definition(k, name)) for shape, name in reductions.findall(k.text["ttgir"])} for k in kernels]
+    found = [{(shape, definition(k, name)) for shape, name in reductions.findall(k)} for k in kernels]
     assert found[0]
     assert all(one == found[0] for one in found)
 
 
-def definition(kernel, name):
+def definition(text, name):
     """A layout by what it is, whatever its name in a kernel."""
-    return re.search(rf"^{name} = (.*)$", kernel.text["ttgir"], re.MULTILINE)[1]
+    return re.search(rf"^{name} = (.*)$", text, re.MULTILINE)[1]

@@ -10,7 +10,7 @@ import jaxlib
 import numpy as np
 import pytest
 from contract import assert_step
-from copied import copied
+from copied import copied, jax_array
 from modes import int64_as_it_is, to_mode
 from thinned import thinned
 
@@ -207,8 +207,8 @@ def test_rows_of_no_sequence_reach_nothing(algorithm):
         return sum(jnp.sum(result * result) for result in results)
 
     for name, slope in gradient(floats).items():
-        assert np.isfinite(slope).all(), name
-        assert np.any(slope != 0), name
+        assert np.isfinite(np.asarray(slope)).all(), name
+        assert np.asarray(slope).any(), name
 
 
 # --- Errors ---
@@ -250,7 +250,7 @@ def test_errors_are_at_most_twice_the_loop_s(tokens, steps, rng):
     for form in ("loop", "matrix"):
         run = jax.jit(functools.partial(ssu_bridge.update, dt_softplus=True, backend="xla", algorithm=form))
         errors[form] = [
-            np.linalg.norm(got - right) / np.linalg.norm(right)
+            np.linalg.norm(np.asarray(got) - right) / np.linalg.norm(right)
             for got, right in zip(run(**arrays), expected, strict=True)
         ]
     # jaxlib 0.10.0 adds up products of two or three rows term by term, which doubles their error.
@@ -411,7 +411,7 @@ def test_a_packed_call_has_one_form_whatever_its_lengths():
     arrays = to_mode(Case("lengths", tokens=40, cu_seqlens=(0, 1, 2, 40)).arrays(1), "jax")
     step = jax.jit(functools.partial(ssu_bridge.update, backend="xla"))
     for edges in ((0, 1, 2, 40), (0, 13, 26, 40), (0, 0, 0, 1)):
-        step(**{**arrays, "cu_seqlens": jnp.array(edges, jnp.int32)})
+        step(**{**arrays, "cu_seqlens": jax_array(edges, "int32")})
     assert step._cache_size() == 1
 
 

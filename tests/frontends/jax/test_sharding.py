@@ -7,7 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from copied import copied
+from copied import copied, jax_array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded import (
@@ -39,13 +39,13 @@ def test_xla_and_what_does_not_vary():
     # Each shard steps sequences of its own, of rows that all have.
     mesh, packed = mesh_of(d=2), Case("rows of all", nheads=2, tokens=6, cu_seqlens=(0, 2, 3, 3), slots=8)
     arrays = copied(drawn(packed))
-    arrays["cu_seqlens"] = jnp.array([[0, 2, 3, 3], [3, 4, 6, 6]], "int32")
+    arrays["cu_seqlens"] = jax_array([[0, 2, 3, 3], [3, 4, 6, 6]], "int32")
 
     def call(arrays):
         return unpaired(results_by_name(ssu_bridge.update(**paired(arrays), **packed.flags, backend="xla")))
 
     specs = {n: P("d") if n in ("state", "cu_seqlens") else P() for n in arrays}
-    arrays["state_batch_indices"] = jnp.array([3, 0, 2])  # of a shard's four slots
+    arrays["state_batch_indices"] = jax_array([3, 0, 2])  # of a shard's four slots
     mapped = jax.shard_map(
         lambda a: {n: r[None] for n, r in call({**a, "cu_seqlens": a["cu_seqlens"][0]}).items()},
         mesh=mesh,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from copied import copied
+from copied import copied, jax_array
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sharded import (
@@ -184,7 +184,7 @@ def test_stochastic_rounding(dtype):
     ways += [by_hand(put(drawn(kind), mesh, own_specs))]
     for way in ways:
         same(way, first)
-    other = decode_in_place(kind, {**put(drawn(kind), mesh, specs), "rand_seed": jnp.array([1, 2], "uint32")}, 1)
+    other = decode_in_place(kind, {**put(drawn(kind), mesh, specs), "rand_seed": jax_array([1, 2], "uint32")}, 1)
     assert (np.array(other["state"]) != np.array(first["state"])).any()
 
     # Each shard is a call of its own, with its place along the axes of the mesh folded into the seed.

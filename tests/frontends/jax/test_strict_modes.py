@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tvm_ffi
+from copied import copied
 from modes import to_mode
+from small_models import random_weights, zero_states
 from thinned import thinned
 
 import share_state
 import ssu_bridge
-from mamba2_jax import measure, model, train
+from mamba2_jax import initial, measure, model, train
 from mamba2_jax.benchmark import compare
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.generate import decode, prefill
-from mamba2_jax.initial import random_weights
 from mamba2_jax.sampling import Sampling
 from mamba2_jax.scheduler import Scheduler, Sequence
 from ssu_bridge import dispatch
@@ -167,7 +168,7 @@ TINY = Mamba2Config(256, 32, 1, num_heads=4, head_dim=16, state_size=8, n_groups
 @IN_TURN[0]
 def test_the_example_model_draws(mode):
     with MODES[mode]():
-        weights = random_weights(TINY, jax.random.key(0))
+        weights = initial.random_weights(TINY, jax.random.key(0))
         states = model.zero_states(TINY, 3, "float32", "float32")
         tokens = jax.random.randint(jax.random.key(1), (3, 6), 0, 256)
         slots, keys = jnp.array([2]), jax.random.key(0)[None]
@@ -182,7 +183,7 @@ def test_the_optimiser_takes_a_step(mode):
     with MODES[mode]():
         weights = random_weights(TINY, jax.random.key(0))
         zeros = jax.tree.map(jnp.zeros_like, weights)
-        training = train.Training(weights, zeros, zeros, model.zero_states(TINY, 3, "float32", "float32"))
+        training = train.Training(weights, zeros, zeros, zero_states(TINY, 3, "float32", "float32"))
         streams = jax.random.randint(jax.random.key(1), (3, 12), 0, 256).astype("uint8")
         progress = jnp.array([0, 0.5, 2], jnp.float32)
         step = functools.partial(train.update.__wrapped__, TINY, length=6, peak=1e-3)
@@ -214,8 +215,8 @@ def test_what_the_demo_compares(mode, monkeypatch):
 @COPIES
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_is_shared_with_torch(mode):
-    expected = share_state.in_jax(jnp.array(share_state.CASE.arrays(0)["state"]), range(2))
+    expected = share_state.in_jax(copied(share_state.CASE.arrays(0)["state"]), range(2))
     with MODES[mode]():
-        state = jnp.array(share_state.CASE.arrays(0)["state"])
+        state = copied(share_state.CASE.arrays(0)["state"])
         state = share_state.in_jax(share_state.in_torch(state, range(1)), range(1, 2))
     np.testing.assert_array_equal(state, expected)

@@ -1,21 +1,21 @@
 """``jax.vmap`` of the step: equal to a loop over the calls, whatever is mapped, and nothing is donated."""
 
-import dataclasses
 import functools
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from copied import copied
+from copied import copied, jax_array
 from matrix_cases import MATRIX_CASES
 from modes import GPU_BACKENDS, bits, int64_as_it_is, skip_if_refused, to_mode
 from thinned import covering, thinned
 
 import ssu_bridge
 from ssu_bridge.api import explain
-from ssu_bridge.core.arguments import MOST_TOKENS_OF_A_TREE
+from ssu_bridge.core.arguments import CURSOR, MOST_TOKENS_OF_A_TREE
 from ssu_bridge.core.quantized import paired, unpaired
 from ssu_bridge.core.rounding import LARGEST
 from ssu_bridge.testing.cases import CASES, Case
@@ -27,8 +27,18 @@ DETERMINED = [case for case in CASES if case.seed is None]
 
 
 def structure(case):
-    """Return all of a case but its dtypes, to which jax.vmap pays no heed."""
-    return {(dataclasses.replace(case, name="", dtypes=()), case.dtypes.get("state") in LARGEST)}
+    """Return the pairs of what jax.vmap pays heed to in a case: its arrays with their axes and numbers, its options."""
+    arrays = {name: array for name, array in case.arrays(0).items() if name not in CURSOR}
+    facts = {(name, array.ndim, array.size > 0, array.dtype.name in LARGEST) for name, array in arrays.items()}
+    tables = {name: array for name, array in arrays.items() if array.dtype.kind == "i" and array.dtype.itemsize > 2}
+    facts |= {(name, table.dtype.name, bool((table < 0).any())) for name, table in tables.items()}
+    facts |= {(name, value if isinstance(value, bool) else value > 0) for name, value in case.flags.items()}
+    return set(itertools.combinations(sorted(facts, key=str), 2))
+
+
+def in_one_program(function, backend):
+    """Compile what the xla backend computes as a whole: outside of ``jax.jit`` JAX compiles each of its operations."""
+    return jax.jit(function) if backend == "xla" else function
 
 
 # Not flashinfer where a table may hold anything: it trusts all values but pad_slot_id.
@@ -155,8 +165,8 @@ def test_packed_sequences_on_xla():
     case = Case("packed", tokens=7, cu_seqlens=(0, 2, 5, 7), steps=3, headdim=4, dstate=8)
     calls = [as_jax(arrays) for arrays in drawn(case)]
     for one, edges in zip(calls[1:], [(1, 2, 4, 7), (6, 2, 2, 7)], strict=True):
-        one["cu_seqlens"] = jnp.array(edges, "int32")
-    assert_loop(case, calls, {name: 0 for name in calls[0] if name not in SHARED}, backend="xla")
+        one["cu_seqlens"] = jax_array(edges, "int32")
+    assert_loop(case, calls, {name: 0 for name in calls[0] if name not in SHARED}, jax.jit, backend="xla")
 
 
 SMALL = {"sequences": 2, "slots": 3, "nheads": 2, "ngroups": 1, "headdim": 2, "dstate": 4}
@@ -266,7 +276,7 @@ def test_nested(backend):
     arrays = {**stacked(inner, {"state": 0, "x": 0}), "B": jnp.stack([b["B"] for b in outer])}
     given = dict.fromkeys(arrays)
     run = jax.vmap(functools.partial(call, flags), in_axes=({**given, "state": 0, "x": 0},))
-    results = jax.vmap(run, in_axes=({**given, "B": 0},))(arrays)
+    results = in_one_program(jax.vmap(run, in_axes=({**given, "B": 0},)), backend)(arrays)
     for k, one in enumerate(both):
         one = {**inner[0], **{name: one[name] for name in ("state", "x", "B")}}
         for got, expected in zip(results, call({**flags, "donate": False}, one), strict=True):
@@ -381,7 +391,7 @@ def test_a_closed_over_state_stays_the_callers(inside, backend):
     flags = {**CASE.flags, "backend": backend}
     xs = jnp.stack([arrays["x"], -arrays["x"]])
     for _ in range(2):
-        results = jax.vmap(inside(lambda x: call(flags, {**arrays, "x": x})))(xs)
+        results = in_one_program(jax.vmap(inside(lambda x: call(flags, {**arrays, "x": x}))), backend)(xs)
         assert not any(array.is_deleted() for array in arrays.values())
     for j, x in enumerate(xs):
         for got, expected in zip(results, call({**flags, "donate": False}, {**arrays, "x": x}), strict=True):
@@ -430,7 +440,7 @@ def test_a_choice_by_a_mapped_predicate(backend):
 
     xs = jnp.stack([arrays["x"], -arrays["x"]])
     if backend == "xla":
-        results = jax.vmap(chosen)(xs)
+        results = jax.jit(jax.vmap(chosen))(xs)
     else:
         with pytest.raises(
             ssu_bridge.UnsupportedError, match=r"A: jax\.vmap cannot map it, .*cond on a mapped predicate"

@@ -1,7 +1,6 @@
 """Objects that stand for a JAX array by ``__jax_array__``, as the variables of flax do, in place of any argument."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from copied import copied
@@ -68,7 +67,7 @@ def test_traced(wrap, name):
 
 def test_quantised_states_and_check(wrap):
     given = TOKENS.arrays(seed=1)
-    given = {name: wrap(jnp.array(array)) for name, array in given.items()}
+    given = {name: wrap(copied(array)) for name, array in given.items()}
     given["state"] = ssu_bridge.QuantizedState(given["state"], given.pop("state_scale"))
     assert ssu_bridge.explain(**given, **TOKENS.flags).backend == "cpu"
     assert ssu_bridge.check(**given, **TOKENS.flags)
