@@ -36,7 +36,7 @@ _CANDIDATES = [
     if elements <= 2048 * warps
 ]
 # What a row of the table has to save: the sum, over the calls that it holds, of the shares of their times.
-_WORTH_A_ROW = 0.02
+_WORTH_A_ROW = 0.1
 
 
 class Row(NamedTuple):
