@@ -8,15 +8,16 @@ import argparse
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 from test_wheel import fresh
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 
 
 def imports(block: str) -> set[str]:
@@ -57,25 +58,24 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     arguments = parser.parse_args()
     (wheel,) = (path.resolve() for path in arguments.folder.glob("*.whl"))
-    blocks: dict[tuple[str, ...], list[tuple[str, list[str], Path | None]]] = defaultdict(list)
+    blocks: dict[tuple[str, ...], list[tuple[str, list[str], bool]]] = defaultdict(list)
     for page in arguments.pages or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text()
         for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
             needed = requirements(text, block, wheel)
-            blocks[needed].append((f"{page.name}-{number}", ["-W", "error", "-c", block], None))
+            blocks[needed].append((f"{page.name}-{number}", ["-W", "error", "-c", block], False))
         if page.name != "benchmarks.md":  # hours, and models of billions of weights
             for command in commands(text):
-                blocks[example_requirements(text, wheel)].append(
-                    (f"{page.name}: {shlex.join(command)}", command, EXAMPLES)
-                )
+                blocks[example_requirements(text, wheel)].append((f"{page.name}: {shlex.join(command)}", command, True))
     failed = []
     for needed, own in blocks.items():
         print(*(word.rpartition("/")[2] for word in needed), flush=True)
-        with fresh(arguments.python, *needed) as run:
-            for name, command, folder in own:
+        with fresh(arguments.python, *needed) as run, tempfile.TemporaryDirectory() as folder:
+            examples = shutil.copytree(ROOT / "examples", Path(folder) / "examples")  # some commands write files there
+            for name, command, is_example in own:
                 print(f"  {name}", flush=True)
                 try:
-                    run(*command, folder=folder)
+                    run(*command, folder=examples if is_example else None)
                 except subprocess.CalledProcessError:
                     failed.append(name)
     if failed:
