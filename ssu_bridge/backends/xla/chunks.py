@@ -42,7 +42,7 @@ def _multi(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: A
 
 
 def _packed(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
-    """Chunks of one sequence each; a row of no sequence has zeros for its output.
+    """Compute packed sequences in chunks of one sequence each; a row of no sequence has zeros for its output.
 
     Of sequences that share rows, results are undefined: a row is computed for the first of its sequences alone.
     """

@@ -41,7 +41,7 @@ def measure() -> Figures:
 
 
 def _decode_case(sequences: int, dtype: str) -> Case:
-    """A step of a large Mamba-2 model on a cache with twice the slots it needs, in random order."""
+    """Return a step of a large Mamba-2 model on a cache with twice the slots it needs, in random order."""
     slots = np.random.default_rng(0).permutation(2 * sequences)[:sequences]
     return Case(
         f"batch {sequences}, {dtype}",
