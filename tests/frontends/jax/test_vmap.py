@@ -132,6 +132,7 @@ def some(names, seed):
     return {name: int(rng.integers(2)) for name in chosen}
 
 
+# By default each pair of arrays, with their axes and numbers, and of options occurs in some case.
 @pytest.mark.parametrize("backend", ANY_TABLE)
 @pytest.mark.parametrize("case", covering({case.name: case for case in DETERMINED}, structure))
 def test_everything_mapped(case, backend):
