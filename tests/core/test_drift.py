@@ -23,9 +23,9 @@ def errors(backend, steps=STEPS):
 
 # Of a state stored in so many bits, by how much its outputs may differ at most, in units of themselves.
 LARGEST = {"float16": 1e-3, "bfloat16": 6e-3, "int16": 1e-4, "int8": 2e-2, "float8_e4m3fn": 8e-2}
-# How many times the error of NumPy's arithmetic a float state may have. A GPU's instruction for exp2 errs by two units in
-# the last place where NumPy's exp errs by one, and a state that remembers a thousand tokens adds them up; FlashInfer's
-# exponentials and softplus are approximate, as those of vLLM's kernel are.
+# How many times the error of NumPy's arithmetic that of a float32 state may be. A GPU's instruction for exp2 errs by two
+# units in the last place where NumPy's exp errs by one, and a state that remembers a thousand tokens adds them up;
+# FlashInfer's exponentials and softplus are approximate, as those of vLLM's kernel are.
 FACTORS = {"triton": 1.6, "flashinfer": 20}
 
 
@@ -36,7 +36,8 @@ def largest(backend, curve, steps):
         return LARGEST["int8" if dtype == "int8" else "bfloat16"]
     if dtype == "float32" or (not more and f"{dtype} plain" in drift.PLAIN):
         plain = "plain-gpu" if drift.on_a_gpu(backend) else "plain"
-        return FACTORS.get(backend, 1.2) * errors(plain, steps)[f"{dtype} plain"][1]
+        factor = FACTORS.get(backend, 1.2) if dtype == "float32" else 1.2
+        return factor * errors(plain, steps)[f"{dtype} plain"][1]
     return LARGEST[dtype] * (2 if "stochastic" in more else 1)
 
 
@@ -47,7 +48,8 @@ def largest(backend, curve, steps):
         pytest.param("xla", marks=pytest.mark.nightly),
         "reference",
         pytest.param("triton", marks=pytest.mark.gpu),
-        pytest.param("flashinfer", marks=pytest.mark.gpu),
+        # It compiles eight modules, of which those for replay take minutes; test_flashinfer_gpu.py has single calls.
+        pytest.param("flashinfer", marks=[pytest.mark.gpu, pytest.mark.nightly]),
     ],
 )
 def test_the_error_of_a_long_decode(backend):
