@@ -89,12 +89,12 @@ def _configured(config: SSUConfig | None, names: tuple[str, ...], values: tuple[
 
 
 def _keep(value: SSUConfig | Options) -> str:
-    """Keep a value and return the name of its attribute; equal ones share it."""
-    name = _names.get(value)
-    if name is None:
-        name = f"value_{next(_numbers)}"
-        setattr(_kept, name, value)
-        name = _names.setdefault(value, name)
+    """Keep a value and return the name of its attribute; equal ones share it.
+
+    It is kept for good: a compiled graph may refer to it for as long as the process lives.
+    """
+    name = _names.get(value) or _names.setdefault(value, f"value_{next(_numbers)}")
+    setattr(_kept, name, value)  # by each of several threads, whichever named it
     return name
 
 

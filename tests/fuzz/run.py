@@ -269,12 +269,13 @@ def _converted(framework, name, array):
     if framework == "numpy":
         return array
     if framework == "jax":
-        # jnp.array compiles a program for each shape.
-        from ssu_bridge.frontends.jax.frontend import from_host
+        import jax
 
         if name == "rand_seed":
-            return from_host(np.array(array).reshape(1).view(np.uint32))
-        return from_host(array if array.dtype != np.int64 else array.astype(np.int32))
+            array = np.array(array).reshape(1).view(np.uint32)
+        array = array if array.dtype != np.int64 else array.astype(np.int32)
+        # Memory of its own, which the first may not have. jnp.array compiles a program for each shape.
+        return jax.block_until_ready(jax.device_put(jax.device_put(array), may_alias=False))
     import torch
 
     names = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}

@@ -54,14 +54,14 @@ def values(specialisation):
 
 
 SIZES = ("nheads", "headdim", "dstate", "ngroups", "pad_slot_id")
-# Whether they are more than 1 makes another computation, not how much.
+# Whether they are 0, 1 or more makes another computation, not how much.
 NUMBERS = ("intermediate_stride", "window", "most_tokens")
 
 
 def computed_values(specialisation):
     """Return the values that make another computation: not sizes, and not the float dtypes of what is only read."""
     return {
-        (field, int(value) > 1 if field in NUMBERS else value)
+        (field, min(int(value), 2) if field in NUMBERS else value)
         for field, value in values(specialisation)
         if field not in SIZES
         and not (field == "tile" and isinstance(value, int) and value > 1)

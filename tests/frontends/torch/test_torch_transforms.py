@@ -4,7 +4,6 @@ import pytest
 import torch
 from matrix_cases import MATRIX_CASES
 from modes import to_mode
-from thinned import thinned
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -58,10 +57,13 @@ MADE_OF_THEM = {
 CASES = {name: (name, call) for name, call in REFUSED.items()} | MADE_OF_THEM
 
 
-# By default one of them in compiled code.
+# By default those that others are made of in compiled code, where they are found while Dynamo traces.
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [*((name, False) for name in CASES), *thinned(CASES, [True], one_in=len(CASES))],
+    [
+        *((name, False) for name in CASES),
+        *(pytest.param(name, True, marks=[pytest.mark.nightly] * (name not in REFUSED)) for name in CASES),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_transform_of_functions_is_refused_by_its_name(given, name, compiled):
