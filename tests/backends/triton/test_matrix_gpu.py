@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contract import assert_step
-from modes import GPU_PAIRS, bits, int64_as_it_is, to_host, to_mode
+from modes import GPU_PAIRS, bits, int64_as_it_is, skip_if_refused, to_host, to_mode
 
 import ssu_bridge
 from ssu_bridge.api import explain
@@ -61,27 +61,52 @@ def test_what_a_call_can_ask_for(changes):
     assert_step(case, case.arrays(seed=11), "torch.cuda", "triton", algorithm="matrix")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "algorithm"), [(3, "loop"), (8, "matrix"), (40, "matrix"), (320, "matrix"), (1100, "matrix")]
-)
-def test_rows_with_gaps_give_the_same_bits(tokens, algorithm):
-    case = dataclasses.replace(LAYER, tokens=tokens, dtypes=BFLOAT16)
+# Calls whose rows have gaps: several tokens, packed ones, trees, states on the way, parameters that are not tied.
+WITH_GAPS = {
+    "few": {"tokens": 3},
+    "a chunk": {"tokens": 8},
+    "chunks": {"tokens": 40},
+    "prompt": {"tokens": 320},
+    "segments": {"tokens": 1100},
+    "packed": {"tokens": 90, "cu_seqlens": (0, 1, 40, 90)},
+    "packed segments": {"tokens": 1300, "cu_seqlens": (0, 1, 40, 1300)},
+    "tree": {"tokens": 7, "parents": ((-1, 0, 1, 1, 0, -1, 5),) * 3},
+    "packed trees": {"tokens": 80, "cu_seqlens": (0, 3, 20, 80), "parents": tuple(t % 7 - 1 for t in range(80))},
+    "states on the way": {"tokens": 90, "steps": 2, "intermediate_stride": 40},
+    "states of tokens": {"tokens": 3, "steps": 3},
+    "untied": {"tokens": 5, "untied": ("dt", "dt_bias", "A", "D")},
+    "untied, packed": {"tokens": 9, "cu_seqlens": (0, 1, 4, 9), "untied": ("dt",)},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["loop", "matrix"])
+@pytest.mark.parametrize("name", WITH_GAPS)
+def test_rows_with_gaps_give_the_same_bits(name, algorithm):
+    case = dataclasses.replace(LAYER, dtypes=BFLOAT16, **WITH_GAPS[name])
     arrays = case.arrays(seed=3)
-    expected = ssu_bridge.update(**to_mode(arrays, "torch.cuda"), **case.flags, backend="triton", algorithm=algorithm)
+    flags = {**case.flags, "backend": "triton", "algorithm": algorithm}
+    skip_if_refused(explain(**to_mode(arrays, "torch.cuda"), **flags))
+    expected = ssu_bridge.update(**to_mode(arrays, "torch.cuda"), **flags)
     tensors = to_mode(arrays, "torch.cuda")
-    spread = {name: with_gaps(tensors[name]) for name in ("x", "dt", "B", "C", "z")}
-    out = with_gaps(torch.full_like(tensors["x"], float("nan")))
-    got = ssu_bridge.update(
-        **{**tensors, **spread}, **case.flags, out=out, backend="triton", algorithm=algorithm
-    )  # fmt: skip
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    rows = 2 if case.cu_seqlens is None else 1
+    spread = {
+        name: with_gaps(tensors[name], rows) for name in ("x", "dt", "B", "C", "z", "parent_tokens") if name in tensors
+    }
+    out = with_gaps(torch.full_like(tensors["x"], float("nan")), rows)
+    got = ssu_bridge.update(**{**tensors, **spread}, **flags, out=out)
+    assert out.stride() != tensors["x"].stride()
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
-def with_gaps(tensor):
-    """Return a tensor as a slice of a wider one: its tokens have gaps between them."""
-    whole = torch.full((*tensor.shape[:2], tensor.shape[2] + 8, *tensor.shape[3:]), 9.0, device="cuda").to(tensor.dtype)
-    view = whole[:, :, : tensor.shape[2]]
-    return view.copy_(tensor)
+def with_gaps(tensor, rows):
+    """Return a tensor whose ``rows`` leading axes have gaps: as a slice of a wider one."""
+    wider = [size + 1 for size in tensor.shape[:rows]]
+    trailing = tensor.shape[rows:]
+    if trailing:
+        trailing = (trailing[0] + 8, *trailing[1:])
+    whole = torch.full((*wider, *trailing), 9, device="cuda", dtype=tensor.dtype)
+    return whole[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
 def run(case, arrays, algorithm):
