@@ -39,13 +39,14 @@ def mend_interpreter():
 
 
 def multiply_bfloat16():
-    """Have the interpreter multiply bfloat16 as numbers: it takes their bits for integers."""
+    """Have the interpreter multiply bfloat16 as numbers, whose bits it takes for integers, and sum up in float32."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def numbers(handle):
         data = handle.data
-        return (data.astype("uint32") << 16).view("float32") if handle.dtype.scalar == tl.bfloat16 else data
+        is_bfloat16 = handle.dtype.scalar == tl.bfloat16
+        return (data.astype("uint32") << 16).view("float32") if is_bfloat16 else data.astype("float32")
 
     def create_dot(self, a, b, acc, *options):
         return TensorHandle(np.matmul(numbers(a), numbers(b)) + acc.data, acc.dtype.scalar)

@@ -136,9 +136,10 @@ def _is_prompt(problem: Problem, rows: int, columns: int) -> bool:
 
 
 def _takes_registers(problem: Problem, stores_some: bool) -> bool:
-    """Return whether chunks of 32 tokens spill registers: float32 in parts does it, or scales of states on the way."""
+    """Return whether chunks of 32 tokens spill registers: inputs in parts do it, or scales of states on the way."""
     dtypes = dict(problem.dtypes)
-    return "float32" in {dtypes[name] for name in ("x", "B", "C")} or (stores_some and "state_scale" in dtypes)
+    in_parts = {dtypes[name] for name in ("x", "B", "C")} != {"bfloat16"}
+    return in_parts or (stores_some and "state_scale" in dtypes)
 
 
 def _segments(problem: Problem, tile: Tile) -> Segments:

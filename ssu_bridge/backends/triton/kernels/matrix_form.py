@@ -196,7 +196,7 @@ def matrix_form(
     rate = tl.load(A + head).to(tl.float32) * LOG2_E
     skip = D if D is None else (tl.load(D + head).to(tl.float32) if TIED_D else D + channels)
     group = head // (H // G) * N
-    parameters = (rate, channels, row_mask)
+    parameters = (rate, channels, row_mask, sequences)
     dt, B, C = dt + head, B + group, C + group
     arrays = (x, dt, B, C, out)
     strides = (x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride)
@@ -284,7 +284,7 @@ def _chunk(
     """Write the outputs of the tokens from ``token`` to before ``end``, at most Q, and return the state after them."""
     x, dt, B, C, out = arrays
     x_token_stride, dt_token_stride, B_token_stride, C_token_stride, out_token_stride = strides
-    rate, channels, row_mask = parameters
+    rate, channels, row_mask, sequences = parameters
     t = tl.arange(0, Q)
     there = token + t < end
     at = token + t.to(tl.int64)
@@ -315,13 +315,17 @@ def _chunk(
         # After this product, so that the compiler has the state loaded before B and C, and not after them.
         weighted, decay = tl.div_rn(d, tl.exp2(fine)), tl.exp2(coarse + fine)
     weights = decayed(weights, coarse, weighted, on_path, fine)
-    if skip is not None and TIED_D:
-        weights = tl.where(t[:, None] == t[None, :], weights + skip, weights)
     before = product_of_rows(current, mixed(Cs, MIX), S_PARTS, C_PARTS)
     y = product_of_exact(tl.trans(Xs), weights, X_PARTS)
     y = tl.trans(tl.fma(before, decay[None, :], y))
-    if skip is not None and not TIED_D:
-        y += Xs.to(tl.float32) * load(skip, row_mask)[None, :]
+    if skip is not None:
+        # Added here: as a part of the weights an infinite D would make NaN of the zeros next to it.
+        if z is None or (decays is None and parent_tokens is None):
+            skip = skip if TIED_D else load(skip, row_mask)[None, :]
+            y = tl.fma(Xs.to(tl.float32), tl.broadcast_to(skip, y.shape), y)
+        elif sequences > 0:
+            # Always so, but the compiler moves nothing across a branch: z takes no registers while the products do.
+            y += Xs.to(tl.float32) * (skip if TIED_D else load(skip, row_mask)[None, :])
     if z is not None:
         y = gated_output(y, 0.0, None, load(rows_from(z, token, z_token_stride, Q) + channels[None, :], mask))
     tl.store(rows_from(out, token, out_token_stride, Q) + channels[None, :], y.to(out.dtype.element_ty), mask=mask)

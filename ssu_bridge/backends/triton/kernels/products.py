@@ -31,7 +31,9 @@ def product(a, b, acc, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 @triton.jit
 def product_of_rows(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
     """Return a @ trans(b). Of float32 operands, tensor cores sum over quarters of the columns, as they cut sums off."""
-    if A_PARTS + B_PARTS == 6 and a.shape[1] >= 64:
+    if a.dtype == tl.float16 and b.dtype == tl.float16:
+        return tl.dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32))
+    elif A_PARTS + B_PARTS == 6 and a.shape[1] >= 64:
         a_left, a_right = _halves(a)
         b_left, b_right = _halves(b)
         return _sum_of_halves(a_left, b_left, A_PARTS, B_PARTS) + _sum_of_halves(a_right, b_right, A_PARTS, B_PARTS)
@@ -139,6 +141,16 @@ def in_turns(t, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexp
     REPEATS: tl.constexpr = BLOCK_P // (16 * WARPS)
     t = t.reshape(REPEATS, WARPS, 2, 8, BLOCK_N // W, W).permute(0, 2, 1, 3, 4, 5)
     return t.reshape(BLOCK_P, BLOCK_N // W, W)
+
+
+@triton.jit
+def groups_of(t):
+    """Return the groups of a tile's columns, [rows, groups, columns of a group], one by one."""
+    if t.shape[1] == 1:
+        return (t.reshape(t.shape[0], t.shape[2]),)
+    else:
+        left, right = tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2, t.shape[2]).permute(0, 2, 3, 1))
+        return groups_of(left) + groups_of(right)
 
 
 @triton.jit

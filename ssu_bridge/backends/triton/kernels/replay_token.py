@@ -24,7 +24,7 @@ from ssu_bridge.backends.triton.kernels.common import (
     softplus,
 )
 from ssu_bridge.backends.triton.kernels.many_tokens import at_first, tokens_of
-from ssu_bridge.backends.triton.kernels.products import mixed, tile_of
+from ssu_bridge.backends.triton.kernels.products import groups_of, mixed, tile_of
 from ssu_bridge.backends.triton.kernels.replay import (
     advance,
     advance_checkpoints,
@@ -315,7 +315,7 @@ def _read_and_advance(
         row_mask = inside(rows, P, ROWS)
         tile, mask = tile_of(block, P, N, ROWS, BLOCK_N, WARPS, W)
         old = tl.load(state + tile, mask=mask, other=0)
-        parts = _groups(old)
+        parts = groups_of(old)
         products = tl.zeros((2, TURN, W), tl.float32)
         for j in tl.static_range(len(parts)):
             # Loaded again for each block, so that they take no registers in between.
@@ -330,16 +330,6 @@ def _read_and_advance(
             old, scale, old_x, Bs, rate, replay_dt, (first, count), block, (state + tile, mask), seed, first_element,
             P, N, K, RING, ROWS, BLOCK_N, WARPS, W, STORED, B_PARTS, ROUNDS,
         )  # fmt: skip
-
-
-@triton.jit
-def _groups(t):
-    """Return the groups of a tile's columns, [rows, groups, columns of a group], one by one."""
-    if t.shape[1] == 1:
-        return (t.reshape(t.shape[0], t.shape[2]),)
-    else:
-        left, right = tl.split(t.reshape(t.shape[0], 2, t.shape[1] // 2, t.shape[2]).permute(0, 2, 3, 1))
-        return _groups(left) + _groups(right)
 
 
 @triton.jit

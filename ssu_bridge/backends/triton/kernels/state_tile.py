@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from ssu_bridge.backends.triton.kernels.common import load, slot_of
-from ssu_bridge.backends.triton.kernels.products import in_rows, in_turns, mixed, tile_of, unmixed
-from ssu_bridge.backends.triton.kernels.rounding import rounded, widen
+from ssu_bridge.backends.triton.kernels.products import groups_of, in_rows, in_turns, mixed, tile_of, unmixed
+from ssu_bridge.backends.triton.kernels.rounding import as_stored, row_scale, widen
 
 
 @triton.jit
@@ -71,8 +71,16 @@ def store_state(
     MIX: tl.constexpr,
 ):
     """Round a state to what is stored and store it, as ``many_tokens`` does with the same arguments."""
-    stored = rounded(
-        unmixed(current, MIX), scale, wanted, channels, row_mask, seed, first, token, last, N, BLOCK_N, STORED, ROUNDS
-    )
-    tile, mask = tile_of(place, P, N, BLOCK_P, BLOCK_N, WARPS, W)
-    tl.store(values + tile, in_turns(stored, BLOCK_P, BLOCK_N, WARPS, W), mask=mask & wanted)
+    current = unmixed(current, MIX)
+    scales = scale if scale is None else row_scale(current, STORED)
+    if scale is not None:
+        tl.store(scale + channels, scales, mask=row_mask & wanted)
+    # Random numbers take registers: those of a group of columns at a time.
+    COLUMNS: tl.constexpr = BLOCK_N if seed is None else W
+    parts = groups_of(current.reshape(BLOCK_P, BLOCK_N // COLUMNS, COLUMNS))
+    head, first_row, _ = place
+    for i in tl.static_range(len(parts)):
+        column = i * COLUMNS
+        stored = as_stored(parts[i], scales, channels, seed, first + column, token, last, N, COLUMNS, STORED, ROUNDS)
+        tile, mask = tile_of((head, first_row, column), P, N, BLOCK_P, COLUMNS, WARPS, W)
+        tl.store(values + tile, in_turns(stored, BLOCK_P, COLUMNS, WARPS, W), mask=mask & wanted)
