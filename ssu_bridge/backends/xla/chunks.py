@@ -202,10 +202,13 @@ def _within(problem: Problem, A: Any, tokens: Tokens) -> _Within:
     sequences, length = x.shape[:2]
     groups = (problem.ngroups, problem.nheads // problem.ngroups)
     from_start, between, to_end = decays(A.astype(jnp.float32).reshape(-1) * dt)
-    added = dt[..., None] * x
-    pairs = product("btgn,bsgn->bgts", C, B)[:, :, None] * between.reshape(sequences, *groups, length, length)
-    y = product("bgrts,bsgrp->btgrp", pairs, added.reshape(sequences, length, *groups, problem.headdim))
-    left = (added * to_end[..., None]).reshape(sequences, length, problem.ngroups, groups[1] * problem.headdim)
+    between = (between * jnp.moveaxis(dt, 1, 2)[:, :, None]).reshape(sequences, *groups, length, length)
+    pairs = product("btgn,bsgn->bgts", C, B)[:, :, None] * between
+    # Of a later token nothing is left in an earlier one's output, whatever its dt and B are.
+    pairs = jnp.where(_is_later(dt, 0), pairs, 0)
+    y = product("bgrts,bsgrp->btgrp", pairs, x.reshape(sequences, length, *groups, problem.headdim))
+    left = x * (dt * to_end)[..., None]
+    left = left.reshape(sequences, length, problem.ngroups, groups[1] * problem.headdim)
     new = product("bsgq,bsgn->bgqn", left, B).reshape(sequences, problem.nheads, problem.headdim, problem.dstate)
     return _Within(y.reshape(x.shape), new, from_start)
 
