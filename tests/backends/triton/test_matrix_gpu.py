@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contract import assert_step
+from gaps import WITH_GAPS, spread
 from modes import GPU_PAIRS, bits, int64_as_it_is, skip_if_refused, to_host, to_mode
 
 import ssu_bridge
@@ -61,24 +62,6 @@ def test_what_a_call_can_ask_for(changes):
     assert_step(case, case.arrays(seed=11), "torch.cuda", "triton", algorithm="matrix")
 
 
-# Calls whose rows have gaps: several tokens, packed ones, trees, states on the way, parameters that are not tied.
-WITH_GAPS = {
-    "few": {"tokens": 3},
-    "a chunk": {"tokens": 8},
-    "chunks": {"tokens": 40},
-    "prompt": {"tokens": 320},
-    "segments": {"tokens": 1100},
-    "packed": {"tokens": 90, "cu_seqlens": (0, 1, 40, 90)},
-    "packed segments": {"tokens": 1300, "cu_seqlens": (0, 1, 40, 1300)},
-    "tree": {"tokens": 7, "parents": ((-1, 0, 1, 1, 0, -1, 5),) * 3},
-    "packed trees": {"tokens": 80, "cu_seqlens": (0, 3, 20, 80), "parents": tuple(t % 7 - 1 for t in range(80))},
-    "states on the way": {"tokens": 90, "steps": 2, "intermediate_stride": 40},
-    "states of tokens": {"tokens": 3, "steps": 3},
-    "untied": {"tokens": 5, "untied": ("dt", "dt_bias", "A", "D")},
-    "untied, packed": {"tokens": 9, "cu_seqlens": (0, 1, 4, 9), "untied": ("dt",)},
-}
-
-
 @pytest.mark.parametrize("algorithm", ["loop", "matrix"])
 @pytest.mark.parametrize("name", WITH_GAPS)
 def test_rows_with_gaps_give_the_same_bits(name, algorithm):
@@ -87,26 +70,9 @@ def test_rows_with_gaps_give_the_same_bits(name, algorithm):
     flags = {**case.flags, "backend": "triton", "algorithm": algorithm}
     skip_if_refused(explain(**to_mode(arrays, "torch.cuda"), **flags))
     expected = ssu_bridge.update(**to_mode(arrays, "torch.cuda"), **flags)
-    tensors = to_mode(arrays, "torch.cuda")
-    rows = 2 if case.cu_seqlens is None else 1
-    spread = {
-        name: with_gaps(tensors[name], rows) for name in ("x", "dt", "B", "C", "z", "parent_tokens") if name in tensors
-    }
-    out = with_gaps(torch.full_like(tensors["x"], float("nan")), rows)
-    got = ssu_bridge.update(**{**tensors, **spread}, **flags, out=out)
-    assert out.stride() != tensors["x"].stride()
+    got = ssu_bridge.update(**spread(case, to_mode(arrays, "torch.cuda")), **flags)
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)
-
-
-def with_gaps(tensor, rows):
-    """Return a tensor whose ``rows`` leading axes have gaps: as a slice of a wider one."""
-    wider = [size + 1 for size in tensor.shape[:rows]]
-    trailing = tensor.shape[rows:]
-    if trailing:
-        trailing = (trailing[0] + 8, *trailing[1:])
-    whole = torch.full((*wider, *trailing), 9, device="cuda", dtype=tensor.dtype)
-    return whole[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
 def run(case, arrays, algorithm):
@@ -161,16 +127,19 @@ def test_bits_depend_on_neither_batch_nor_place():
             np.testing.assert_array_equal(bits(got[name][i]), bits(one[name][0]))
 
 
-def test_a_tree_is_each_of_its_branches_alone():
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16", "int8", "int16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("other", "tolerance"), [("float32", 2e-5), ("bfloat16", 2**-7), ("float16", 2**-10)])
+def test_a_tree_is_each_of_its_branches_alone(state, other, tolerance):
     parents = ((-1, 0, 1, 1, 0, -1, 5),) * 3
-    case = dataclasses.replace(LAYER, tokens=7, parents=parents)
+    case = dataclasses.replace(LAYER, tokens=7, parents=parents, dtypes={"*": other, "A": "float32", "state": state})
     arrays = case.arrays(seed=4)
     out = run(case, arrays, "matrix")["out"]
     for branch in ([0, 1, 2], [0, 1, 3], [0, 4], [5, 6]):
         alone = {n: a[:, branch] if n in ("x", "dt", "B", "C", "z") else a for n, a in arrays.items()}
         del alone["parent_tokens"]
         chain = run(dataclasses.replace(case, parents=None), alone, "matrix")["out"]
-        np.testing.assert_allclose(out[:, branch], chain, rtol=2e-5, atol=2e-4)
+        got, right = (array.astype("float32") for array in (out[:, branch], chain))
+        np.testing.assert_allclose(got, right, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_auto_runs_a_layer_in_the_matrix_form():
