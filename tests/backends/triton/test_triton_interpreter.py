@@ -16,7 +16,8 @@ from ssu_bridge.backends.base import HostKernel
 from ssu_bridge.backends.triton import forms
 from ssu_bridge.backends.triton.kernels.replay_token import sequence_at
 from ssu_bridge.backends.triton.specialisation import specialise
-from ssu_bridge.testing.cases import CASES
+from ssu_bridge.frontends.torch.host import from_host, to_host
+from ssu_bridge.testing.cases import CASES, Case
 
 
 # By default each value of a field of a specialisation that changes what is computed is in some case of few heads.
@@ -50,6 +51,23 @@ def interpreted_cases(first):
             if (not own <= seen and case.nheads <= MOST_HEADS_AT_FIRST) == first:
                 interpret(case, arrays, problem)
             seen |= own
+
+
+def test_a_skip_that_is_not_finite_is_added_to_its_head():
+    run_in_interpreter(__file__, "interpreted_skips()")
+
+
+def interpreted_skips():
+    mend_interpreter()
+    dtypes = {"*": "float16", "A": "float32", "D": "float32", "state": "float32"}
+    case = Case("skips", tokens=5, nheads=4, ngroups=2, headdim=16, dstate=16, absent=("z",), dtypes=dtypes)
+    arrays = {**case.arrays(seed=3), "D": np.array([np.inf, 1.5, -np.inf, np.nan], "float32")}
+    problem = problem_of(case, (8, 0), algorithm="matrix")
+    tensors = {name: from_host(array.copy()) for name, array in {**arrays, "out": arrays["x"]}.items()}
+    run_interpreted(problem, tensors)
+    out, right = to_host(tensors["out"]), reference.compute(problem, arrays).out.reshape(arrays["x"].shape)
+    assert np.isinf(right).sum() == right.size // 2
+    np.testing.assert_allclose(out, right, rtol=1e-2, atol=1e-2)
 
 
 # Of one token, with a checkpoint that a flush reads twice and once, and of several in packed sequences. A process takes
