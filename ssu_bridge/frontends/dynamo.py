@@ -22,6 +22,7 @@ class _Kept:
 
 
 _kept = _Kept()
+# No more than configurations and kinds of calls that were traced: compiled code checks that they are still there.
 _names: dict[Any, str] = {}
 _numbers = itertools.count()
 
