@@ -464,6 +464,7 @@ CASES: tuple[Case, ...] = (
     Case("replay, wild numbers", **(_REPLAY | _WILD), tokens=2),
     Case("replay, window of one", window=1, starts=(0, 1, 0, 1, 1, 0), pending=(1, 0, 1, 1, 0, 1)),
     Case("replay, packed", **_REPLAY, tokens=6, cu_seqlens=(0, 3, 4, 6)),
+    Case("replay, packed, no tokens", **_REPLAY, tokens=0, cu_seqlens=(0, 0, 0, 0)),
     Case("replay, packed, empty and too long", **_REPLAY, tokens=9, cu_seqlens=(1, 6, 6, 8)),
     Case("replay, packed, decreasing", **_REPLAY, tokens=9, cu_seqlens=(6, 2, 2, _HIGHEST)),
     Case("replay, bfloat16", **_REPLAY, tokens=3, dtypes=_STATE_16 | _INPUTS_16),

@@ -109,10 +109,23 @@ def specialise(problem: Problem, tile: Tile) -> Specialisation:
         rounds_each_token=problem.rounds_each_token,
         window=problem.options.replay_window,
         most_tokens=problem.options.replay_tokens,
-        unaligned=tuple(sorted(problem.unaligned)),
+        unaligned=_unaligned(problem),
         dense=_is_dense(problem),
         tile=tile,
     )
+
+
+def _unaligned(problem: Problem) -> tuple[str, ...]:
+    """Return the arrays that are read and stored element by element.
+
+    If one of the two that a float8 state is stored in is, so is the other: where the same values are stored both by
+    elements and by vectors, ptxas 12.8 takes every other element from a register that does not hold it yet.
+    """
+    names, dtypes = set(problem.unaligned), dict(problem.dtypes)
+    stored = dtypes.keys() & {"state", "intermediate_states"}
+    if dtypes["state"] == "float8_e4m3fn" and names & stored:
+        names |= stored
+    return tuple(sorted(names))
 
 
 def _is_dense(problem: Problem) -> bool:

@@ -112,8 +112,15 @@ def _new_tokens(problem: Problem, arrays: dict[str, Any]) -> _New:
     is_token = within < owners.lengths[:, None]
     rows = jnp.where(is_token, owners.starts[:, None] + within, problem.tokens)
     tokens = tokens_of(problem, storage.owned_rows(arrays, owners))
-    tokens = jax.tree.map(lambda array: array.at[rows].get(mode="fill", fill_value=0), tokens)
+    tokens = jax.tree.map(functools.partial(_rows_of, rows), tokens)
     return _New(tokens, is_token, owners.lengths, owners)
+
+
+def _rows_of(rows: Any, array: Any) -> Any:
+    """Return rows of an array, zeros for one beyond its last; it may have none, which JAX does not index."""
+    if array.shape[0] == 0:
+        return jnp.zeros((*rows.shape, *array.shape[1:]), array.dtype)
+    return array.at[rows].get(mode="fill", fill_value=0)
 
 
 def _pending_tokens(arrays: dict[str, Any], cursor: ReplayCursor, place: Any, start: Any, pending: Any) -> Any:

@@ -24,7 +24,8 @@ from thinned import covering, thinned
 
 from ssu_bridge import using
 from ssu_bridge.backends import triton as backend
-from ssu_bridge.backends.triton import tiles
+from ssu_bridge.backends.triton import forms, tiles
+from ssu_bridge.backends.triton.compile import compile_step
 from ssu_bridge.backends.triton.launch import launch_of
 from ssu_bridge.backends.triton.specialisation import specialise
 from ssu_bridge.core.rounding import LARGEST
@@ -115,6 +116,18 @@ def test_tiles_of_fewer_rows_than_are_taken_together(dtype, dstate, rows):
     small = layer(dtype, headdim=1, dstate=dstate)
     assert specialisation(small).tile.rows == rows
     assert "rcp.rn.f32" in compiled(small).text["ptx"]
+
+
+@pytest.mark.parametrize("unaligned", ["state", "intermediate_states"])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_a_float8_state_is_stored_in_one_way(tokens, unaligned):
+    """By elements wherever it is stored, not by vectors too: ptxas 12.8 would store others."""
+    case = layer("float8_e4m3fn", tokens=tokens, steps=tokens or 1, headdim=32, dstate=64, nheads=8)
+    problem = dataclasses.replace(problem_of(case), unaligned=(unaligned,))
+    kernel = compile_step(specialise(problem, forms.tile(problem)))
+    stores = [line for line in disassembled(kernel.cubin) if line.split()[0].startswith("STG")]
+    assert any(line.startswith("STG.E.U8") for line in stores)
+    assert not any(line.startswith(("STG.E.64", "STG.E.128")) for line in stores)
 
 
 def test_it_waits_for_other_kernels_before_it_touches_memory():

@@ -161,6 +161,30 @@ def spread(tensor, gap, first):
     return view.copy_(tensor)
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "bfloat16"])
+@pytest.mark.parametrize("unaligned", ["state", "intermediate_states"])
+@pytest.mark.parametrize("tokens", [None, 2])
+def test_a_state_is_stored_where_one_place_is_unaligned(tokens, unaligned, dtype):
+    case = Case("", headdim=32, dstate=64, tokens=tokens, steps=tokens or 1, entries=(2, 0, 1), dtypes={"state": dtype})
+    arrays = case.arrays(seed=6)
+
+    def run(place):
+        given = to_mode(arrays, "torch.cuda")
+        given[unaligned] = place(given[unaligned])
+        results = ssu_bridge.update(**given, **case.flags, backend="triton", algorithm="loop")
+        return [
+            t for result in results for t in (result if isinstance(result, ssu_bridge.QuantizedState) else (result,))
+        ]
+
+    def moved(stored):
+        if isinstance(stored, ssu_bridge.QuantizedState):
+            return ssu_bridge.QuantizedState(spread(stored.values, 0, 1), stored.scale)
+        return spread(stored, 0, 1)
+
+    for got, expected in zip(run(moved), run(lambda stored: stored), strict=True):
+        assert torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_in_a_cuda_graph(first):
     case = Case("graph", headdim=32, dstate=64, pad_slot_id=-5 - first)  # a kernel that no other test has loaded
