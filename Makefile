@@ -76,7 +76,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 # Where pip's torch is a build with CUDA, this installs gigabytes of it; any build of Torch's CPU version will do.
-.venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/*/*.*)
+.venv/installed: pyproject.toml CMakeLists.txt requirements-ci.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/[a-z]*/*.*)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed: make PYTHON=..."'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -116,7 +116,7 @@ test-oldest: build/oldest/installed
 test-newest: build/newest/installed
 	build/newest/bin/python -m pytest -n $(JOBS) -m "not nightly" $(TESTS)
 
-build/%/installed: pyproject.toml requirements-%.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/*/*.*)
+build/%/installed: pyproject.toml requirements-%.txt $(wildcard ssu_bridge/native/*.* ssu_bridge/native/[a-z]*/*.*)
 	$(PYTHON) -m venv build/$*
 	build/$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint requirements-$*.txt \
 	  --config-settings=build-dir=build/$*/native --editable ".[jax,torch,cuda,test]"
