@@ -95,7 +95,8 @@ def _keep(value: SSUConfig | Options) -> str:
     It is kept for good: a compiled graph may refer to it for as long as the process lives.
     """
     name = _names.get(value) or _names.setdefault(value, f"value_{next(_numbers)}")
-    setattr(_kept, name, value)  # by each of several threads, whichever named it
+    # The first one stays: a graph may be guarded by which object it is.
+    vars(_kept).setdefault(name, value)
     return name
 
 
