@@ -41,7 +41,10 @@ def compiled(case, there):
         return results_by_name(chunks(case)(**paired({"state": state, **rest})))
 
     rest = {name: array for name, array in there.items() if name != "state"}
-    return jax.jit(call, donate_argnums=0).lower(there["state"], rest).compile(), rest
+    lowered = jax.jit(call, donate_argnums=0).lower(there["state"], rest)
+    # A scatter without indices in a shard_map, over which XLA's compiler ends the process in JAX 0.11.
+    assert "tensor<0xi32>" not in lowered.as_text()
+    return lowered.compile(), rest
 
 
 SHARDED = {
