@@ -28,6 +28,11 @@ def pytest_configure(config):
         os.environ.setdefault("XLA_FLAGS", flags)
     # A second virtual one, for arrays that are not where the others are.
     jax.config.update("jax_num_cpu_devices", 8)
+    # No test reads from which lines of Python an operation comes.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    # Torch's own compiler would compile its headers first, and a program for each instruction set of the machine.
+    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if hasattr(config, "cache"):  # not with -p no:cacheprovider
         _share_what_jax_compiles(str(config.cache.mkdir("jax")))
 
@@ -57,9 +62,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Take what is imported out of the garbage collector's sight: else it looks through all of it again and again."""
+    """Take what is imported out of the garbage collector's sight: else it looks through all of it again and again.
+
+    Of what the tests make it looks through little that is garbage, so less often.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,7 @@ def test_the_benchmark_of_prompts(run_here, tiny):
     assert re.search(r"by steps +cpu +[\d.]+ ms, [\d.]+ times one pass", shown)
 
 
+@pytest.mark.nightly
 def test_the_benchmark_of_verification(run_here, tiny):
     shown = run_here(benchmark, *SMALL, "--layers", "1", "--batch", "2", "--verify", "3", "--replay", "4")
     everywhere = ["one token", "3 tokens, a slot for each"]
@@ -143,6 +144,7 @@ def test_the_benchmark_of_drafts(run_here, small_checkpoint, monkeypatch):
     assert re.fullmatch(rf"median of 2 prompts: [\d.]+ times the tokens per second; {counts}", shown[2])
 
 
+@pytest.mark.nightly
 def test_the_benchmark_of_a_server(run_here, small_checkpoint, monkeypatch):
     (small_checkpoint / "prompts.txt").write_text("In the beginning\n")
     monkeypatch.setattr(benchmark, "KJV", small_checkpoint)

@@ -30,7 +30,15 @@ TABLE = tuple((slot, 3, *[0] * 148) for slot in (4, 0, 2))
 CALLS = {
     "several": {"nheads": 2},
     "one": {"tokens": 200, "sequences": 1, "indices": (2,)},
-    "odd sizes": {"nheads": 4, "ngroups": 2, "headdim": 20, "dstate": 24},
+    "odd sizes": {
+        "nheads": 4,
+        "ngroups": 2,
+        "headdim": 20,
+        "dstate": 24,
+        "sequences": 1,
+        "indices": (2,),
+        "tokens": 100,
+    },
     "packed": {"tokens": 200, "cu_seqlens": (0, 1, 90, 200)},
     "packed, many": {
         "tokens": 200,

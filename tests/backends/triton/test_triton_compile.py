@@ -118,8 +118,7 @@ def test_tiles_of_fewer_rows_than_are_taken_together(dtype, dstate, rows):
     assert "rcp.rn.f32" in compiled(small).text["ptx"]
 
 
-@pytest.mark.parametrize("unaligned", ["state", "intermediate_states"])
-@pytest.mark.parametrize("tokens", [None, 2])
+@pytest.mark.parametrize(("tokens", "unaligned"), thinned([None, 2], ["state", "intermediate_states"], one_in=2))
 def test_a_float8_state_is_stored_in_one_way(tokens, unaligned):
     """By elements wherever it is stored, not by vectors too: ptxas 12.8 would store others."""
     case = layer("float8_e4m3fn", tokens=tokens, steps=tokens or 1, headdim=32, dstate=64, nheads=8)

@@ -23,7 +23,8 @@ from ssu_bridge.testing.cases import CASES, Case
 # By default each value of a field of a specialisation that changes what is computed is in some case of few heads.
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["first", "others"])
 def test_the_interpreter_agrees_with_the_reference(first):
-    run_in_interpreter(__file__, f"interpreted_cases({first})")
+    # In one process, which takes seconds to begin.
+    run_in_interpreter(__file__, f"interpreted_cases({first})", *(["interpreted_skips()"] if first else []))
 
 
 # The interpreter takes about a second for the programs of a head.
@@ -53,11 +54,8 @@ def interpreted_cases(first):
             seen |= own
 
 
-def test_a_skip_that_is_not_finite_is_added_to_its_head():
-    run_in_interpreter(__file__, "interpreted_skips()")
-
-
 def interpreted_skips():
+    """A D that is not finite is added to its own head, and to no other."""
     mend_interpreter()
     dtypes = {"*": "float16", "A": "float32", "D": "float32", "state": "float32"}
     case = Case("skips", tokens=5, nheads=4, ngroups=2, headdim=16, dstate=16, absent=("z",), dtypes=dtypes)
@@ -70,18 +68,22 @@ def interpreted_skips():
     np.testing.assert_allclose(out, right, rtol=1e-2, atol=1e-2)
 
 
-# Of one token, with a checkpoint that a flush reads twice and once, and of several in packed sequences. A process takes
-# seconds to begin.
+# Replay of one token, with a checkpoint that a flush reads twice and once, and of several in packed sequences. A process
+# takes seconds to begin.
 @pytest.mark.parametrize(
-    "schedules",
+    "calls",
     [
-        [(1, {}), (1, {"state_dtype": "float16", "tolerance": 2e-3})],
-        pytest.param([(4, {})], marks=pytest.mark.nightly),
+        [
+            "placed_sequences()",
+            "interpreted_schedule(1, {})",
+            "interpreted_schedule(1, {'state_dtype': 'float16', 'tolerance': 2e-3})",
+        ],
+        pytest.param(["interpreted_schedule(4, {})"], marks=pytest.mark.nightly),
     ],
     ids=["one token", "several"],
 )
-def test_a_server_decodes_in_the_interpreter(schedules):
-    run_in_interpreter(__file__, *(f"interpreted_schedule{schedule}" for schedule in schedules))
+def test_a_server_decodes_in_the_interpreter(calls):
+    run_in_interpreter(__file__, *calls)
 
 
 def interpreted_schedule(number, changes):
@@ -102,12 +104,8 @@ def interpreted_schedule(number, changes):
     assert len(steps) == 9
 
 
-def test_each_sequence_has_a_place_and_flushes_come_first():
-    run_in_interpreter(__file__, "placed_sequences()")
-
-
 def placed_sequences():
-    """Draw cursors, and hold the order of sequences against what it is for; no two programs do one sequence."""
+    """Each sequence of a replay step has one place, and those that flush come first, for cursors that are drawn."""
     mend_interpreter()
     rng = np.random.default_rng(0)
     for sequences in (1, 2, 7, 16):

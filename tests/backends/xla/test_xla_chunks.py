@@ -296,8 +296,11 @@ def formula(a, lengths, weights, of_state):
     return total
 
 
+# By default each form in one of the ways.
+@pytest.mark.parametrize(
+    ("chunks_of_a_device", "form"), thinned(WAYS, ["tokens", "packed"], one_in=2), indirect=["chunks_of_a_device"]
+)
 @pytest.mark.usefixtures("chunks_of_a_device")
-@pytest.mark.parametrize("form", ["tokens", "packed"])
 def test_gradients_against_differences(form):
     """A difference is taken along the imaginary axis, where nothing cancels."""
     rng = np.random.default_rng(0)  # the same for all of them: how much a sum cancels depends on its numbers
@@ -344,8 +347,7 @@ def test_forward_and_second_derivatives_agree():
 # --- Transforms ---
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["tokens", "packed"])
-@pytest.mark.parametrize("backend", ["xla", "auto"])
+@pytest.mark.parametrize(("packed", "backend"), thinned([False, True], ["xla", "auto"], one_in=2))
 def test_mapped(packed, backend):
     """vmap of a call is a loop over calls; with auto the kernel's own rule, which makes one call of them."""
     case = Case("mapped", tokens=40, cu_seqlens=(5, 30, 30, 40) if packed else None, **_TINY)

@@ -1,9 +1,12 @@
 """Torch's transforms and modes: a step under one is right, or refused by the transform's name with nothing written."""
 
+import itertools
+
 import pytest
 import torch
 from matrix_cases import MATRIX_CASES
 from modes import to_mode
+from thinned import thinned
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,7 +27,10 @@ def tensors(seed=1):
 REST = {name: tensor for name, tensor in tensors().items() if name not in ("state", "x")}
 
 
-@pytest.fixture(params=["first call", "repeated call"])
+CALLS = ("first call", "repeated call")
+
+
+@pytest.fixture(params=CALLS)
 def given(request):
     """The arguments of a call, after one like it or not."""
     ssu_bridge.api._launchers.clear()
@@ -57,21 +63,31 @@ MADE_OF_THEM = {
 CASES = {name: (name, call) for name, call in REFUSED.items()} | MADE_OF_THEM
 
 
-# By default those that others are made of in compiled code, where they are found while Dynamo traces.
+@pytest.mark.parametrize("name", CASES)
+def test_a_transform_of_functions_is_refused_by_its_name(given, name):
+    transform, call = CASES[name]
+    held = given["state"].clone()
+    with pytest.raises(ssu_bridge.UnsupportedError, match=transform):
+        call(given)
+    assert torch.equal(given["state"], held)
+
+
+# By default those that others are made of, each after a call or before any: they are found while Dynamo traces.
 @pytest.mark.parametrize(
-    ("name", "compiled"),
+    ("name", "given"),
     [
-        *((name, False) for name in CASES),
-        *(pytest.param(name, True, marks=[pytest.mark.nightly] * (name not in REFUSED)) for name in CASES),
+        *thinned(REFUSED, CALLS, one_in=2),
+        *(pytest.param(*chosen, marks=pytest.mark.nightly) for chosen in itertools.product(MADE_OF_THEM, CALLS)),
     ],
+    indirect=["given"],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_transform_of_functions_is_refused_by_its_name(given, name, compiled):
+def test_compiled_code_refuses_it_too(given, name):
     transform, call = CASES[name]
     torch._dynamo.reset()
     held = given["state"].clone()
     with pytest.raises(ssu_bridge.UnsupportedError, match=transform):
-        (torch.compile(call, backend="eager") if compiled else call)(given)
+        torch.compile(call, backend="eager")(given)
     assert torch.equal(given["state"], held)
 
 
