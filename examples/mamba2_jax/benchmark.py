@@ -6,7 +6,7 @@
     python -m mamba2_jax.benchmark --prompt 512
     python -m mamba2_jax.benchmark --verify 4
     python -m mamba2_jax.benchmark --speculate 8
-    python -m mamba2_jax.benchmark --serve --one-row --plot load.png
+    python -m mamba2_jax.benchmark --serve --one-row --rounds 1 --plot load.png
     python -m mamba2_jax.benchmark --sizes mamba2-2.7b --batch 256 --dtype bfloat16 --state-dtype bfloat16 --devices 2
 
 The first is mamba2-130m with one sequence in float32. Each of the others measures something else instead: how prompts

@@ -7,6 +7,8 @@ Within a chunk whose state is S before its first token, with c the sums of A * d
 """
 
 import functools
+import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,8 @@ _LEAST_EXPONENT = -256.0
 _AT_A_TIME = 8192
 # Multiples of this are summed without rounding, as many as a chunk has tokens.
 _COARSE = 2.0**-8
+# In so many parts of dstate a product of two tokens is added up.
+_PARTS = 4
 
 
 def run(problem: Problem, chunking: Chunking, arrays: dict[str, Any], read: Any) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def _within(problem: Problem, A: Any, tokens: Tokens) -> _Within:
     groups = (problem.ngroups, problem.nheads // problem.ngroups)
     from_start, between, to_end = decays(A.astype(jnp.float32).reshape(-1) * dt)
     between = (between * jnp.moveaxis(dt, 1, 2)[:, :, None]).reshape(sequences, *groups, length, length)
-    pairs = product("btgn,bsgn->bgts", C, B)[:, :, None] * between
+    pairs = _of_pairs(C, B)[:, :, None] * between
     # Of a later token nothing is left in an earlier one's output, whatever its dt and B are.
     pairs = jnp.where(_is_later(dt, 0), pairs, 0)
     y = product("bgrts,bsgrp->btgrp", pairs, x.reshape(sequences, length, *groups, problem.headdim))
@@ -211,6 +215,18 @@ def _within(problem: Problem, A: Any, tokens: Tokens) -> _Within:
     left = left.reshape(sequences, length, problem.ngroups, groups[1] * problem.headdim)
     new = product("bsgq,bsgn->bgqn", left, B).reshape(sequences, problem.nheads, problem.headdim, problem.dstate)
     return _Within(y.reshape(x.shape), new, from_start)
+
+
+def _of_pairs(C: Any, B: Any) -> Any:
+    """Return C[t] . B[s] for each two tokens, (b, g, t, s).
+
+    Where little is left of earlier tokens, y is one of these, and its error that of this sum over dstate. XLA may add
+    that up one term after another, which in parts loses half as much. The parts are added as an expression, which is
+    fused with what follows: a reduction would be fused as a loop for each head.
+    """
+    parts = math.gcd(C.shape[-1], _PARTS)
+    C, B = (array.reshape(*array.shape[:-1], parts, array.shape[-1] // parts) for array in (C, B))
+    return functools.reduce(operator.add, product("btgkn,bsgkn->kbgts", C, B))
 
 
 def _of_start(problem: Problem, states: Any, C: Any, from_start: Any) -> Any:
