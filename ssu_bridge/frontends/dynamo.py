@@ -7,6 +7,7 @@ makes Dynamo call a function while it traces and keep the result. The arguments 
 
 import dataclasses
 import itertools
+import operator
 from typing import Any
 
 from ssu_bridge.config import SSUConfig, get_config, replaced, using
@@ -26,9 +27,11 @@ _kept = _Kept()
 _names: dict[Any, str] = {}
 _numbers = itertools.count()
 
-# The using() blocks around what is being traced, the innermost last: the configuration that one starts from (None: that
-# in force outside of the graph) and the fields replaced in it. Empty outside of tracing.
-_blocks: list[tuple[SSUConfig | None, dict[str, Any]]] = []
+# Of each using() block around what is being traced, the innermost last, the fields that it and those around it replace in
+# the configuration in force outside of the graph. Empty outside of tracing.
+_blocks: list[dict[str, Any]] = []
+# To Dynamo before Torch 2.13 a configuration is no Python constant, but its fields are.
+_FIELDS = tuple(field.name for field in dataclasses.fields(SSUConfig))
 
 
 def tracing() -> bool:
@@ -50,18 +53,22 @@ class _UsingInGraph:
     """A ``using`` block that is traced: the configuration in force is then the one at the time of tracing."""
 
     def __init__(self, config: SSUConfig | None, fields: dict[str, Any]):
-        self.config, self.fields = config, fields
+        given = {} if config is None else {name: getattr(config, name) for name in _FIELDS}
+        self.fields = {name: _constant(value) for name, value in {**given, **fields}.items()}
 
     def __enter__(self) -> SSUConfig:
-        if self.config is None and _blocks:
-            config, fields = _blocks[-1]
-            _blocks.append((config, {**fields, **self.fields}))
-        else:
-            _blocks.append((self.config, self.fields))
+        _blocks.append({**(_blocks[-1] if _blocks else {}), **self.fields})
         return get_config()
 
     def __exit__(self, *exception: object) -> None:
         _blocks.pop()
+
+
+def _constant(value: Any) -> Any:
+    """Return a field as a constant of the graph: an int that differs between calls is a variable of it otherwise."""
+    if isinstance(value, tuple):
+        return tuple(operator.index(number) for number in value)
+    return operator.index(value) if type(value) is int else value
 
 
 def _using_in_graph(config: SSUConfig | None = None, /, **fields: Any) -> _UsingInGraph:
@@ -79,14 +86,13 @@ def _replaced_in_graph(config: SSUConfig, *fields: Any) -> SSUConfig:
     return changed
 
 
-def _innermost() -> tuple[SSUConfig | None, tuple[str, ...], tuple[Any, ...]]:
-    config, fields = _blocks[-1] if _blocks else (None, {})
-    return config, tuple(fields), tuple(fields.values())
+def _innermost() -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    fields = _blocks[-1] if _blocks else {}
+    return tuple(fields), tuple(fields.values())
 
 
-def _configured(config: SSUConfig | None, names: tuple[str, ...], values: tuple[Any, ...]) -> SSUConfig:
-    base = get_config() if config is None else config
-    return dataclasses.replace(base, **dict(zip(names, values, strict=True)))
+def _configured(names: tuple[str, ...], values: tuple[Any, ...]) -> SSUConfig:
+    return dataclasses.replace(get_config(), **dict(zip(names, values, strict=True)))
 
 
 def _keep(value: SSUConfig | Options) -> str:

@@ -210,13 +210,17 @@ def test_the_committed_table(capability):
         assert {answer.backend for answer in answers[:2]} == {"triton", "flashinfer"}
 
 
-def test_explain_says_how_it_would_run():
+@pytest.mark.parametrize(
+    ("version", "to_zero"), [("", True), ("0.7.2", True), ("0.7.4", False)], ids=["none", "0.7.2", "0.7.4"]
+)
+def test_explain_says_how_it_would_run(monkeypatch, version, to_zero):
+    monkeypatch.setattr("ssu_bridge.backends.flashinfer.module._version", lambda: version)
     said = flashinfer.settings(problem_of(CASE))
     assert said == "its single-token kernels, algorithm auto; checks no index but pad_slot_id"
     assert flashinfer.settings(problem_of(tokens(BARE))) == "its multi-token kernels, algorithm auto"
     said = flashinfer.settings(problem_of(sized(dtypes={"state": "float16"}, seed=1, destinations=(1, 5, 3))))
     assert said.startswith("its multi-token kernels, algorithm simple; ")
-    assert said.endswith("; rounds with its own random numbers, and to zero below 2**-14")
+    assert said.endswith("; rounds with its own random numbers" + ", and to zero below 2**-14" * to_zero)
     assert "; sequences of at most 2 tokens" in flashinfer.settings(problem_of(sized(packed(), destinations=table(2))))
 
 

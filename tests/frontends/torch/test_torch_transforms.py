@@ -320,6 +320,22 @@ def test_using_inside_compiled_code(backend):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_numbers_of_a_configuration_are_constants_of_the_graph():
+    """Others are compiled in again: Dynamo would make a variable of a number that differs between calls."""
+
+    def configured(x, config, rounds, tile):
+        with ssu_bridge.using(config), ssu_bridge.using(philox_rounds=rounds, triton_tile=tile):
+            inside = ssu_bridge.get_config()
+        return x + 1, (inside.backend.value, inside.philox_rounds, inside.triton_tile)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(configured, backend="eager", fullgraph=True)
+    for backend, rounds, tile in (("cpu", 7, None), ("cpu", 5, (16, 4)), ("reference", 3, (32, 4)), ("cpu", 7, None)):
+        config = ssu_bridge.SSUConfig(backend=backend, philox_rounds=9, triton_tile=(8, 1))
+        assert compiled(torch.ones(1), config, rounds, tile)[1] == (backend, rounds, tile)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_check_indices_is_refused_in_a_graph_and_works_in_code_that_is_not_one_graph():
     a = tensors()
     checked = lambda a: ssu_bridge.update(**a, **CASE.flags, check_indices=True)[0]  # noqa: E731
