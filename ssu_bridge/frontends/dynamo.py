@@ -27,8 +27,8 @@ _kept = _Kept()
 _names: dict[Any, str] = {}
 _numbers = itertools.count()
 
-# Of each using() block around what is being traced, the innermost last, the fields that it and those around it replace in
-# the configuration in force outside of the graph. Empty outside of tracing.
+# Of each using() block around what is being traced, the innermost last, the fields that it and those around it replace
+# in the configuration in force outside of the graph. Empty outside of tracing.
 _blocks: list[dict[str, Any]] = []
 # To Dynamo before Torch 2.13 a configuration is no Python constant, but its fields are.
 _FIELDS = tuple(field.name for field in dataclasses.fields(SSUConfig))

@@ -119,7 +119,7 @@ def store(array: Any, places: Any, rows: Any) -> Any:
     """Put rows into an array, in its dtype."""
     rows = rows.astype(array.dtype)
     if places is None:
-        # A scatter without indices, which that would be, ends the process in XLA's compiler in JAX 0.11, in a shard_map.
+        # That would be a scatter without indices; over one in a shard_map JAX 0.11's XLA ends the process.
         return rows if rows.shape == array.shape else array.at[: rows.shape[0]].set(rows)
     # A padding index goes past the end, where the scatter drops it; each to a place of its own, because XLA writes
     # faster where no two rows go to one place.
