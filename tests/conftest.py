@@ -62,13 +62,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Take what is imported out of the garbage collector's sight: else it looks through all of it again and again.
-
-    Of what the tests make it looks through little that is garbage, so less often.
-    """
+    """Take what is imported out of the garbage collector's sight: else it looks through all of it again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
