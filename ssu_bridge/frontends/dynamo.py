@@ -67,7 +67,7 @@ class _UsingInGraph:
 def _constant(value: Any) -> Any:
     """Return a field as a constant of the graph: an int that differs between calls is a variable of it otherwise."""
     if isinstance(value, tuple):
-        return tuple(operator.index(number) for number in value)
+        return tuple(_constant(number) for number in value)
     return operator.index(value) if type(value) is int else value
 
 

@@ -336,6 +336,24 @@ def test_numbers_of_a_configuration_are_constants_of_the_graph():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("triton_tile", (1.5, 4)), ("philox_rounds", 2.5), ("philox_rounds", True), ("algorithm", "x")]
+)
+def test_a_wrong_field_is_named_in_compiled_code(field, wrong):
+    a = tensors()
+    held = a["state"].clone()
+
+    def configured(a):
+        with ssu_bridge.using(**{field: wrong}):
+            return step(**a)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=f"{field}: expected"):  # Dynamo wraps it
+        torch.compile(configured, backend="eager", fullgraph=True)(a)
+    assert torch.equal(a["state"], held)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_check_indices_is_refused_in_a_graph_and_works_in_code_that_is_not_one_graph():
     a = tensors()
     checked = lambda a: ssu_bridge.update(**a, **CASE.flags, check_indices=True)[0]  # noqa: E731
